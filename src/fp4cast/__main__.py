@@ -1,0 +1,5 @@
+"""`python -m fp4cast`."""
+
+from fp4cast.cli import main
+
+main()

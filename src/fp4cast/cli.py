@@ -1,0 +1,214 @@
+"""The command line: arguments, progress, tables, exit codes. It only calls the library.
+
+Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import fp4cast
+from fp4cast.demo import run_demo
+from fp4cast.display import Meter, show_demo, show_inspection, show_report
+from fp4cast.errors import Fp4CastError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn an MXFP4 LLM checkpoint into an NVFP4 one: exactly, at the speed of a file copy, and prove it.",
+)
+
+
+T = TypeVar("T")
+
+
+class Layout(StrEnum):
+    """Values of --layout."""
+
+    modelopt = "modelopt"
+    compressed_tensors = "compressed-tensors"
+
+
+class Activations(StrEnum):
+    """Values of --activations."""
+
+    w4a16 = "w4a16"
+    w4a4 = "w4a4"
+
+
+class Inexact(StrEnum):
+    """Values of --inexact."""
+
+    fail = "fail"
+    nearest = "nearest"
+
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads.", show_default="one a core", metavar="N")
+]
+
+
+def _say(as_json: bool) -> Console:
+    """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def _fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}, indent=2))
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _guarded(as_json: bool, work: Callable[[Meter], T]) -> T:
+    """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
+    try:
+        with Meter(Console(stderr=True, highlight=False)) as meter:
+            return work(meter)
+    except UsageError as error:
+        _fail(error, as_json, 2)
+    except Fp4CastError as error:
+        _fail(error, as_json, 1)
+    except KeyboardInterrupt:
+        _fail(KeyboardInterrupt("interrupted; the destination is as it was (convert --resume goes on)"), as_json, 130)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fp4cast {fp4cast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def inspect(source: Source, jobs: Jobs = None, as_json: Json = False) -> None:
+    """Say what SRC is and what a conversion would do: family, spreads, both windows, sizes. Writes nothing."""
+    info = _guarded(
+        as_json, lambda meter: fp4cast.inspect(source, jobs=jobs, progress=lambda n, total: meter("scan", n, total))
+    )
+    if as_json:
+        _print_json(info.to_json())
+    else:
+        show_inspection(_say(as_json), info)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    layout: Annotated[Layout, typer.Option(help="How engines expect the tensors to be named.")] = Layout.modelopt,
+    activations: Annotated[
+        Activations | None, typer.Option(help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served")
+    ] = None,
+    input_scales: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|FILE",
+            help="For w4a4: the input_scale of every projection, or a JSON or safetensors file "
+            "of projection name -> amax of its input.",
+        ),
+    ] = None,
+    inexact: Annotated[
+        Inexact, typer.Option(help="Where no tensor scale is exact: stop before writing, or write the nearest values.")
+    ] = Inexact.fail,
+    jobs: Jobs = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST appears."""
+    report = _guarded(
+        as_json,
+        lambda meter: fp4cast.convert(
+            source,
+            destination,
+            layout=layout.value,
+            activations=activations.value if activations else None,
+            input_scales=input_scales,
+            inexact=inexact.value,
+            jobs=jobs,
+            resume=resume,
+            overwrite=overwrite,
+            verify=not no_verify,
+            progress=meter,
+        ),
+    )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        show_report(_say(as_json), report, "wrote")
+
+
+@app.command()
+def verify(
+    source: Source,
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")],
+    jobs: Jobs = None,
+    as_json: Json = False,
+) -> None:
+    """Read SRC and DST and compare every value; say what differs, where and by how much."""
+    report = _guarded(
+        as_json,
+        lambda meter: fp4cast.verify(
+            source, destination, jobs=jobs, progress=lambda n, total: meter("verify", n, total)
+        ),
+    )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        show_report(_say(as_json), report, "verified")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoints there.", show_default="thrown away")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a miniature of each family, inspect, cast and verify it: seconds, offline."""
+    if out is not None and out.exists() and any(out.iterdir()):
+        _fail(UsageError(f"{out}: exists and is not empty"), as_json, 2)
+    with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
+        rows = _guarded(as_json, lambda _: list(run_demo(out or Path(scratch))))
+    exact = all(row["exact"] and row["flip_found"] for row in rows)
+    if as_json:
+        _print_json({"exact": exact, "families": rows})
+    else:
+        show_demo(_say(as_json), rows)
+    if not exact:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,227 @@
+"""The documents beside the weights: what config.json and hf_quant_config.json must say for engines to load them.
+
+Read from vLLM, SGLang, TensorRT-LLM and what nvidia-modelopt 0.47 exports; the reasons are in docs/targets.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fp4cast.checkpoint import CONFIG, QUANT_CONFIG
+from fp4cast.shards import Tensor
+from fp4cast.sources import Pair, Source, manifest
+from fp4cast.targets import Target
+
+__all__ = ["documents", "to_bytes"]
+
+GROUP_SIZE = 16
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+$")
+
+
+def to_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON document as it is written."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def documents(source: Source, target: Target, cast: Sequence[Pair], version: str) -> dict[str, dict[str, Any]]:
+    """The config files of the destination by name.
+
+    Args:
+        source: the source checkpoint.
+        target: the layout.
+        cast: the pairs that are cast; everything else stays as it is.
+        version: of fp4cast, for the `producer` field.
+    """
+    config = copy.deepcopy(dict(source.checkpoint.config))
+    modules = [pair.module for pair in cast]
+    kept = _kept_modules(source, cast)
+    producer = {"name": "fp4cast", "version": version}
+    if target.layout == "compressed-tensors":
+        path, _ = manifest(config)
+        _put(config, path or ("quantization_config",), _compressed(config, target, kept))
+        return {CONFIG: config}
+    if target.family == "deepseek-v4":
+        path, section = manifest(config)
+        section, quantization = _hybrid(section, target, _banks(modules), producer)
+        _put(config, path or ("quantization_config",), section)
+    else:
+        _drop_manifests(config)
+        section, quantization = _modelopt(source, target, modules, kept)
+        config["quantization_config"] = section | {"producer": producer}
+    return {CONFIG: config, QUANT_CONFIG: {"producer": producer, "quantization": quantization}}
+
+
+def _put(config: dict[str, Any], path: Sequence[str], value: dict[str, Any]) -> None:
+    for key in path[:-1]:
+        config = config[key]
+    config[path[-1]] = value
+
+
+def _drop_manifests(config: dict[str, Any]) -> None:
+    """Remove the source's MXFP4 manifest wherever it is, or a loader would read NVFP4 as MXFP4."""
+    while path := manifest(config)[0]:
+        scope = config
+        for key in path[:-1]:
+            scope = scope[key]
+        del scope[path[-1]]
+
+
+def _kept_modules(source: Source, cast: Sequence[Pair]) -> list[str]:
+    """Modules with a weight matrix that is not cast: an engine must be told so about each of them."""
+    parts = {tensor.name for pair in cast for tensor in (pair.codes, pair.scales)}
+
+    def is_matrix(tensor: Tensor) -> bool:
+        return tensor.name not in parts and len(tensor.shape) >= 2
+
+    names = (name for name, tensor in source.checkpoint.tensors.items() if is_matrix(tensor))
+    suffixes = (".weight", ".weight_packed")
+    return sorted({name.removesuffix(s) for name in names for s in suffixes if name.endswith(s)})
+
+
+def _banks(modules: Iterable[str]) -> list[str]:
+    """Expert banks (`...experts`) for routed experts, the modules themselves otherwise; sorted, each once."""
+    return sorted({match[1] if (match := _EXPERT.match(module)) else module for module in modules})
+
+
+def _spellings(module: str) -> list[str]:
+    """Every name under which a loader may look up a Kimi-K3 module."""
+    names = [module]
+    if ".block_sparse_moe." in module:
+        names.append(module.replace(".block_sparse_moe.", ".mlp."))
+    return names + [name.removeprefix("language_model.") for name in names if name.startswith("language_model.")]
+
+
+def _args(**extra: Any) -> dict[str, Any]:
+    return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE, **extra}
+
+
+def _group(target: Target, targets: list[str]) -> dict[str, Any]:
+    activations = {"input_activations": _args()} if target.activations == "w4a4" else {}
+    return {**activations, "weights": _args(), "targets": targets}
+
+
+def _layers(target: Target, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    return {name: {"quant_algo": target.algorithm, "group_size": GROUP_SIZE} for name in names}
+
+
+def _modelopt(
+    source: Source, target: Target, modules: Sequence[str], kept: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(quantization_config without producer, `quantization` of hf_quant_config.json)."""
+    ignore = _gpt_oss_ignore(kept) if source.family.blocked else list(kept)
+    if _is_plain(source, modules, ignore):
+        section: dict[str, Any] = {
+            "config_groups": {"group_0": _group(target, ["Linear"])},
+            "ignore": ignore,
+            "quant_algo": target.algorithm,
+            "quant_method": "modelopt",
+        }
+        if not source.family.blocked:  # ModelOpt's own gpt-oss export has no such key here
+            section["group_size"] = GROUP_SIZE
+        return section, _quantization(target.algorithm, ignore)
+    names = sorted({name for bank in _banks(modules) for name in _spellings(bank)})
+    layers = _layers(target, names)
+    section = {
+        "config_groups": {"group_0": _group(target, names)},
+        "group_size": GROUP_SIZE,
+        "ignore": [],
+        "quant_algo": "MIXED_PRECISION",
+        "quant_method": "modelopt_mixed",
+        "quantized_layers": layers,
+    }
+    return section, _quantization("MIXED_PRECISION", [], layers)
+
+
+def _quantization(
+    algorithm: str, exclude: list[str], layers: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    return {
+        "quant_algo": algorithm,
+        "kv_cache_quant_algo": None,
+        "group_size": GROUP_SIZE,
+        **({"quantized_layers": dict(layers)} if layers else {}),
+        "exclude_modules": exclude,
+    }
+
+
+def _is_plain(source: Source, modules: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Whether one algorithm and a list of exceptions says it all: for fused experts and for dense models.
+
+    vLLM also matches exceptions as substrings, so an exception that is part of a cast module's name (a router `gate`
+    beside `gate_proj`) needs the explicit list of `MIXED_PRECISION` instead.
+    """
+    if source.family.blocked:
+        return True
+    if any(_EXPERT.match(module) for module in modules):
+        return False
+    text = "\n".join(modules)
+    fused = {f"{name.rpartition('.')[0]}.{leaf}" for name in modules for leaf in _FUSED_NAMES}
+    return not any(name in text or any(name in other for other in fused) for name in ignore)
+
+
+_FUSED_NAMES = ("gate_up_proj", "qkv_proj", "fused_qkv_a_proj")
+
+
+def _gpt_oss_ignore(kept: Sequence[str]) -> list[str]:
+    """What ModelOpt's export lists: whole attention modules as a pattern, the rest by name."""
+    return sorted({re.sub(r"\.self_attn\..*", ".self_attn*", module) for module in kept})
+
+
+def _hybrid(
+    section: Mapping[str, Any], target: Target, names: list[str], producer: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """DeepSeek-V4: the FP8 config as it was, and beside it that the routed experts are NVFP4."""
+    ignore = ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]
+    layers = _layers(target, names)
+    hybrid = dict(section) | {
+        "quant_method": "fp8",
+        "moe_quant_algo": "NVFP4",
+        "quant_algo": "MIXED_PRECISION",
+        "group_size": GROUP_SIZE,
+        "ignore": ignore,
+        "quantized_layers": layers,
+        "config_groups": {"group_0": _group(target, names)},
+        "producer": producer,
+    }
+    return hybrid, _quantization("MIXED_PRECISION", ignore, layers)
+
+
+def _compressed(config: Mapping[str, Any], target: Target, kept: Sequence[str]) -> dict[str, Any]:
+    """compressed-tensors `nvfp4-pack-quantized`: the source's manifest with its MXFP4 groups replaced."""
+    section = copy.deepcopy(manifest(config)[1])
+    old = section.get("ignore")
+    ignore = [entry for entry in old if isinstance(entry, str)] if isinstance(old, list) else []
+    groups = section.get("config_groups")
+    groups = groups if isinstance(groups, dict) and groups else {"group_0": {"targets": ["Linear"]}}
+    section |= {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {name: _compressed_group(group, target) for name, group in groups.items()},
+        "ignore": ignore + [module for module in kept if not any(_ignored(entry, module) for entry in ignore)],
+    }
+    return section
+
+
+def _compressed_group(group: Any, target: Target) -> Any:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(group, dict) or (weights and weights.get("num_bits") != 4):
+        return group
+    spec = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP_SIZE, "symmetric": True}
+    activations = {**spec, "dynamic": "local"} if target.activations == "w4a4" else None
+    new = {**group, "weights": {**spec, "dynamic": False}, "input_activations": activations}
+    return new | ({"format": "nvfp4-pack-quantized"} if "format" in group else {})
+
+
+def _ignored(entry: str, module: str) -> bool:
+    """compressed-tensors' rule: an exact name, or `re:` and a pattern that matches from the start."""
+    if not entry.startswith("re:"):
+        return entry == module
+    try:
+        return re.match(entry[3:], module) is not None
+    except re.error:
+        return False

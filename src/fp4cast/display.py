@@ -1,0 +1,239 @@
+"""What a person sees: progress, tables and sentences. No logic of the program."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from fp4cast.exact import E_MAX, E_MIN, MARLIN_BINADES
+from fp4cast.inspection import Inspection
+from fp4cast.report import Report
+
+__all__ = ["Meter", "show_demo", "show_inspection", "show_report"]
+
+WINDOW = E_MAX - E_MIN
+_PHASES = {"scan": "reading scales", "write": "writing", "verify": "verifying"}
+_SHOWN = 8
+
+
+def gigabytes(nbytes: float) -> str:
+    """A size for people, in powers of 1000 as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+class Meter:
+    """Progress of long work: bars on a terminal, a line now and then elsewhere. Called from worker threads."""
+
+    def __init__(self, console: Console, every: float = 10.0) -> None:
+        self.console, self.every = console, every
+        self.lock = threading.Lock()
+        self.done: Counter[str] = Counter()
+        self.begin: dict[str, float] = {}
+        self.last = time.monotonic()
+        self.bars: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Meter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, phase: str, nbytes: int, total: int) -> None:
+        """Count bytes just done in a phase."""
+        with self.lock:
+            self.begin.setdefault(phase, time.monotonic())
+            self.done[phase] += nbytes
+            if self.console.is_terminal:
+                if phase not in self.bars:
+                    self.bars[phase] = self.progress.add_task(_PHASES.get(phase, phase), total=total)
+                self.progress.update(self.bars[phase], completed=self.done[phase], total=total)
+            elif time.monotonic() - self.last >= self.every:
+                self.last = time.monotonic()
+                self._line(phase, total)
+
+    def _line(self, phase: str, total: int) -> None:
+        done = self.done[phase]
+        rate = done / max(time.monotonic() - self.begin[phase], 1e-9)
+        left = (total - done) / rate if rate else 0.0
+        sizes = f"{gigabytes(done)} of {gigabytes(total)}, {gigabytes(rate)}/s"
+        self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, text)
+    return table
+
+
+def show_inspection(console: Console, info: Inspection) -> None:
+    """What a checkpoint is, and what a conversion would do."""
+    domains = info.domains
+    inexact = [domain for domain in domains if not domain.scaling.exact]
+    narrow = sum(domain.scaling.marlin_exact for domain in domains)
+    size = info.bytes
+    rows = [
+        ("family", info.title),
+        ("cast", f"{info.cast} MXFP4 tensors in {len(domains)} scale domains"),
+        ("copied", f"{info.copied} tensors, byte for byte"),
+        ("size", f"{gigabytes(size['source'])} -> {gigabytes(size['destination'])}"),
+        ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
+        ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
+    ]
+    layouts: dict[str, list[str]] = {}
+    for target in info.targets:
+        layouts.setdefault(target.layout, []).append(target.activations)
+    served: dict[str, str] = {target.layout: target.served for target in info.targets}
+    rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
+    console.print(_facts(escape(info.source), rows))
+    console.print()
+    console.print(_spreads(info))
+    if inexact:
+        console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]))
+        console.print("convert with --inexact nearest to write the nearest values there")
+
+
+def _exact_sentence(exact: int, total: int) -> str:
+    if exact == total:
+        return f"[green]yes[/]: all {total} scale domains can be cast bit for bit"
+    return f"[red]no[/]: {total - exact} of {total} scale domains cannot"
+
+
+def _spreads(info: Inspection) -> Table:
+    """The picture of the exponents: how many domains span how many binades, and the two windows."""
+    counts = Counter(domain.scaling.spread for domain in info.domains)
+    table = Table(title="spread of the exponents, in binades", title_justify="left", box=None, pad_edge=False)
+    table.add_column("spread", justify="right")
+    table.add_column("domains", justify="right")
+    table.add_column("")
+    most = max(counts.values(), default=1)
+    for spread, count in sorted(counts.items()):
+        style = "green" if spread <= MARLIN_BINADES else "yellow" if spread <= WINDOW else "red"
+        table.add_row(str(spread), str(count), f"[{style}]{'█' * max(1, round(40 * count / most))}[/]")
+    table.caption = (
+        f"[green]to {MARLIN_BINADES}[/]: exact on disk and in Marlin; [yellow]to {WINDOW}[/]: exact on disk; "
+        "[red]beyond[/]: exact only where the codes leave room"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return escape(", ".join(names[:_SHOWN])) + more
+
+
+def show_report(console: Console, report: Report, verb: str) -> None:
+    """What was done or found, and in words what is exact and what is not."""
+    t, h = report.tensors, report.half_blocks
+    moved = report.bytes["read"] + report.bytes["written"]
+    rows = [
+        ("layout", f"{report.layout}, {report.activations.upper()}"),
+        ("tensors", f"{t['cast']} cast, {t['copied']} copied byte for byte"),
+        (
+            "half-blocks",
+            f"{h['verbatim']:,} keep their codes, {h['shifted']:,} shifted by a power of two, {h['rounded']:,} rounded",
+        ),
+        ("weights", _weights_sentence(report)),
+    ]
+    if report.activations == "w4a4":
+        rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
+    marlin = (
+        "[green]exact too[/]" if report.marlin_exact else "[yellow]loses blocks that lie 15 or more binades down[/]"
+    )
+    rows += [
+        ("Marlin", f"{marlin} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
+        ("served by", report.served),
+        (
+            "time",
+            f"{report.seconds:.1f} s, {gigabytes(report.bytes['read'])} read, "
+            f"{gigabytes(report.bytes['written'])} written, {gigabytes(moved / max(report.seconds, 1e-9))}/s",
+        ),
+    ]
+    console.print(_facts(f"{verb} {escape(report.destination)}", rows))
+    if report.inexact:
+        console.print(_inexact(report))
+    for difference in report.differences[:_SHOWN]:
+        console.print(f"[red]differs[/] {escape(str(difference))}", soft_wrap=True)
+    if len(report.differences) > _SHOWN:
+        console.print(f"[red]and {len(report.differences) - _SHOWN} more[/]")
+
+
+def _weights_sentence(report: Report) -> str:
+    if report.differences:
+        return f"[red]WRONG[/]: {len(report.differences)} differences from the source"
+    how = "measured on what was written" if report.verified else "while writing; not read back (--no-verify)"
+    if report.exact:
+        return f"[green]exact[/]: every value equals the source's, bit for bit ({how})"
+    return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"
+
+
+def _inexact(report: Report) -> Table:
+    table = Table(title="rounded tensors", title_justify="left", box=None, pad_edge=False)
+    for column in ("tensor", "half-blocks", "max |error|", "MSE", "SNR"):
+        table.add_column(column, justify="left" if column == "tensor" else "right")
+    for tensor in sorted(report.inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
+        table.add_row(
+            escape(tensor.name),
+            f"{tensor.rounded_half_blocks:,}",
+            f"{tensor.max_abs_error:.3g}",
+            f"{tensor.mse:.3g}",
+            f"{tensor.snr_db:.1f} dB",
+        )
+    return table
+
+
+def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """One line a family, and what to do next."""
+    table = Table(title="MXFP4 -> NVFP4, a miniature of each family", title_justify="left", box=None, pad_edge=False)
+    for column in ("family", "layout", "spread", "tensors", "verbatim", "shifted", "weights", "a flipped bit"):
+        table.add_column(column, justify="right" if column in ("spread", "tensors", "verbatim", "shifted") else "left")
+    for row in rows:
+        table.add_row(
+            row["kind"],
+            f"{row['layout']} {row['activations']}",
+            str(row["spread"]),
+            str(row["tensors"]["cast"]),
+            str(row["half_blocks"]["verbatim"]),
+            str(row["half_blocks"]["shifted"]),
+            "[green]exact[/]" if row["exact"] else "[red]not exact[/]",
+            "[green]found[/]" if row["flip_found"] else "[red]missed[/]",
+        )
+    console.print(table)
+    console.print(
+        "\nEvery value of every tensor was compared with its source, then one bit was flipped to see it found.\n"
+        "Your own: [bold]fp4cast inspect SRC[/] says what will happen, [bold]fp4cast convert SRC DST[/] does it.\n"
+        "SRC is a directory or a model id such as openai/gpt-oss-20b."
+    )

@@ -1,0 +1,88 @@
+"""The errors that fp4cast raises.
+
+Every one of them says which file and tensor, what was expected, what was found, and what to do next::
+
+    Fp4CastError
+     ├── UsageError              the options contradict each other or the checkpoint's family
+     ├── CheckpointError         a checkpoint is not what it must be
+     │    ├── HeaderError        a safetensors header that is malformed, or does not fit its file
+     │    ├── IndexFileError     an index that disagrees with its shards, or leaves the directory
+     │    ├── PartnerError       codes without scales, or scales without codes
+     │    ├── ShapeError         codes and scales whose shapes or dtypes do not fit together
+     │    ├── ScaleError         an E8M0 scale byte of 255 (NaN)
+     │    └── UnsupportedError   a checkpoint that is not MXFP4, or a layout that is refused
+     ├── InexactError            no tensor scale makes a domain exact, and `nearest` was not asked for
+     ├── InputScaleError         W4A4 without usable activation scales
+     ├── DestinationError        the destination exists, is locked, or belongs to another conversion
+     └── VerificationError       what was written does not hold the source's values
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DestinationError",
+    "Fp4CastError",
+    "HeaderError",
+    "IndexFileError",
+    "InexactError",
+    "InputScaleError",
+    "PartnerError",
+    "ScaleError",
+    "ShapeError",
+    "UnsupportedError",
+    "UsageError",
+    "VerificationError",
+]
+
+
+class Fp4CastError(Exception):
+    """Base of every error that fp4cast raises on purpose."""
+
+
+class UsageError(Fp4CastError):
+    """Options that contradict each other or the checkpoint's family."""
+
+
+class CheckpointError(Fp4CastError):
+    """A checkpoint that is not what it must be."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header that is malformed, or does not fit its file."""
+
+
+class IndexFileError(CheckpointError):
+    """An index that disagrees with its shards, or names a file outside of the directory."""
+
+
+class PartnerError(CheckpointError):
+    """Codes without scales, or scales without codes."""
+
+
+class ShapeError(CheckpointError):
+    """Codes and scales whose shapes or dtypes do not fit together."""
+
+
+class ScaleError(CheckpointError):
+    """An E8M0 scale byte of 255, which is NaN."""
+
+
+class UnsupportedError(CheckpointError):
+    """A checkpoint that holds no MXFP4 weights, or holds them in a layout that is refused."""
+
+
+class InexactError(Fp4CastError):
+    """No tensor scale represents every block of a domain exactly."""
+
+
+class InputScaleError(Fp4CastError):
+    """W4A4 without usable activation scales."""
+
+
+class DestinationError(Fp4CastError):
+    """The destination exists, is locked by another writer, or belongs to another conversion."""
+
+
+class VerificationError(Fp4CastError):
+    """What was written does not hold the source's values."""

@@ -1,0 +1,37 @@
+"""Hugging Face model ids: resolved by huggingface_hub, from its cache when offline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fp4cast.errors import CheckpointError
+
+__all__ = ["resolve"]
+
+_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Copies of the weights in other formats; fetching them would double the download.
+_IGNORED = ["original/*", "metal/*", "onnx/*", "*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5"]
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory of a checkpoint: the path itself, or a model id downloaded (or found in the hub's cache).
+
+    Raises:
+        CheckpointError: there is neither such a directory nor such a model.
+    """
+    path = Path(source)
+    if path.exists() or not _MODEL_ID.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=_IGNORED))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"{source}: is no directory here, and as a model id it is not in the hub's cache while the hub cannot be "
+            "reached. Check the spelling, or go online to download it."
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{source}: the hub refuses: {error}") from error

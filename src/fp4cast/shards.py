@@ -1,0 +1,321 @@
+"""safetensors files as byte ranges: headers parsed as untrusted input, reads without loading, a streaming writer.
+
+The format: 8 bytes little-endian header length, a JSON header, then the tensors back to back. The checks are those of
+the reference implementation and a few more; nothing is allocated before the length that asks for it has been checked
+against the file's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fp4cast.errors import CheckpointError, HeaderError
+from fp4cast.formats import Bytes
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DTYPE_BITS",
+    "File",
+    "Files",
+    "Layout",
+    "Shard",
+    "Tensor",
+    "copy_range",
+    "layout",
+    "read_header",
+]
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+CHUNK_BYTES = 8 << 20  # what one step of reading or copying holds in memory
+COPY_BYTES = 64 << 20  # what the kernel copies between two reports of progress
+
+# safetensors' dtypes and their widths in bits.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+
+
+class Tensor(NamedTuple):
+    """One tensor of a shard: what it is and which bytes of the file hold it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dtype} {list(self.shape)} in {self.path.name})"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file whose header has been checked."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    size: int
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return table
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """(header, size of the file)."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file")
+            length = int.from_bytes(prefix, "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise HeaderError(
+                    f"{path}: the header claims {length} bytes, but the file has {size} "
+                    f"(and {MAX_HEADER_BYTES} are allowed). It is truncated or no safetensors file: download it again."
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(header) != length:
+        raise HeaderError(f"{path}: expected a header of {length} bytes, got {len(header)}")
+    return header, size
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
+    """One header entry, checked: known dtype, sizes that are sizes, as many bytes as dtype and shape say."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:200]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise HeaderError(f"{where}: the shape must be a list of sizes, got {str(shape)[:200]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise HeaderError(f"{where}: data_offsets must be two sizes, got {str(offsets)[:200]}")
+    begin, end = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != (end - begin) * 8:
+        raise HeaderError(
+            f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, data_offsets {offsets} give {end - begin}"
+        )
+    return Tensor(name, dtype, tuple(shape), base + begin, end - begin, path)
+
+
+def _check_contiguous(path: Path, tensors: Iterable[Tensor], base: int, size: int) -> None:
+    position, before = base, "the header"
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != position:
+            what = "overlaps" if tensor.start < position else f"leaves a hole of {tensor.start - position} bytes after"
+            raise HeaderError(
+                f"{path}: tensor {tensor.name!r} {what} {before}: "
+                f"expected data offset {position - base}, got {tensor.start - base}"
+            )
+        position, before = tensor.start + tensor.nbytes, repr(tensor.name)
+    if position != size:
+        raise HeaderError(
+            f"{path}: the header describes {position} bytes, the file has {size}. "
+            "It is truncated, or something was appended: download it again."
+        )
+
+
+def read_header(path: Path) -> Shard:
+    """Read and check the header of a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+        HeaderError: the header is malformed or does not fit the file.
+    """
+    raw, size = _header_bytes(path)
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+        "".join(header).encode()  # a lone surrogate has no bytes to be written as
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{path}: the header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise HeaderError(f"{path}: the header must be a JSON object, got {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderError(f"{path}: __metadata__ must map strings to strings, got {str(metadata)[:200]}")
+    base = 8 + len(raw)
+    tensors = {name: _entry(path, name, entry, base) for name, entry in header.items()}
+    _check_contiguous(path, tensors.values(), base, size)
+    return Shard(path, tensors, metadata, size)
+
+
+class File:
+    """A file opened for reading ranges of it; a short read is an error, never a silent zero."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        self.path = path
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.fd)
+
+    def read(self, start: int, nbytes: int) -> Bytes:
+        """Bytes [start, start + nbytes) as uint8 [nbytes]."""
+        out = np.empty(nbytes, np.uint8)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: Bytes) -> None:
+        """Fill a contiguous array from `start` on."""
+        view, done = out.data.cast("B"), 0
+        while done < len(view):
+            got = os.preadv(self.fd, [view[done:]], start + done)
+            if got <= 0:
+                raise CheckpointError(
+                    f"{self.path}: ended at byte {start + done}, expected {len(view) - done} more. "
+                    "It was truncated while it was read."
+                )
+            done += got
+
+    def gather(self, start: int, blocks: np.ndarray[Any, np.dtype[np.int64]], size: int, gap: int = 256) -> Bytes:
+        """Records of `size` bytes at ascending positions, near ones with one read: uint8 [len(blocks), size]."""
+        out = np.empty((len(blocks), size), np.uint8)
+        cuts = np.flatnonzero(np.diff(blocks) > gap) + 1
+        bounds = [0, *cuts.tolist(), len(blocks)]
+        for a, b in pairwise(bounds):
+            if a < b:
+                first, last = int(blocks[a]), int(blocks[b - 1])
+                records = self.read(start + first * size, (last - first + 1) * size).reshape(-1, size)
+                out[a:b] = records[blocks[a:b] - first]
+        return out
+
+
+class Files:
+    """Files opened for reading once each, shared by threads, closed together."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, File] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __getitem__(self, path: Path) -> File:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = File(path)
+            return self._files[path]
+
+
+def copy_range(
+    source: File,
+    start: int,
+    target: int,
+    offset: int,
+    nbytes: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Copy bytes between files inside the kernel where it can, through one small buffer elsewhere.
+
+    Args:
+        source: the file to read.
+        start: first byte there.
+        target: descriptor of the file to write.
+        offset: where they go.
+        nbytes: how many.
+        progress: called with the number of bytes just copied; may raise to stop.
+    """
+    done, in_kernel = 0, True
+    while done < nbytes:
+        if in_kernel:
+            got = _kernel_copy(source, start + done, target, offset + done, min(COPY_BYTES, nbytes - done))
+            in_kernel = got > 0
+        else:
+            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done))
+            write_all(target, offset + done, chunk)
+            got = len(chunk)
+        done += got
+        progress(got)
+
+
+def _kernel_copy(source: File, start: int, target: int, offset: int, nbytes: int) -> int:
+    """Bytes copied; 0 where this kernel cannot copy between these files, or where the source ends."""
+    try:
+        return os.copy_file_range(source.fd, target, nbytes, start, offset)
+    except OSError:
+        return 0  # the plain way follows, and meets any real error again
+
+
+def write_all(target: int, offset: int, data: Bytes) -> None:
+    """Write all of `data` at `offset`."""
+    view, done = data.data.cast("B"), 0
+    while done < len(view):
+        done += os.pwrite(target, view[done:], offset + done)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file that is still to be written: its header, and where every tensor will be."""
+
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
+    """Place tensors in a new file.
+
+    Wider dtypes come first and the given order is kept otherwise, so that every tensor is aligned to its dtype.
+
+    Args:
+        tensors: (name, dtype, shape) of each.
+        metadata: the file's `__metadata__`.
+
+    Returns:
+        The header's bytes, padded to a multiple of 8, and the absolute offset of every tensor.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative: dict[str, int] = {}
+    position = 0
+    for name, dtype, shape in sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]]):
+        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        relative[name] = position
+        position += nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(header, {name: len(header) + at for name, at in relative.items()}, len(header) + position)

@@ -1,0 +1,37 @@
+"""Miniatures, made once a session."""
+
+import pytest
+
+from fp4cast import miniature
+
+DEEPSEEK = {"deepseek-v4", "deepseek-v4.1"}
+
+
+def options(kind):
+    """What convert needs for a kind beside the defaults."""
+    return {"activations": "w4a4", "input_scales": 1.0} if kind in DEEPSEEK else {}
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory):
+    """kind -> directory; read-only by convention."""
+    root = tmp_path_factory.mktemp("miniatures")
+    return {kind: miniature.make(kind, root / kind) for kind in miniature.KINDS}
+
+
+@pytest.fixture(scope="session")
+def plain_miniatures(tmp_path_factory):
+    """The same without traps: every half-block verbatim."""
+    root = tmp_path_factory.mktemp("plain")
+    return {kind: miniature.make(kind, root / kind, traps=False) for kind in miniature.KINDS}
+
+
+@pytest.fixture(scope="session")
+def converted(miniatures, tmp_path_factory):
+    """kind -> its default conversion; read-only by convention."""
+    import fp4cast
+
+    root = tmp_path_factory.mktemp("converted")
+    for kind, source in miniatures.items():
+        fp4cast.convert(source, root / kind, **options(kind))
+    return {kind: root / kind for kind in miniatures}
