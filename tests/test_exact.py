@@ -162,7 +162,7 @@ def test_a_spread_of_17_keeps_every_byte_and_takes_the_closed_form(domain):
 
 
 class Unreadable(ArrayBlocks):
-    def codes(self, blocks):
+    def codes(self, blocks):  # noqa: ARG002
         raise AssertionError("codes were read although the exponents decide")
 
 

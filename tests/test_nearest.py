@@ -45,7 +45,9 @@ def requantize(values, block_scale, tensor_scale):
     """Round to nearest under given scales: codes and block scales as they would be written."""
     s = block_scale.astype(np.float64) * tensor_scale
     codes = e2m1(values.reshape(-1, 16) / np.repeat(s, 16).reshape(-1, 16)).view(np.uint8)
-    return float(((values.reshape(-1, 16) - codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64) * s[:, None]) ** 2).sum())
+    return float(
+        ((values.reshape(-1, 16) - codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64) * s[:, None]) ** 2).sum()
+    )
 
 
 def algorithm_1(codes, scales):

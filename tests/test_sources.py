@@ -84,7 +84,10 @@ def test_a_lone_member_of_a_group_is_a_domain_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"l.gate_up_proj_blocks": ("U8", (2, 4, 3, 16))}, r"l\.gate_up_proj_blocks .* expected 'l\.gate_up_proj_scales'"),
+        (
+            {"l.gate_up_proj_blocks": ("U8", (2, 4, 3, 16))},
+            r"l\.gate_up_proj_blocks .* expected 'l\.gate_up_proj_scales'",
+        ),
         ({"l.ffn.experts.0.w1.weight": ("I8", (4, 16))}, r"has no scales: expected 'l\.ffn\.experts\.0\.w1\.scale'"),
         ({"l.up_proj.weight_packed": ("U8", (4, 16))}, r"has no scales: expected 'l\.up_proj\.weight_scale'"),
         (
@@ -177,7 +180,15 @@ def test_compressed_tensors_0_13_has_a_bias_of_125(miniatures):
 
 @pytest.mark.parametrize(
     ("version", "bias"),
-    [("0.13.0", 125), ("0.13.1.a2", 125), ("0.13", 125), ("0.14.0", 127), ("0.130.0", 127), ("1.0.13.0", 127), (None, 127)],
+    [
+        ("0.13.0", 125),
+        ("0.13.1.a2", 125),
+        ("0.13", 125),
+        ("0.14.0", 127),
+        ("0.130.0", 127),
+        ("1.0.13.0", 127),
+        (None, 127),
+    ],
 )
 def test_only_version_0_13_has_the_trap(miniatures, tmp_path, version, bias):
     source = shutil.copytree(miniatures["dense"], tmp_path / "src")

@@ -192,7 +192,12 @@ def quantization(config):
 CONFIG_FAULTS = {
     "total_size": ("moe", "model.safetensors.index.json", lambda d: d["metadata"].update(total_size=1), "index"),
     "a layer is not listed": ("moe", "config.json", lambda d: quantization(d)["quantized_layers"].popitem(), "config"),
-    "another algorithm": ("moe", "hf_quant_config.json", lambda d: d["quantization"].update(quant_algo="FP8"), "config"),
+    "another algorithm": (
+        "moe",
+        "hf_quant_config.json",
+        lambda d: d["quantization"].update(quant_algo="FP8"),
+        "config",
+    ),
     "no group size": ("gpt-oss", "hf_quant_config.json", lambda d: d["quantization"].pop("group_size"), "config"),
     "an empty document": ("gpt-oss", "hf_quant_config.json", lambda d: d.clear(), "config"),
     "a forgotten router": ("gpt-oss", "config.json", lambda d: quantization(d)["ignore"].pop(2), "config"),
@@ -245,7 +250,7 @@ def test_fused_projections_with_different_input_scales_are_a_difference(miniatur
     assert "engines fuse them" in difference.detail
 
 
-def test_another_checkpoint_is_not_the_same(miniatures, converted, tmp_path):
+def test_another_checkpoint_is_not_the_same(converted, tmp_path):
     other = miniature.make("moe", tmp_path / "other", seed=1)
     report = fp4cast.verify(other, converted["moe"])
     assert not report.exact

@@ -7,7 +7,16 @@ from functools import lru_cache
 
 import numpy as np
 
-MAGNITUDES = [Fraction(0), Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(3), Fraction(4), Fraction(6)]
+MAGNITUDES = [
+    Fraction(0),
+    Fraction(1, 2),
+    Fraction(1),
+    Fraction(3, 2),
+    Fraction(2),
+    Fraction(3),
+    Fraction(4),
+    Fraction(6),
+]
 
 
 def power(e: int) -> Fraction:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,17 @@ import numpy.typing as npt
 from fp4cast.errors import ScaleError
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, E8M0_NAN, Bytes
 
-__all__ = ["ArrayBlocks", "BlockSource", "Scaling", "Search", "choose", "half_masks", "scale_table", "shift_codes"]
+__all__ = [
+    "ArrayBlocks",
+    "BlockSource",
+    "Scaling",
+    "Search",
+    "choose",
+    "half_masks",
+    "halve",
+    "scale_table",
+    "shift_codes",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -73,15 +84,24 @@ def shift_codes(codes: Bytes, shifts: Ints) -> Bytes:
     return _SHIFT[shifts[:, None] + 3, codes]
 
 
+@lru_cache(maxsize=1024)
 def scale_table(m: int, bias: int = E8M0_BIAS) -> Bytes:
-    """uint8 [256]: the E4M3 code of 2^(k-m) for every E8M0 byte.
+    """uint8 [256], read-only: the E4M3 code of 2^(k-m) for every E8M0 byte.
 
     Exponents outside of the window are clamped to its ends: that is the scale of an all-zero block, whose value no
     scale can change. Byte 255 maps to NaN, so that it could not pass unseen.
     """
     table = [_POWER_CODE[min(max(b - bias - m, E_MIN), E_MAX)] for b in range(256)]
     table[E8M0_NAN] = 0x7F
-    return np.array(table, np.uint8)
+    return np.frombuffer(bytes(table), np.uint8)
+
+
+def halve(scales: Bytes, table: Bytes) -> Bytes:
+    """Two bytes for each: uint8 [n] looked up in uint8 [256] -> uint8 [2n], the scales of both half-blocks."""
+    # bytes.translate and a multiplication: four times as fast as indexing, and NumPy's repeat is slower still.
+    wide = np.frombuffer(scales.tobytes().translate(table.tobytes()), np.uint8).astype(np.uint16)
+    wide *= 0x0101
+    return wide.view(np.uint8)
 
 
 class BlockSource(Protocol):

@@ -22,6 +22,7 @@ from fp4cast.exact import (
     Scaling,
     choose,
     half_masks,
+    halve,
     scale_table,
     shift_bounds,
     shift_codes,
@@ -132,7 +133,7 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     """
     m = scaling.m
     table = scale_table(m if m is not None else 0, bias)
-    block_scales = np.repeat(table[exponents][:, None], 2, axis=1)
+    block_scales = halve(exponents, table).reshape(-1, 2)
     k = exponents.astype(np.int64) - bias
     outside = np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
     if scaling.verbatim or not outside.size:

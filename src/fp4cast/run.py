@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.errors import DestinationError
-from fp4cast.exact import E_MAX, E_MIN, Ints, scale_table
+from fp4cast.exact import E_MAX, E_MIN, Ints, halve, scale_table
 from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, encode
 from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Plan, Scales
@@ -197,7 +197,7 @@ class _Writer:
         """E4M3 bytes [2n] of consecutive blocks from block `start` on; codes are read only outside of the window."""
         m, bias = step.scaling.m, step.pair.bias
         table = scale_table(m if m is not None else 0, bias)
-        out = (table.astype(np.uint16) * 0x0101)[exponents].view(np.uint8)
+        out = halve(exponents, table)
         if step.scaling.verbatim:
             return out
         k = exponents.astype(np.int64) - bias
