@@ -89,7 +89,10 @@ CASES: dict[str, tuple[Callable[..., tuple[Tensors, dict[str, Any]]], list[str],
 
 def make(case: str, path: Path, n: int) -> None:
     tensors, config = CASES[case][0](np.random.default_rng(0), n)
-    write_checkpoint(path, {"model-00001-of-00001.safetensors": tensors}, config)
+    names = list(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    files = {f"model-{i:05d}-of-00002.safetensors": {n: tensors[n] for n in half} for i, half in enumerate(halves, 1)}
+    write_checkpoint(path, files, config)
 
 
 def timed(command: list[str]) -> tuple[float, int]:

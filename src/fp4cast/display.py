@@ -89,13 +89,14 @@ class Meter:
         self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+def _show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows:
         table.add_row(name, text)
-    return table
+    console.print(table)
 
 
 def show_inspection(console: Console, info: Inspection) -> None:
@@ -117,7 +118,7 @@ def show_inspection(console: Console, info: Inspection) -> None:
         layouts.setdefault(target.layout, []).append(target.activations)
     served: dict[str, str] = {target.layout: target.served for target in info.targets}
     rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
-    console.print(_facts(escape(info.source), rows))
+    _show_facts(console, info.source, rows)
     console.print()
     console.print(_spreads(info))
     if inexact:
@@ -182,7 +183,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
             f"{gigabytes(report.bytes['written'])} written, {gigabytes(moved / max(report.seconds, 1e-9))}/s",
         ),
     ]
-    console.print(_facts(f"{verb} {escape(report.destination)}", rows))
+    _show_facts(console, f"{verb} {report.destination}", rows)
     if report.inexact:
         console.print(_inexact(report))
     for difference in report.differences[:_SHOWN]:
@@ -218,12 +219,13 @@ def _inexact(report: Report) -> Table:
 def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """One line a family, and what to do next."""
     table = Table(title="MXFP4 -> NVFP4, a miniature of each family", title_justify="left", box=None, pad_edge=False)
-    for column in ("family", "layout", "spread", "tensors", "verbatim", "shifted", "weights", "a flipped bit"):
-        table.add_column(column, justify="right" if column in ("spread", "tensors", "verbatim", "shifted") else "left")
+    for column in ("family", "as", "spread", "tensors", "verbatim", "shifted", "weights", "flipped bit"):
+        numeric = column in ("spread", "tensors", "verbatim", "shifted")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(
             row["kind"],
-            f"{row['layout']} {row['activations']}",
+            row["activations"].upper(),
             str(row["spread"]),
             str(row["tensors"]["cast"]),
             str(row["half_blocks"]["verbatim"]),
@@ -233,7 +235,7 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print(
-        "\nEvery value of every tensor was compared with its source, then one bit was flipped to see it found.\n"
+        "\nEvery value of every tensor was compared with its source; then one bit was flipped, to see it found.\n"
         "Your own: [bold]fp4cast inspect SRC[/] says what will happen, [bold]fp4cast convert SRC DST[/] does it.\n"
         "SRC is a directory or a model id such as openai/gpt-oss-20b."
     )
