@@ -69,16 +69,18 @@ def test_inspect_json_is_the_contract(miniatures):
     assert document["family"] == "kimi-k3"
     at = "language_model.model.layers.1.block_sparse_moe.experts.0"
     (domain,) = [d for d in document["domains"] if d["name"] == f"{at}.w1+w3"]
+    top = domain["k_max"]
     assert domain == {
         "name": f"{at}.w1+w3",
         "tensors": [f"{at}.w1", f"{at}.w3"],
-        "k_min": -20,
-        "k_max": -2,
+        "k_min": top - 18,
+        "k_max": top,
         "spread": 18,
-        "m": -10,
+        "m": top - 8,
         "exact": True,
         "marlin_exact": False,
     }
+    assert len({d["m"] for d in document["domains"]}) > 3, "domains differ, so that no two could be confused"
 
 
 def test_inspect_of_an_inexact_checkpoint_is_an_answer_not_a_failure(miniatures, tmp_path):

@@ -11,7 +11,7 @@ import fp4cast
 from conftest import DEEPSEEK
 from fp4cast import miniature
 from fp4cast.checkpoint import open_checkpoint
-from fp4cast.shards import File
+from fp4cast.files import File
 from fp4cast.sources import read_source
 from fp4cast.targets import choose_target
 

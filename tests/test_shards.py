@@ -1,7 +1,6 @@
 """Headers are untrusted: one malformed file a cause. What we write, others open."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from fp4cast import shards
 from fp4cast.errors import CheckpointError, HeaderError
-from fp4cast.shards import DTYPE_BITS, File, copy_range, layout, read_header
+from fp4cast.shards import DTYPE_BITS, layout, read_header
 
 
 def write(path, header, data=b"", length=None):
@@ -89,8 +88,6 @@ def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path, monkeypa
 def test_a_missing_file_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         read_header(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="No such file"):
-        File(tmp_path / "nothing")
 
 
 @settings(max_examples=200, deadline=None)
@@ -142,38 +139,3 @@ def test_layouts_are_aligned_and_open_in_the_reference(tmp_path_factory, drawn):
     with safetensors.safe_open(path, "np") as file:
         assert set(file.keys()) == {name for name, _, _ in wanted}
         assert file.metadata() == {"format": "pt"}
-
-
-def test_a_short_read_is_an_error_that_names_the_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(bytes(10))
-    with File(path) as file, pytest.raises(CheckpointError, match="ended at byte 10, expected 6 more"):
-        file.read(8, 8)
-
-
-@pytest.mark.parametrize("gap", [0, 3, 1000])
-def test_gather_equals_indexing(tmp_path, gap):
-    rng = np.random.default_rng(0)
-    data = rng.integers(0, 256, (500, 16), np.uint8)
-    (tmp_path / "x").write_bytes(b"head" + data.tobytes())
-    blocks = np.flatnonzero(rng.random(500) < 0.2)
-    with File(tmp_path / "x") as file:
-        np.testing.assert_array_equal(file.gather(4, blocks, 16, gap), data[blocks])
-        assert file.gather(4, blocks[:0], 16).shape == (0, 16)
-
-
-@pytest.mark.parametrize("kernel", [True, False])
-def test_copy_range(tmp_path, monkeypatch, kernel):
-    if not kernel:
-        monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(OSError(18, "cross-device")))
-    data = os.urandom(1 << 20)
-    (tmp_path / "a").write_bytes(data)
-    target = os.open(tmp_path / "b", os.O_RDWR | os.O_CREAT)
-    done = []
-    with File(tmp_path / "a") as source:
-        copy_range(source, 100, target, 7, 1_000_000, done.append)
-        with pytest.raises(CheckpointError, match="ended at byte"):
-            copy_range(source, 0, target, 1 << 21, (1 << 20) + 1)
-    os.close(target)
-    assert (tmp_path / "b").read_bytes()[7 : 7 + 1_000_000] == data[100 : 100 + 1_000_000]
-    assert sum(done) == 1_000_000

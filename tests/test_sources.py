@@ -9,9 +9,9 @@ import pytest
 from fp4cast import miniature
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import PartnerError, ShapeError, UnsupportedError
+from fp4cast.files import File
 from fp4cast.formats import mxfp4_values
 from fp4cast.scan import group_domains
-from fp4cast.shards import File
 from fp4cast.sources import fused_group, manifest, read_source
 
 FAMILY = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from typing import Any
 
 from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 from fp4cast.shards import Shard, Tensor, read_header
+from fp4cast.workers import workers
 
 __all__ = ["CONFIG", "INDEX", "QUANT_CONFIG", "RECEIPT", "SINGLE", "Checkpoint", "open_checkpoint", "read_json"]
 
@@ -27,9 +27,9 @@ RECEIPT = "fp4cast.json"
 MAX_JSON_BYTES = 1 << 30
 
 # Weights in other formats and other tools' leavings: never carried along.
-_SKIPPED_DIRECTORIES = {"original", "metal", "onnx", "__pycache__", ".cache", ".git"}
+_SKIPPED_DIRECTORIES = {"original", "metal", "onnx", "__pycache__"}
 _SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".lock", ".incomplete"}
-_SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT, ".gitattributes"}
+_SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Checkpoint:
         for path in sorted(self.path.rglob("*")):
             relative = PurePosixPath(path.relative_to(self.path).as_posix())
             skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
-            if not skipped and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
                 self._check_link(path)
                 yield relative
 
@@ -173,7 +174,7 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
             f"{path / INDEX}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
             "Finish the download."
         )
-    with ThreadPoolExecutor(8) as pool:
+    with workers(8) as pool:
         shards = dict(zip(files, pool.map(lambda file: read_header(path / file), files), strict=True))
     if weights:
         _check_index(path, weights, shards)

@@ -81,7 +81,8 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     section = manifest(config)[1]
     method, algorithm = section.get("quant_method"), section.get("quant_algo")
     ignore = _strings(section.get("ignore"))
-    if method == "compressed-tensors" and section.get("format") == "nvfp4-pack-quantized":
+    formats = {"nvfp4-pack-quantized", "mixed-precision"}
+    if method == "compressed-tensors" and section.get("format") in formats:
         activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
         return Claims("compressed-tensors", activations, None, ignore)
     if algorithm in ("NVFP4", "W4A16_NVFP4") and method == "modelopt":

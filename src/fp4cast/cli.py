@@ -70,9 +70,10 @@ def _say(as_json: bool) -> Console:
 
 
 def _fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
+    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}, indent=2))
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _print_json({"error": {"type": type(error).__name__, "message": message}})
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
 

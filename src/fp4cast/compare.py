@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fp4cast.files import CHUNK_BYTES, Files
 from fp4cast.formats import E4M3, E8M0, E8M0_BIAS, Bytes, Float64s, mxfp4_values, nvfp4_values
-from fp4cast.shards import CHUNK_BYTES, Files, Tensor
+from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES, Pair
 
 __all__ = ["Comparison", "compare_bytes", "compare_pair"]

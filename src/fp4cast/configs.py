@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp4cast.checkpoint import CONFIG, QUANT_CONFIG
+from fp4cast.errors import UsageError
 from fp4cast.shards import Tensor
 from fp4cast.sources import Pair, Source, manifest
 from fp4cast.targets import Target
@@ -19,6 +20,7 @@ from fp4cast.targets import Target
 __all__ = ["documents", "to_bytes"]
 
 GROUP_SIZE = 16
+_UNQUANTIZED = {"BF16", "F16", "F32", "F64"}
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+$")
 
 
@@ -112,6 +114,7 @@ def _modelopt(
     source: Source, target: Target, modules: Sequence[str], kept: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(quantization_config without producer, `quantization` of hf_quant_config.json)."""
+    _refuse_other_groups(source, kept)
     ignore = _gpt_oss_ignore(kept) if source.family.blocked else list(kept)
     if _is_plain(source, modules, ignore):
         section: dict[str, Any] = {
@@ -134,6 +137,18 @@ def _modelopt(
         "quantized_layers": layers,
     }
     return section, _quantization("MIXED_PRECISION", [], layers)
+
+
+def _refuse_other_groups(source: Source, kept: Sequence[str]) -> None:
+    """ModelOpt's configs could not say how a source's other quantized groups (FP8 attention, say) are stored."""
+    tensors = source.checkpoint.tensors
+    for module in kept:
+        weight = tensors.get(f"{module}.weight") or tensors[f"{module}.weight_packed"]
+        if weight.dtype not in _UNQUANTIZED:
+            raise UsageError(
+                f"{source.checkpoint.path}: {weight} is quantized in another way than MXFP4, which the modelopt layout "
+                "of this family cannot say; use --layout compressed-tensors, which keeps the other groups as they are"
+            )
 
 
 def _quantization(
@@ -199,7 +214,7 @@ def _compressed(config: Mapping[str, Any], target: Target, kept: Sequence[str]) 
     groups = groups if isinstance(groups, dict) and groups else {"group_0": {"targets": ["Linear"]}}
     section |= {
         "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
+        "format": "mixed-precision" if section.get("format") == "mixed-precision" else "nvfp4-pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {name: _compressed_group(group, target) for name, group in groups.items()},
         "ignore": ignore + [module for module in kept if not any(_ignored(entry, module) for entry in ignore)],

@@ -19,7 +19,7 @@ from typing import Any
 from fp4cast import __version__
 from fp4cast.checkpoint import CONFIG, RECEIPT, open_checkpoint
 from fp4cast.configs import to_bytes
-from fp4cast.errors import CheckpointError, DestinationError, VerificationError
+from fp4cast.errors import CheckpointError, DestinationError, Fp4CastError, VerificationError
 from fp4cast.inputs import InputScalesLike
 from fp4cast.plan import Plan, make_plan, stamp
 from fp4cast.report import InexactTensor, Report, digest, inexact_tensor
@@ -109,7 +109,11 @@ def _staging(destination: Path, plan: Plan, *, resume: bool) -> Iterator[Path]:
         except OSError as error:
             raise DestinationError(f"{destination}: another fp4cast is writing it ({staging})") from error
         _adopt(staging, state, plan, resume=resume)
-        yield staging
+        try:
+            yield staging
+        except Fp4CastError as error:
+            error.add_note(f"What is finished lies in {staging}: --resume goes on from there; or delete it.")
+            raise
     finally:
         os.close(lock)
 
@@ -166,11 +170,14 @@ def _write_documents(plan: Plan, staging: Path) -> None:
 def _write_receipt(plan: Plan, staging: Path, report: Report) -> None:
     """fp4cast.json: what was made, and the digests by which rounded tensors are recognised. The same on every run."""
     written = open_checkpoint(staging, f"{STATE}/{CONFIG}").tensors
-    digests = {}
+    digests: dict[str, str] = {}
     for tensor in report.inexact:
         names = plan.target.names(tensor.name)
         digests[tensor.name] = digest([written[names.codes], written[names.block_scale], written[names.tensor_scale]])
-    receipt = {"fp4cast": __version__, **report.facts(), "digests": digests}
+    receipt: dict[str, Any] = {"fp4cast": __version__, **report.facts(), "digests": digests}
+    if plan.target.activations == "w4a4":
+        modules = (pair.module for domain in plan.domains for pair in domain.pairs)
+        receipt["input_scales"] = digest([written[plan.target.names(module).input_scale] for module in sorted(modules)])
     (staging / RECEIPT).write_bytes(to_bytes(receipt))
 
 
@@ -187,7 +194,7 @@ def _verified(
         shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
         raise VerificationError(
             f"{destination}: what was written differs from {source} in {len(found.differences)} places; "
-            f"nothing was published ({staging}):\n{shown}"
+            f"nothing was published:\n{shown}"
         )
     return replace(found, destination=report.destination, bytes=report.bytes)
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from fp4cast.checkpoint import read_json
 from fp4cast.errors import InputScaleError, UsageError
+from fp4cast.files import File
 from fp4cast.formats import E4M3_MAX
-from fp4cast.shards import File, Tensor, read_header
+from fp4cast.shards import Tensor, read_header
 
 __all__ = ["InputScales", "InputScalesLike", "load_input_scales"]
 

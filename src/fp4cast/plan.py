@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -120,6 +120,9 @@ class Plan:
         digest.update(f"{self.stamps}\n".encode())
         for output in self.shards:
             digest.update(output.file.encode() + output.layout.header)
+            for tensor in output.outputs:
+                if isinstance(tensor.step, Constant):
+                    digest.update(tensor.step.data)
         for domain in self.domains:
             digest.update(f"{domain.name} {domain.scaling}\n".encode())
         for name, data in sorted(self.documents.items()):
@@ -156,7 +159,7 @@ def make_plan(
     target = choose_target(source.family, layout, activations)
     cast = castable(source, target)
     amax = _activation_scales(target, input_scales, cast)
-    domains = tuple(scan(cast, inexact=inexact, jobs=jobs, progress=progress))
+    domains = tuple(_storable(d, target) for d in scan(cast, inexact=inexact, jobs=jobs, progress=progress))
     shards = tuple(_shards(source, target, domains, amax))
     files = documents(source, target, cast, __version__)
     return Plan(
@@ -194,6 +197,15 @@ def castable(source: Source, target: Target) -> list[Pair]:
             f"{source.family.title} casts; nothing was written"
         )
     return cast
+
+
+def _storable(domain: Domain, target: Target) -> Domain:
+    """The domain under the tensor scale that a reader will see: where 1/S is stored, FP32 rounds that."""
+    scaling = domain.scaling
+    if not target.reciprocal or scaling.m is not None:
+        return domain
+    seen = 1.0 / float(np.float32(1.0 / scaling.tensor_scale))
+    return replace(domain, scaling=replace(scaling, tensor_scale=seen))
 
 
 def _float32(value: float | np.float32) -> Constant:

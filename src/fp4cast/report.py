@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp4cast.shards import CHUNK_BYTES, Files, Tensor
+from fp4cast.files import CHUNK_BYTES, Files
+from fp4cast.shards import Tensor
 
 __all__ = ["Difference", "InexactTensor", "Report", "digest", "inexact_tensor"]
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import numpy as np
 
 from fp4cast.errors import DestinationError
 from fp4cast.exact import E_MAX, E_MIN, Ints, halve, scale_table
+from fp4cast.files import CHUNK_BYTES, Files, copy_range, write_all
 from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, encode
 from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Plan, Scales
-from fp4cast.shards import CHUNK_BYTES, Files, copy_range, write_all
 from fp4cast.sources import BLOCK_BYTES, Pair
+from fp4cast.workers import workers
 
 __all__ = ["Tally", "run"]
 
@@ -61,10 +61,6 @@ class Tally:
 Tallies = dict[str, Tally]
 
 
-class _Stopped(Exception):  # noqa: N818
-    """Another shard failed, or the user asked to stop."""
-
-
 def run(
     plan: Plan,
     directory: Path,
@@ -85,24 +81,16 @@ def run(
     Returns:
         By module, what was done to the tensors whose codes had to be looked at.
     """
-    stop = threading.Event()
+    with workers(jobs) as pool:
 
-    def report(nbytes: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        progress(nbytes)
+        def report(nbytes: int) -> None:
+            pool.check()
+            progress(nbytes)
 
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         tasks = [pool.submit(_finish_shard, shard, directory, state, report) for shard in plan.shards]
-        try:
-            wait(tasks, return_when=FIRST_EXCEPTION)
-        finally:
-            if any(not task.done() or task.cancelled() or task.exception() for task in tasks):
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-    failed = [error for task in tasks if not task.cancelled() and (error := task.exception())]
-    for error in sorted(failed, key=lambda e: isinstance(e, _Stopped)):
-        raise error
+        # In the order of completion, so that the first error stops the rest.
+        for task in as_completed(tasks):
+            task.result()
     return {module: tally for task in tasks for module, tally in task.result().items()}
 
 

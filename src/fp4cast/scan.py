@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fp4cast.errors import InexactError, UsageError
 from fp4cast.exact import BlockSource, Ints, Scaling, Search, choose
+from fp4cast.files import CHUNK_BYTES, Files
 from fp4cast.formats import Bytes
 from fp4cast.nearest import choose_nearest
-from fp4cast.shards import CHUNK_BYTES, Files
 from fp4cast.sources import BLOCK_BYTES, Pair, fused_group
+from fp4cast.workers import workers
 
 __all__ = ["Domain", "FileBlocks", "group_domains", "scan"]
 
@@ -109,10 +108,11 @@ def scan(
         raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
     groups = group_domains(pairs)
     total = sum(pair.scales.nbytes for pair in pairs)
-    with Files() as files, ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+    with Files() as files, workers(jobs) as pool:
 
         def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
             domains = [_scan_one(name, members, files, inexact == "nearest") for name, members in part]
+            pool.check()
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains
 

@@ -1,4 +1,4 @@
-"""safetensors files as byte ranges: headers parsed as untrusted input, reads without loading, a streaming writer.
+"""safetensors headers: parsed as untrusted input, and laid out before the first byte of a new file is written.
 
 The format: 8 bytes little-endian header length, a JSON header, then the tensors back to back. The checks are those of
 the reference implementation and a few more; nothing is allocated before the length that asks for it has been checked
@@ -10,34 +10,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fp4cast.errors import CheckpointError, HeaderError
-from fp4cast.formats import Bytes
 
 __all__ = [
-    "CHUNK_BYTES",
     "DTYPE_BITS",
-    "File",
-    "Files",
     "Layout",
     "Shard",
     "Tensor",
-    "copy_range",
     "layout",
     "read_header",
 ]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
-CHUNK_BYTES = 8 << 20  # what one step of reading or copying holds in memory
-COPY_BYTES = 64 << 20  # what the kernel copies between two reports of progress
 
 # safetensors' dtypes and their widths in bits.
 DTYPE_BITS = {
@@ -166,124 +155,6 @@ def read_header(path: Path) -> Shard:
     tensors = {name: _entry(path, name, entry, base) for name, entry in header.items()}
     _check_contiguous(path, tensors.values(), base, size)
     return Shard(path, tensors, metadata, size)
-
-
-class File:
-    """A file opened for reading ranges of it; a short read is an error, never a silent zero."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        self.path = path
-
-    def __enter__(self) -> File:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self.fd)
-
-    def read(self, start: int, nbytes: int) -> Bytes:
-        """Bytes [start, start + nbytes) as uint8 [nbytes]."""
-        out = np.empty(nbytes, np.uint8)
-        self.read_into(start, out)
-        return out
-
-    def read_into(self, start: int, out: Bytes) -> None:
-        """Fill a contiguous array from `start` on."""
-        view, done = out.data.cast("B"), 0
-        while done < len(view):
-            got = os.preadv(self.fd, [view[done:]], start + done)
-            if got <= 0:
-                raise CheckpointError(
-                    f"{self.path}: ended at byte {start + done}, expected {len(view) - done} more. "
-                    "It was truncated while it was read."
-                )
-            done += got
-
-    def gather(self, start: int, blocks: np.ndarray[Any, np.dtype[np.int64]], size: int, gap: int = 256) -> Bytes:
-        """Records of `size` bytes at ascending positions, near ones with one read: uint8 [len(blocks), size]."""
-        out = np.empty((len(blocks), size), np.uint8)
-        cuts = np.flatnonzero(np.diff(blocks) > gap) + 1
-        bounds = [0, *cuts.tolist(), len(blocks)]
-        for a, b in pairwise(bounds):
-            if a < b:
-                first, last = int(blocks[a]), int(blocks[b - 1])
-                records = self.read(start + first * size, (last - first + 1) * size).reshape(-1, size)
-                out[a:b] = records[blocks[a:b] - first]
-        return out
-
-
-class Files:
-    """Files opened for reading once each, shared by threads, closed together."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, File] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def __getitem__(self, path: Path) -> File:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = File(path)
-            return self._files[path]
-
-
-def copy_range(
-    source: File,
-    start: int,
-    target: int,
-    offset: int,
-    nbytes: int,
-    progress: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Copy bytes between files inside the kernel where it can, through one small buffer elsewhere.
-
-    Args:
-        source: the file to read.
-        start: first byte there.
-        target: descriptor of the file to write.
-        offset: where they go.
-        nbytes: how many.
-        progress: called with the number of bytes just copied; may raise to stop.
-    """
-    done, in_kernel = 0, True
-    while done < nbytes:
-        if in_kernel:
-            got = _kernel_copy(source, start + done, target, offset + done, min(COPY_BYTES, nbytes - done))
-            in_kernel = got > 0
-        else:
-            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done))
-            write_all(target, offset + done, chunk)
-            got = len(chunk)
-        done += got
-        progress(got)
-
-
-def _kernel_copy(source: File, start: int, target: int, offset: int, nbytes: int) -> int:
-    """Bytes copied; 0 where this kernel cannot copy between these files, or where the source ends."""
-    try:
-        return os.copy_file_range(source.fd, target, nbytes, start, offset)
-    except OSError:
-        return 0  # the plain way follows, and meets any real error again
-
-
-def write_all(target: int, offset: int, data: Bytes) -> None:
-    """Write all of `data` at `offset`."""
-    view, done = data.data.cast("B"), 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], offset + done)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Family:
         codes_dtype: safetensors dtype of the codes.
         scales_dtypes: safetensors dtypes of the scales.
         blocked: codes are [E, N, K/32, 16] for a whole bank of experts; otherwise [N, K/2] for one projection.
-        module: what a module's name contains in this family; codes of such a module must have scales.
+        module: a pattern that some module's name matches, for the family to be this one.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Family:
 # The first family with a pair of tensors in the checkpoint is the checkpoint's.
 FAMILIES = (
     Family("gpt-oss", "gpt-oss", "_blocks", "_scales", "U8", frozenset({"U8"}), blocked=True),
-    Family("deepseek-v4", "DeepSeek-V4", ".weight", ".scale", "I8", frozenset({"F8_E8M0"}), module=".experts."),
+    Family("deepseek-v4", "DeepSeek-V4", ".weight", ".scale", "I8", frozenset({"F8_E8M0"}), module=r"\.experts\."),
     Family(
         "kimi-k3",
         "Kimi-K3",
@@ -57,7 +57,7 @@ FAMILIES = (
         ".weight_scale",
         "U8",
         frozenset({"U8", "F8_E8M0"}),
-        module=".block_sparse_moe.experts.",
+        module=r"^language_model\.model\.layers\.\d+\.block_sparse_moe\.experts\.",
     ),
     Family(
         "compressed-tensors",
@@ -199,8 +199,8 @@ def _find_pairs(family: Family, tensors: Mapping[str, Tensor], bias: int) -> dic
             continue
         module = name.removesuffix(family.codes)
         scales = tensors.get(module + family.scales)
-        if scales is None and family.module not in name:
-            continue  # another tensor of one-byte integers
+        if scales is None and family.codes == ".weight" and not re.search(family.module, name):
+            continue  # another table of one-byte integers
         if scales is None:
             raise PartnerError(
                 f"{codes.path}: {codes} has no scales: expected {module + family.scales!r} in one of the shards"
@@ -224,7 +224,7 @@ def _check_orphans(family: Family, tensors: Mapping[str, Tensor], pairs: Mapping
 def _matches(family: Family, tensors: Mapping[str, Tensor]) -> bool:
     """Whether some tensor has the family's codes, and scales of the family's dtype (or none that is known at all)."""
     for name, tensor in tensors.items():
-        if tensor.dtype == family.codes_dtype and name.endswith(family.codes) and family.module in name:
+        if tensor.dtype == family.codes_dtype and name.endswith(family.codes) and re.search(family.module, name):
             module = name.removesuffix(family.codes)
             scales = tensors.get(module + family.scales)
             if scales is not None and scales.dtype in family.scales_dtypes:

@@ -7,10 +7,8 @@ cannot share their mistakes.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ import numpy as np
 from fp4cast.checkpoint import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, open_checkpoint, read_json
 from fp4cast.claims import Claims, config_faults, read_claims
 from fp4cast.compare import Comparison, compare_bytes, compare_pair
+from fp4cast.files import Files
 from fp4cast.report import Difference, InexactTensor, Report, digest, inexact_tensor
-from fp4cast.shards import Files, Tensor
+from fp4cast.shards import Tensor
 from fp4cast.sources import Pair, Source, fused_group, read_source
 from fp4cast.targets import Target, choose_target
+from fp4cast.workers import workers
 
 __all__ = ["verify_checkpoint"]
 
@@ -73,13 +73,15 @@ def verify_checkpoint(
     work = _open(source, destination, config)
     total = work.source.checkpoint.total_size + work.destination.total_size
 
-    def read(nbytes: int) -> None:
-        progress(nbytes, total)
-
     differences = [*_structure(work), *_documents(work, config)]
     measured: dict[str, Comparison] = {}
     wrong = {difference.name for difference in differences}
-    with Files() as files, ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+    with Files() as files, workers(jobs) as pool:
+
+        def read(nbytes: int) -> None:
+            pool.check()
+            progress(nbytes, total)
+
         pairs = [pair for pair in work.cast if not wrong.intersection(work.target.names(pair.module))]
         results = pool.map(lambda pair: _compare(work, pair, files, read), pairs)
         copies = pool.map(lambda tensor: _copied(work, tensor, files, read), list(_untouched(work, wrong)))
@@ -88,7 +90,7 @@ def verify_checkpoint(
             if comparison is not None:
                 measured[pair.module] = comparison
         differences += [fault for faults in copies for fault in faults]
-    differences += _shared_scales(work, wrong)
+    differences += [*_shared_scales(work, wrong), *_input_scales(work, wrong)]
     return _report(work, destination, measured, differences, time.monotonic() - begin)
 
 
@@ -232,6 +234,16 @@ def _untouched(work: _Work, wrong: set[str]) -> Iterator[Tensor]:
 def _copied(work: _Work, tensor: Tensor, files: Files, progress: Progress) -> Differences:
     at = compare_bytes(tensor, work.destination.tensors[tensor.name], files, progress)
     return [] if at is None else [Difference(tensor.name, "bytes", f"differs from the source from byte {at} on")]
+
+
+def _input_scales(work: _Work, wrong: set[str]) -> Iterator[Difference]:
+    """Input scales are as they were written: no value of the source says what they must be."""
+    announced = work.receipt.get("input_scales")
+    names = [work.target.names(module).input_scale for module in sorted(pair.module for pair in work.cast)]
+    if work.target.activations == "w4a16" or announced is None or wrong.intersection(names):
+        return
+    if digest([work.destination.tensors[name] for name in names]) != announced:
+        yield Difference(RECEIPT, "values", "the input scales are not those that the conversion wrote")
 
 
 def _shared_scales(work: _Work, wrong: set[str]) -> Iterator[Difference]:
