@@ -20,13 +20,14 @@ from fp4cast import __version__
 from fp4cast.checkpoint import CONFIG, RECEIPT, open_checkpoint
 from fp4cast.configs import to_bytes
 from fp4cast.errors import CheckpointError, DestinationError, Fp4CastError, VerificationError
+from fp4cast.hub import resolve
 from fp4cast.inputs import InputScalesLike
 from fp4cast.plan import Plan, make_plan, stamp
 from fp4cast.report import InexactTensor, Report, digest, inexact_tensor
 from fp4cast.run import Tallies, run
 from fp4cast.verify import verify_checkpoint
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["convert"]
 
 STATE = ".state"
 FREE_MARGIN = 64 << 20
@@ -34,9 +35,9 @@ FREE_MARGIN = 64 << 20
 Progress = Callable[[str, int, int], None]  # (phase, bytes just done, bytes in all)
 
 
-def convert_checkpoint(
-    source: Path,
-    destination: Path,
+def convert(
+    src: str | Path,
+    dst: str | Path,
     *,
     layout: str = "modelopt",
     activations: str | None = None,
@@ -48,8 +49,30 @@ def convert_checkpoint(
     verify: bool = True,
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """Convert one directory into another; see `fp4cast.convert`."""
+    """Convert an MXFP4 checkpoint into an NVFP4 one.
+
+    Args:
+        src: a directory, or a Hugging Face model id.
+        dst: the directory to make.
+        layout: "modelopt" or "compressed-tensors".
+        activations: "w4a16" or "w4a4"; None for w4a16 where the family can be served so.
+        input_scales: for w4a4: a number (the input_scale of every projection), or a mapping or file (JSON,
+            safetensors) of projection name -> amax of its input.
+        inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
+        jobs: threads; None for one a core.
+        resume: go on with an interrupted conversion of the same source and options.
+        overwrite: replace an existing `dst`, once the new one is complete.
+        verify: read everything again and compare every value before `dst` appears.
+        progress: called, from worker threads, with (phase, bytes just done, bytes in all or 0).
+
+    Returns:
+        What was done, measured on what was written.
+
+    Raises:
+        Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
+    """
     begin = time.monotonic()
+    source, destination = resolve(src), Path(dst)
     check_destination(source, destination, overwrite=overwrite)
     plan = make_plan(
         source,

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp4cast.api import convert, inspect, verify
 from fp4cast.checkpoint import open_checkpoint
+from fp4cast.conversion import convert
+from fp4cast.inspection import inspect
 from fp4cast.miniature import KINDS, make
+from fp4cast.verify import verify
 
 __all__ = ["run_demo"]
 

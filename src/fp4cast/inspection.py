@@ -9,12 +9,13 @@ from typing import Any
 
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import UsageError
+from fp4cast.hub import resolve
 from fp4cast.plan import castable
 from fp4cast.scan import Domain, scan
 from fp4cast.sources import read_source
 from fp4cast.targets import LAYOUTS, Target, choose_target
 
-__all__ = ["Inspection", "inspect_checkpoint"]
+__all__ = ["Inspection", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,23 @@ def _domain_json(domain: Domain) -> dict[str, Any]:
     }
 
 
-def inspect_checkpoint(
-    path: Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
+def inspect(
+    src: str | Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Inspection:
-    """Read headers and scales; see `fp4cast.inspect`."""
+    """Say what a checkpoint is and what a conversion would do; nothing is written.
+
+    Args:
+        src: a directory, or a Hugging Face model id.
+        jobs: threads; None for one a core.
+        progress: called, from worker threads, with the number of scale bytes just read, and of all.
+
+    Returns:
+        Family, scale domains with their spreads and windows, sizes.
+
+    Raises:
+        CheckpointError: the source is malformed, or holds nothing to cast.
+    """
+    path = resolve(src)
     source = read_source(open_checkpoint(path))
     targets = []
     for layout in LAYOUTS:

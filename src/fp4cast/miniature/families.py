@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fp4cast.formats import Bytes
-from fp4cast.miniature import VOCABULARY, Draft, mxfp4
+from fp4cast.miniature.draft import VOCABULARY, Draft, mxfp4
 
 __all__ = ["MAKERS"]
 

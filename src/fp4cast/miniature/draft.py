@@ -1,9 +1,4 @@
-"""Faithful small checkpoints of every family: real names, dtypes, configs and shard splits, and the known traps.
-
-Used by `fp4cast demo`, the tests and the benchmarks. All are exact; each plants, in a few blocks, what real files hold
-and naive casts get wrong: codes of -0, blocks of zeros with scale bytes 0, 126 and far outside of the window, a spread
-of 18 that a shift saves, scale byte 0 with non-zero codes, pairs and fused projections split across shards.
-"""
+"""What miniatures are drafted with: random weights like those of trained models, the traps, and the files."""
 
 from __future__ import annotations
 
@@ -20,10 +15,9 @@ from fp4cast import shards
 from fp4cast.formats import Bytes
 from fp4cast.sources import fused_group
 
-__all__ = ["KINDS", "make", "mxfp4", "write_checkpoint"]
+__all__ = ["VOCABULARY", "Draft", "mxfp4", "write_checkpoint"]
 
 VOCABULARY = 256
-KINDS = ("gpt-oss", "deepseek-v4", "deepseek-v4.1", "kimi-k3", "moe", "dense", "dense-0.13")
 CENTER = 117  # the most frequent scale byte of the lowest domain
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -107,36 +101,6 @@ def _plant(codes: Bytes, scales: Bytes, top: int, *, reaches_top: bool) -> None:
     codes[-3], scales[-3] = 0x80, 200  # an exponent that would zero the whole tensor if it counted
     codes[-4], scales[-4] = 0x75, top - 18  # magnitudes {3, 6}: exact one binade below the window, by a shift
     codes[-5, ::2] = 0x08  # -0 beside values
-
-
-def make(kind: str, path: Path, *, seed: int = 0, traps: bool = True) -> Path:
-    """Write a small checkpoint.
-
-    Args:
-        kind: one of `KINDS`.
-        path: the directory to make.
-        seed: of all its numbers.
-        traps: plant the traps; without them all half-blocks of all tensors stay verbatim.
-
-    Returns:
-        `path`.
-    """
-    from fp4cast.miniature_kinds import MAKERS  # which is written in terms of this module
-
-    draft = Draft(np.random.default_rng(seed), traps)
-    MAKERS[kind](draft)
-    first = 0 if kind == "gpt-oss" else 1  # gpt-oss numbers its shards from 0
-    names = [f"model-{first + i:05d}-of-{len(draft.files):05d}.safetensors" for i in range(len(draft.files))]
-    write_checkpoint(path, dict(zip(names, draft.files, strict=True)), draft.config)
-    (path / "generation_config.json").write_text('{"do_sample": true}\n')
-    (path / "LICENSE").write_text("A licence that has to travel with the weights.\n")
-    (path / "encoding").mkdir()
-    (path / "encoding" / "tokens.py").write_text("TOKENS = 256\n")
-    if kind == "gpt-oss":
-        for decoy in ("original/model.safetensors", "metal/model.bin"):
-            (path / decoy).parent.mkdir()
-            (path / decoy).write_bytes(b"another format of the same weights")
-    return path
 
 
 def write_checkpoint(

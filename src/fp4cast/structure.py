@@ -1,0 +1,116 @@
+"""What verification can see without looking at a weight: names, dtypes, shapes, index, configs, companions.
+
+Part of the independent witness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4cast.checkpoint import INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, open_checkpoint, read_json
+from fp4cast.claims import Claims, config_faults, read_claims
+from fp4cast.report import Difference
+from fp4cast.sources import Pair, Source, read_source
+from fp4cast.targets import Target, choose_target
+
+__all__ = ["Work", "documents", "open_both", "structure"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Both sides, opened and recognised.
+
+    Attributes:
+        source: the MXFP4 checkpoint and its pairs.
+        destination: the NVFP4 checkpoint.
+        target: the layout that the destination's config claims.
+        claims: what that config says of each module.
+        receipt: the destination's fp4cast.json, empty where there is none.
+    """
+
+    source: Source
+    destination: Checkpoint
+    target: Target
+    claims: Claims
+    receipt: Mapping[str, Any]
+
+    @property
+    def cast(self) -> list[Pair]:
+        """The pairs that the layout casts."""
+        return [pair for pair in self.source.pairs.values() if self.target.casts(pair)]
+
+
+def open_both(source: Path, destination: Path, config: str) -> Work:
+    """Open both checkpoints and recognise what they claim to be."""
+    found = read_source(open_checkpoint(source))
+    opened = open_checkpoint(destination, config)
+    claims = read_claims(opened.config)
+    receipt = read_json(destination / RECEIPT) if (destination / RECEIPT).exists() else {}
+    return Work(found, opened, choose_target(found.family, claims.layout, claims.activations), claims, receipt)
+
+
+def _expected(work: Work) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every tensor that the destination must hold."""
+    table = {name: (tensor.dtype, tensor.shape) for name, tensor in work.source.checkpoint.tensors.items()}
+    for pair in work.cast:
+        del table[pair.codes.name], table[pair.scales.name]
+        names = work.target.names(pair.module)
+        table[names.codes] = ("U8", work.target.codes_shape(pair))
+        table[names.block_scale] = ("F8_E4M3", work.target.block_scale_shape(pair))
+        table[names.tensor_scale] = ("F32", work.target.scalar_shape)
+        if work.target.activations == "w4a4":
+            table[names.input_scale] = ("F32", work.target.scalar_shape)
+    return table
+
+
+def structure(work: Work) -> Iterator[Difference]:
+    """Every source tensor has its counterpart, of the right dtype and shape, and nothing else is there."""
+    expected, actual = _expected(work), work.destination.tensors
+    for name, (dtype, shape) in expected.items():
+        tensor = actual.get(name)
+        if tensor is None:
+            yield Difference(name, "missing", "is not in the destination")
+        elif tensor.dtype != dtype:
+            yield Difference(name, "dtype", f"expected {dtype}, got {tensor.dtype}")
+        elif tensor.shape != shape:
+            yield Difference(name, "shape", f"expected {list(shape)}, got {list(tensor.shape)}")
+    for name in actual.keys() - expected.keys():
+        yield Difference(name, "unexpected", "has no counterpart in the source")
+
+
+def documents(work: Work, config: str) -> Iterator[Difference]:
+    """Index, configs and companions agree with the tensors and with the source."""
+    path = work.destination.path
+    if (path / INDEX).exists():
+        metadata = read_json(path / INDEX).get("metadata")
+        claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if claimed != work.destination.total_size:
+            yield Difference(INDEX, "index", f"total_size is {claimed}, the tensors take {work.destination.total_size}")
+    beside = read_json(path / QUANT_CONFIG) if (path / QUANT_CONFIG).exists() else None
+    for fault in config_faults(work.destination.config, beside):
+        yield Difference(config, "config", fault)
+    yield from _claimed(work, config)
+    for name in work.source.checkpoint.companions():
+        try:
+            same = (path / name).read_bytes() == (work.source.checkpoint.path / name).read_bytes()
+        except OSError as error:
+            yield Difference(str(name), "file", f"cannot be read: {error.strerror}")
+        else:
+            if not same:
+                yield Difference(str(name), "file", "differs from the source's")
+
+
+def _claimed(work: Work, config: str) -> Iterator[Difference]:
+    """The config says NVFP4 of every module that was cast, and of no other."""
+    cast = {pair.module for pair in work.cast}
+    for module in sorted(cast):
+        if not work.claims.quantized(module):
+            yield Difference(config, "config", f"{module} was cast, but the config does not say that it is NVFP4")
+    parts = {name for pair in work.cast for name in (pair.codes.name, pair.scales.name)}
+    for name, tensor in work.source.checkpoint.tensors.items():
+        module = name.removesuffix(".weight").removesuffix(".weight_packed")
+        if name not in parts and module != name and len(tensor.shape) >= 2 and work.claims.quantized(module):
+            yield Difference(config, "config", f"{module} was not cast, but the config says that it is NVFP4")
