@@ -40,7 +40,7 @@ MALFORMED = {
     "UTF-16": ('{"a": 1}'.encode("utf-16"), b"", "not valid JSON"),
     "too deep": (b"[" * 100_000, b"", "not valid JSON"),
     "a list": (b"[]", b"", "must be a JSON object"),
-    "a lone surrogate": (b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "not valid JSON"),
+    "a lone surrogate": (b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "lone surrogate"),
     "a name twice": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', b"", "occurs twice"),
     "metadata of numbers": ({"__metadata__": {"x": 1}}, b"", "strings to strings"),
     "metadata list": ({"__metadata__": []}, b"", "strings to strings"),

@@ -11,8 +11,9 @@ from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import PartnerError, ShapeError, UnsupportedError
 from fp4cast.files import File
 from fp4cast.formats import mxfp4_values
+from fp4cast.manifest import manifest
 from fp4cast.scan import group_domains
-from fp4cast.sources import fused_group, manifest, read_source
+from fp4cast.sources import fused_group, read_source
 
 FAMILY = {
     "gpt-oss": ("gpt-oss", 4),

@@ -28,6 +28,7 @@ MAX_JSON_BYTES = 1 << 30
 
 # Weights in other formats and other tools' leavings: never carried along.
 _SKIPPED_DIRECTORIES = {"original", "metal", "onnx", "__pycache__"}
+_SKIPPED_ENDINGS = (".bin.index.json", ".safetensors.index.json")
 _SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".lock", ".incomplete"}
 _SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
 
@@ -70,22 +71,28 @@ class Checkpoint:
         for path in sorted(self.path.rglob("*")):
             relative = PurePosixPath(path.relative_to(self.path).as_posix())
             skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
+            skipped = skipped or relative.name.endswith(_SKIPPED_ENDINGS)
             hidden = any(part.startswith(".") for part in relative.parts)
             if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
-                self._check_link(path)
+                check_link(self.path, path)
                 yield relative
 
-    def _check_link(self, path: Path) -> None:
-        """A link may lead into the directory or into the hub cache's blobs, not to somebody's private files."""
-        roots = [self.path.resolve()]
-        if roots[0].parent.name == "snapshots":
-            roots.append(roots[0].parent.parent / "blobs")
-        target = path.resolve()
-        if not any(target.is_relative_to(root) for root in roots):
-            raise CheckpointError(
-                f"{path}: is a link to {target}, outside of the checkpoint; expected a file inside. "
-                "Replace the link by the file that you want to carry along, or remove it."
-            )
+
+def check_link(root: Path, path: Path) -> None:
+    """A link may lead into the checkpoint or into the hub cache's blobs, not to somebody's private files.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    roots = [root.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside of the checkpoint; expected a file inside. "
+            "Replace the link by the file that you want to carry along, or remove it."
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,9 +102,13 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, unreadable, too large, or no JSON object.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON are more than the {MAX_JSON_BYTES} allowed")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than the {MAX_JSON_BYTES} bytes of JSON that are allowed")
+        document = json.loads(raw.decode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -161,6 +172,9 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not a directory")
+    for name in (INDEX, config):
+        if (path / name).exists():
+            check_link(path, path / name)
     if (path / INDEX).exists():
         weights = _weight_map(path)
         files = sorted(set(weights.values()))

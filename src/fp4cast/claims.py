@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from fp4cast.errors import UnsupportedError
-from fp4cast.sources import manifest
+from fp4cast.errors import CheckpointError, UnsupportedError
+from fp4cast.manifest import manifest
 
 __all__ = ["Claims", "config_faults", "read_claims"]
 
@@ -42,17 +42,22 @@ class Claims:
 
     def _matches(self, entry: str, module: str) -> bool:
         if self.layout == "compressed-tensors":
-            return _pattern(entry[3:]).match(module) is not None if entry.startswith("re:") else entry == module
+            return entry == module or (entry.startswith("re:") and _pattern(entry[3:]).match(module) is not None)
         # vLLM takes a ModelOpt entry for a wildcard and for a plain substring.
         return entry in module or fnmatchcase(module, entry)
 
 
+_ENDLESS = re.compile(r"[*+}]\)*\)[*+{]")  # (a+)+ and its kin
+
+
 @lru_cache(maxsize=4096)
 def _pattern(text: str) -> re.Pattern[str]:
+    if _ENDLESS.search(text):
+        raise CheckpointError(f"the config ignores 're:{text[:100]}', a nested repetition that may match for ever")
     try:
         return re.compile(text)
-    except re.error:
-        return re.compile(r"(?!)")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"the config ignores 're:{text[:100]}', which is no pattern: {error}") from error
 
 
 def _ancestors(module: str) -> Iterator[str]:
@@ -68,8 +73,12 @@ def _strings(value: object) -> tuple[str, ...]:
 
 
 def _w4a4(groups: object) -> bool:
-    values = groups.values() if isinstance(groups, dict) else ()
-    return any(isinstance(group, dict) and group.get("input_activations") for group in values)
+    """Whether the NVFP4 group (weights in blocks of 16) of a compressed-tensors config quantizes activations."""
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("num_bits") == 4 and weights.get("group_size") == 16:
+            return bool(group.get("input_activations"))
+    return False
 
 
 def read_claims(config: Mapping[str, Any]) -> Claims:
@@ -81,15 +90,14 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     section = manifest(config)[1]
     method, algorithm = section.get("quant_method"), section.get("quant_algo")
     ignore = _strings(section.get("ignore"))
-    formats = {"nvfp4-pack-quantized", "mixed-precision"}
-    if method == "compressed-tensors" and section.get("format") in formats:
+    if method == "compressed-tensors" and section.get("format") in ("nvfp4-pack-quantized", "mixed-precision"):
         activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
         return Claims("compressed-tensors", activations, None, ignore)
     if algorithm in ("NVFP4", "W4A16_NVFP4") and method == "modelopt":
         return Claims("modelopt", "w4a4" if algorithm == "NVFP4" else "w4a16", None, ignore)
     layers = section.get("quantized_layers")
     if algorithm == "MIXED_PRECISION" and isinstance(layers, dict) and layers:
-        kinds = {layer.get("quant_algo") if isinstance(layer, dict) else None for layer in layers.values()}
+        kinds = {str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for layer in layers.values()}
         if kinds in ({"NVFP4"}, {"W4A16_NVFP4"}):
             return Claims("modelopt", "w4a4" if kinds == {"NVFP4"} else "w4a16", frozenset(layers), ignore)
     raise UnsupportedError(

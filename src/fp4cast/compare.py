@@ -21,8 +21,10 @@ from fp4cast.sources import BLOCK_BYTES, Pair
 __all__ = ["Comparison", "compare_bytes", "compare_pair"]
 
 _SCALE_CODES = np.arange(0x01, 0x7F, dtype=np.uint8)  # positive finite E4M3
+_NAN = 0x7F  # E4M3's NaN; from 0x80 on scales are negative
 _MARLIN_SMALLEST = 0x08  # 2^-6, 14 binades below 2^8: vLLM's Marlin zeroes block scales below it
 _TILE_BYTES = 16 << 20
+_BATCH = 1 << 14  # blocks decoded to float64 together: 4 MB
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Comparison:
         energy: sum of the squares of the source's values (only where something is rounded).
         where: (block, element within it, expected, actual) of the first other value.
         stray: zero half-blocks whose scale is not the one that their exponent gives.
+        invalid: half-blocks whose scale is NaN or negative.
         marlin_zeroed: half-blocks that hold a value and lie below the window of vLLM's Marlin kernels.
     """
 
@@ -49,6 +52,7 @@ class Comparison:
     energy: float = 0.0
     where: tuple[int, int, float, float] | None = None
     stray: int = 0
+    invalid: int = 0
     marlin_zeroed: int = 0
 
 
@@ -148,11 +152,17 @@ def compare_pair(
         _compare_part(part, same, zero, tensor_scale, pair.bias, found)
         progress(part.source_codes.nbytes + part.exponents.nbytes + part.codes.nbytes + part.scales.nbytes)
     if found.rounded:
-        found.energy = sum(
-            float((mxfp4_values(part.source_codes, part.exponents[:, None], pair.bias) ** 2).sum())
-            for part in parts(pair, codes, scales, files)
-        )
+        found.energy = sum(_energy(part, pair.bias) for part in parts(pair, codes, scales, files))
     return found
+
+
+def _energy(part: _Part, bias: int) -> float:
+    """Sum of the squares of the source's values."""
+    total = 0.0
+    for i in range(0, len(part.exponents), _BATCH):
+        values = mxfp4_values(part.source_codes[i : i + _BATCH], part.exponents[i : i + _BATCH, None], bias)
+        total += float((values**2).sum())
+    return total
 
 
 def _compare_part(part: _Part, same: Bytes, zero: Bytes, tensor_scale: float, bias: int, found: Comparison) -> None:
@@ -163,16 +173,18 @@ def _compare_part(part: _Part, same: Bytes, zero: Bytes, tensor_scale: float, bi
     pairs = same.astype(np.uint16) * 0x0101
     expected = np.take(pairs, part.exponents, mode="clip").view(np.uint8).reshape(-1, 2)
     same_codes = _equal(part.source_codes, part.codes)
-    if same_codes and _equal(expected, part.scales):
+    # 255 in `expected` means that no scale is the same; it is NaN too, and must not equal a NaN that was written.
+    found.invalid += int((part.scales >= _NAN).sum()) if part.scales.max() >= _NAN else 0
+    if same_codes and not found.invalid and _equal(expected, part.scales):
         found.verbatim += 2 * len(part.exponents)
         return
-    other = part.scales != expected
+    other = (part.scales != expected) | (part.scales >= _NAN)
     if not same_codes:
         other |= (part.source_codes != part.codes).reshape(-1, 2, 8).any(axis=-1)
     odd = np.flatnonzero(other.any(axis=1))
     found.verbatim += 2 * (len(part.exponents) - len(odd))
-    for i in range(0, len(odd), 1 << 14):
-        _compare_values(part, odd[i : i + (1 << 14)], zero, tensor_scale, bias, found)
+    for i in range(0, len(odd), _BATCH):
+        _compare_values(part, odd[i : i + _BATCH], zero, tensor_scale, bias, found)
 
 
 def _equal(a: Bytes, b: Bytes) -> bool:

@@ -12,21 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fp4cast.checkpoint import CONFIG, QUANT_CONFIG
-from fp4cast.errors import UsageError
+from fp4cast.errors import CheckpointError, UsageError
+from fp4cast.manifest import drop_manifests, manifest
 from fp4cast.shards import Tensor
-from fp4cast.sources import Pair, Source, manifest
+from fp4cast.sources import UNQUANTIZED, Pair, Source
 from fp4cast.targets import Target
 
 __all__ = ["documents", "to_bytes"]
 
 GROUP_SIZE = 16
-_UNQUANTIZED = {"BF16", "F16", "F32", "F64"}
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+$")
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
     """A JSON document as it is written."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def documents(source: Source, target: Target, cast: Sequence[Pair], version: str) -> dict[str, dict[str, Any]]:
@@ -38,38 +38,40 @@ def documents(source: Source, target: Target, cast: Sequence[Pair], version: str
         cast: the pairs that are cast; everything else stays as it is.
         version: of fp4cast, for the `producer` field.
     """
-    config = copy.deepcopy(dict(source.checkpoint.config))
+    try:
+        config = copy.deepcopy(dict(source.checkpoint.config))
+    except RecursionError as error:
+        raise CheckpointError(f"{source.checkpoint.path / CONFIG}: is nested too deeply") from error
     modules = [pair.module for pair in cast]
     kept = _kept_modules(source, cast)
     producer = {"name": "fp4cast", "version": version}
     if target.layout == "compressed-tensors":
-        path, _ = manifest(config)
-        _put(config, path or ("quantization_config",), _compressed(config, target, kept))
+        _replace_manifest(config, _compressed(config, target, _plain_modules(source, kept)))
         return {CONFIG: config}
     if target.family == "deepseek-v4":
-        path, section = manifest(config)
-        section, quantization = _hybrid(section, target, _banks(modules), producer)
-        _put(config, path or ("quantization_config",), section)
+        section, quantization = _hybrid(manifest(config)[1], target, _banks(modules), producer)
+        _replace_manifest(config, section)
     else:
-        _drop_manifests(config)
         section, quantization = _modelopt(source, target, modules, kept)
+        drop_manifests(config)
         config["quantization_config"] = section | {"producer": producer}
     return {CONFIG: config, QUANT_CONFIG: {"producer": producer, "quantization": quantization}}
 
 
-def _put(config: dict[str, Any], path: Sequence[str], value: dict[str, Any]) -> None:
+def _replace_manifest(config: dict[str, Any], section: dict[str, Any]) -> None:
+    """Put a manifest where the source's first one was, and drop all others."""
+    path = manifest(config)[0] or ("quantization_config",)
+    drop_manifests(config)
+    scope = config
     for key in path[:-1]:
-        config = config[key]
-    config[path[-1]] = value
+        scope = scope[key]
+    scope[path[-1]] = section
 
 
-def _drop_manifests(config: dict[str, Any]) -> None:
-    """Remove the source's MXFP4 manifest wherever it is, or a loader would read NVFP4 as MXFP4."""
-    while path := manifest(config)[0]:
-        scope = config
-        for key in path[:-1]:
-            scope = scope[key]
-        del scope[path[-1]]
+def _plain_modules(source: Source, kept: Sequence[str]) -> list[str]:
+    """Of the modules that are not cast, those that are not quantized at all."""
+    tensors = source.checkpoint.tensors
+    return [name for name in kept if f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype in UNQUANTIZED]
 
 
 def _kept_modules(source: Source, cast: Sequence[Pair]) -> list[str]:
@@ -144,7 +146,7 @@ def _refuse_other_groups(source: Source, kept: Sequence[str]) -> None:
     tensors = source.checkpoint.tensors
     for module in kept:
         weight = tensors.get(f"{module}.weight") or tensors[f"{module}.weight_packed"]
-        if weight.dtype not in _UNQUANTIZED:
+        if weight.dtype not in UNQUANTIZED:
             raise UsageError(
                 f"{source.checkpoint.path}: {weight} is quantized in another way than MXFP4, which the modelopt layout "
                 "of this family cannot say; use --layout compressed-tensors, which keeps the other groups as they are"
@@ -217,26 +219,22 @@ def _compressed(config: Mapping[str, Any], target: Target, kept: Sequence[str]) 
         "format": "mixed-precision" if section.get("format") == "mixed-precision" else "nvfp4-pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {name: _compressed_group(group, target) for name, group in groups.items()},
-        "ignore": ignore + [module for module in kept if not any(_ignored(entry, module) for entry in ignore)],
+        # Exact names beside the source's patterns, whether these cover them or not: nothing is left to a pattern.
+        "ignore": ignore + sorted(set(kept) - set(ignore)),
     }
     return section
 
 
+def _is_mxfp4(weights: Mapping[str, Any]) -> bool:
+    wanted = {"num_bits": 4, "type": "float", "group_size": 32}
+    return all(weights.get(key, value) == value for key, value in wanted.items())
+
+
 def _compressed_group(group: Any, target: Target) -> Any:
     weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(group, dict) or (weights and weights.get("num_bits") != 4):
+    if weights and not (isinstance(weights, dict) and _is_mxfp4(weights)):
         return group
     spec = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": GROUP_SIZE, "symmetric": True}
     activations = {**spec, "dynamic": "local"} if target.activations == "w4a4" else None
     new = {**group, "weights": {**spec, "dynamic": False}, "input_activations": activations}
     return new | ({"format": "nvfp4-pack-quantized"} if "format" in group else {})
-
-
-def _ignored(entry: str, module: str) -> bool:
-    """compressed-tensors' rule: an exact name, or `re:` and a pattern that matches from the start."""
-    if not entry.startswith("re:"):
-        return entry == module
-    try:
-        return re.match(entry[3:], module) is not None
-    except re.error:
-        return False

@@ -208,7 +208,7 @@ def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
         error = squared_error(domain, 2.0**m, m, least)
         if error < least:
             best, least = replace(scaling, tensor_scale=2.0**m, m=m, verbatim=False), error
-    continuous = float(np.float32(_largest_value(domain, scaling.k_max)) / np.float32(6 * E4M3_MAX))
+    continuous = float(np.float32(_largest_value(domain, scaling.k_max) / (6 * E4M3_MAX)))
     if squared_error(domain, continuous, None, least) < least:
         best = replace(scaling, tensor_scale=continuous, m=None, verbatim=False)
     return best

@@ -154,6 +154,8 @@ def make_plan(
         InexactError: a domain is not exact and `inexact` is "fail".
         InputScaleError: w4a4 without usable scales.
     """
+    if inexact not in ("fail", "nearest"):
+        raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
     source = read_source(open_checkpoint(path))
     stamps = stamp(source)
     target = choose_target(source.family, layout, activations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fp4cast.errors import InexactError, UsageError
+from fp4cast.errors import InexactError
 from fp4cast.exact import BlockSource, Ints, Scaling, Search, choose
 from fp4cast.files import CHUNK_BYTES, Files
 from fp4cast.formats import Bytes
@@ -15,16 +15,24 @@ from fp4cast.workers import workers
 
 __all__ = ["Domain", "FileBlocks", "group_domains", "scan"]
 
-_SLICE = 128  # domains that one task of the pool scans
+_SLICE = 128  # domains that one task of the pool scans at most
+_SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
 _SHOWN = 5  # inexact domains that an error names
 
 
 @dataclass(frozen=True)
 class FileBlocks:
-    """An `exact.BlockSource` over a pair on disk: scales in chunks, codes only where they are asked for."""
+    """An `exact.BlockSource` over a pair on disk: scales in chunks, codes only where they are asked for.
+
+    Attributes:
+        pair: the tensor.
+        files: where it is read.
+        check: called before every read; may raise to stop.
+    """
 
     pair: Pair
     files: Files
+    check: Callable[[], None] = lambda: None
 
     @property
     def name(self) -> str:
@@ -41,10 +49,12 @@ class FileBlocks:
         scales = self.pair.scales
         file = self.files[scales.path]
         for start in range(0, scales.nbytes, CHUNK_BYTES):
+            self.check()
             yield start, file.read(scales.start + start, min(CHUNK_BYTES, scales.nbytes - start))
 
     def codes(self, blocks: Ints) -> Bytes:
         """See `exact.BlockSource`."""
+        self.check()
         codes = self.pair.codes
         return self.files[codes.path].gather(codes.start, blocks, BLOCK_BYTES)
 
@@ -77,12 +87,26 @@ def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
     return list(domains.items())
 
 
-def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool) -> Domain:
-    blocks: list[BlockSource] = [FileBlocks(pair, files) for pair in pairs]
+def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool, check: Callable[[], None]) -> Domain:
+    blocks: list[BlockSource] = [FileBlocks(pair, files, check) for pair in pairs]
     scaling, search = choose(blocks)
     if nearest and not scaling.exact:
         scaling = choose_nearest(blocks)
     return Domain(name, pairs, scaling, search)
+
+
+def _slices(groups: Sequence[tuple[str, tuple[Pair, ...]]]) -> Iterator[list[tuple[str, tuple[Pair, ...]]]]:
+    """Tasks for the pool: large domains one by one, small ones together."""
+    part: list[tuple[str, tuple[Pair, ...]]] = []
+    size = 0
+    for group in groups:
+        part.append(group)
+        size += sum(pair.scales.nbytes for pair in group[1])
+        if size >= _SLICE_BYTES or len(part) >= _SLICE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def scan(
@@ -104,20 +128,16 @@ def scan(
         ScaleError: a scale byte of 255.
         InexactError: some domain is not exact and `inexact` is "fail".
     """
-    if inexact not in ("fail", "nearest", "report"):
-        raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
     groups = group_domains(pairs)
     total = sum(pair.scales.nbytes for pair in pairs)
     with Files() as files, workers(jobs) as pool:
 
         def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
-            domains = [_scan_one(name, members, files, inexact == "nearest") for name, members in part]
-            pool.check()
+            domains = [_scan_one(name, members, files, inexact == "nearest", pool.check) for name, members in part]
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains
 
-        parts = [groups[i : i + _SLICE] for i in range(0, len(groups), _SLICE)]
-        domains = [domain for part in pool.map(work, parts) for domain in part]
+        domains = [domain for part in pool.map(work, list(_slices(groups))) for domain in part]
     if inexact == "fail" and (bad := [domain for domain in domains if not domain.scaling.exact]):
         raise InexactError(_explain(bad, len(domains)))
     return domains

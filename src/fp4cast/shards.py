@@ -64,9 +64,20 @@ class Shard:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:200]!r} occurs twice")
     return table
+
+
+def _count(shape: list[int], limit: int) -> int:
+    """Elements of a shape, or some number over `limit`: hostile shapes multiply into numbers without end."""
+    total = 0 if 0 in shape else 1
+    for size in shape:
+        if total > limit:
+            break
+        total *= size
+    return total
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
@@ -108,10 +119,10 @@ def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise HeaderError(f"{where}: data_offsets must be two sizes, got {str(offsets)[:200]}")
     begin, end = offsets
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = _count(shape, 1 << 64) * DTYPE_BITS[dtype]
     if bits != (end - begin) * 8:
         raise HeaderError(
-            f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, data_offsets {offsets} give {end - begin}"
+            f"{where}: {dtype} {str(shape)[:200]} takes {bits / 8:g} bytes, data_offsets {offsets} give {end - begin}"
         )
     return Tensor(name, dtype, tuple(shape), base + begin, end - begin, path)
 
@@ -143,14 +154,17 @@ def read_header(path: Path) -> Shard:
     raw, size = _header_bytes(path)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
-        "".join(header).encode()  # a lone surrogate has no bytes to be written as
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{path}: the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise HeaderError(f"{path}: the header must be a JSON object, got {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise HeaderError(f"{path}: __metadata__ must map strings to strings, got {str(metadata)[:200]}")
+        raise HeaderError(f"{path}: __metadata__ must map strings to strings, got {str(metadata)[:200]!r}")
+    try:
+        "".join([*header, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise HeaderError(f"{path}: a lone surrogate in a name has no bytes to be written as: {error}") from error
     base = 8 + len(raw)
     tensors = {name: _entry(path, name, entry, base) for name, entry in header.items()}
     _check_contiguous(path, tensors.values(), base, size)

@@ -7,18 +7,29 @@ low nibble = even element along K, and row-major E8M0 scales; the differences ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fp4cast.checkpoint import Checkpoint
 from fp4cast.errors import PartnerError, ShapeError, UnsupportedError
 from fp4cast.formats import E8M0_BIAS
+from fp4cast.manifest import manifest
+from fp4cast.refusals import REFUSED, describe
 from fp4cast.shards import Tensor
 
-__all__ = ["FAMILIES", "Family", "Pair", "Source", "fused_group", "manifest", "read_source"]
+__all__ = [
+    "FAMILIES",
+    "UNQUANTIZED",
+    "Family",
+    "Pair",
+    "Source",
+    "fused_group",
+    "read_source",
+]
 
 BLOCK_BYTES = 16  # 32 codes
+UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})  # safetensors dtypes of weights that nobody quantized
 
 
 @dataclass(frozen=True)
@@ -150,16 +161,6 @@ def fused_group(module: str) -> tuple[str, tuple[str, ...]]:
     return prefix + "+".join(group), tuple(prefix + member for member in group)
 
 
-def manifest(config: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(path of keys, quantization_config) of a config, top-level or one level down; empty where there is none."""
-    candidates = [((), config)] + [((key,), value) for key, value in config.items() if isinstance(value, dict)]
-    for path, scope in candidates:
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(found := scope.get(key), dict):
-                return (*path, key), found
-    return (), {}
-
-
 def _bias(family: Family, config: Mapping[str, Any]) -> int:
     """compressed-tensors 0.13.x wrote scale bytes that are two too low; 0.14.0 fixed it."""
     version = str(manifest(config)[1].get("version", ""))
@@ -229,7 +230,7 @@ def _matches(family: Family, tensors: Mapping[str, Tensor]) -> bool:
             scales = tensors.get(module + family.scales)
             if scales is not None and scales.dtype in family.scales_dtypes:
                 return True
-            if scales is None and not any(module + partner in tensors for _, _, partner, *_ in _REFUSED):
+            if scales is None and not any(module + partner in tensors for _, _, partner, *_ in REFUSED):
                 return True  # `_find_pairs` will name the missing partner
     return False
 
@@ -248,47 +249,5 @@ def read_source(checkpoint: Checkpoint) -> Source:
             pairs = _find_pairs(family, tensors, _bias(family, checkpoint.config))
             _check_orphans(family, tensors, pairs)
             return Source(checkpoint, family, pairs)
-    what, hint = _describe(checkpoint.config, tensors)
+    what, hint = describe(checkpoint.config, tensors)
     raise UnsupportedError(f"{checkpoint.path}: {what}. {hint}")
-
-
-# (suffix, dtype, suffix of the partner, its dtypes, what it is, what to do): layouts that are not ours to cast.
-_CAST_ALREADY = "There is nothing to cast."
-_NOT_YET = "fp4cast does not read this layout yet; it reads gpt-oss, DeepSeek-V4 and compressed-tensors MXFP4."
-_REFUSED = (
-    (".weight_packed", "U8", ".weight_scale", {"F8_E4M3"}, "already NVFP4 (compressed-tensors)", _CAST_ALREADY),
-    (".weight", "U8", ".weight_scale", {"F8_E4M3"}, "already NVFP4 (ModelOpt)", _CAST_ALREADY),
-    ("_proj", "U8", "_proj_weight_scale", {"F8_E4M3"}, "already NVFP4 (ModelOpt, fused experts)", _CAST_ALREADY),
-    (".weight", "U32", ".scales", {"U8"}, "MLX mxfp4 (codes as U32)", _NOT_YET),
-    (".weight", "U8", ".weight_scale", {"U8", "F8_E8M0"}, "MXFP4 as MiMo, Quark or ModelOpt write it", _NOT_YET),
-    (".weight", "I8", ".weight_scale_inv", {"U8", "F8_E8M0"}, "MXFP4 as Ling-3.0 writes it", _NOT_YET),
-)
-
-
-def _refused(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, str]]:
-    for suffix, dtype, partner, dtypes, what, hint in _REFUSED:
-        for name, tensor in tensors.items():
-            if tensor.dtype == dtype and name.endswith(suffix):
-                scales = tensors.get(name.removesuffix(suffix) + partner)
-                if scales is not None and scales.dtype in dtypes:
-                    yield f"this checkpoint is {what}", hint
-
-
-def _describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """What a checkpoint without castable weights is, and what to do, in words."""
-    for found in _refused(tensors):
-        return found
-    if any(name.endswith((".mlp1_weight.blocks", ".mlp2_weight.blocks")) for name in tensors):
-        return "this is gpt-oss's original/ layout", "Pass the directory above it, which holds the Hugging Face layout."
-    quantization = manifest(config)[1]
-    if quantization.get("quant_method") == "quark":
-        return "this is a Quark checkpoint in its legacy layout", _NOT_YET
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    dtype = max(sizes, key=lambda d: sizes[d], default="empty")
-    method = quantization.get("quant_method")
-    return (
-        f"no MXFP4 weights: the checkpoint is {dtype}" + (f" (quant_method {method!r})" if method else ""),
-        "fp4cast casts MXFP4 checkpoints; to quantize another one use a quantization tool.",
-    )
