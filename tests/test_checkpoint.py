@@ -90,6 +90,21 @@ def test_a_config_that_is_not_there_is_an_error(source):
         open_checkpoint(source)
 
 
+def test_a_config_that_is_no_file_is_an_error_not_a_wait(source):
+    (source / "config.json").unlink()
+    os.mkfifo(source / "config.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        open_checkpoint(source)
+
+
+def test_a_config_that_links_to_a_private_file_is_refused(source, tmp_path):
+    (tmp_path / "secret.json").write_text('{"token": "x"}')
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        open_checkpoint(source)
+
+
 def test_a_directory_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="is not a directory"):
         open_checkpoint(tmp_path / "nothing")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -153,6 +154,30 @@ def test_errors_in_json_are_one_document_on_stdout_and_a_message_on_stderr(tmp_p
 def test_names_with_markup_are_printed_as_they_are(tmp_path):
     result = call("inspect", tmp_path / "[bold]x")
     assert "[bold]x: is not a directory" in result.stderr
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "foo/bar--baz", "foo/..", "no\0thing"])
+def test_impossible_sources_are_errors_not_crashes(source):
+    result = call("inspect", source)
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path):
+    codes, scales = np.zeros((1, 16), np.uint8), np.full((1, 1), 255, np.uint8)
+    tensors = {"\x1b[31mred.weight_packed": ("U8", codes), "\x1b[31mred.weight_scale": ("U8", scales)}
+    miniature.write_checkpoint(tmp_path / "src", {"model-1.safetensors": tensors}, {})
+    result = call("inspect", tmp_path / "src")
+    assert result.exit_code == 1
+    assert "\x1b" not in result.stderr.replace("\x1b[1;31merror:\x1b[0m", "")
+    assert "\\x1b[31mred" in result.stderr
+
+
+def test_a_destination_that_claims_what_nobody_serves_is_a_failed_check(miniatures, converted, tmp_path):
+    destination = shutil.copytree(converted["deepseek-v4"], tmp_path / "dst")
+    text = (destination / "config.json").read_text().replace('"NVFP4"', '"W4A16_NVFP4"')
+    (destination / "config.json").write_text(text)
+    assert call("verify", miniatures["deepseek-v4"], destination).exit_code == 1
 
 
 def test_the_summary_says_in_words_what_is_exact(miniatures, tmp_path):

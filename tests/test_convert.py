@@ -217,26 +217,80 @@ def test_a_continuous_scale_is_measured_as_a_reader_sees_it(tmp_path, layout):
     assert read.inexact[0].max_abs_error == pytest.approx(unread.inexact[0].max_abs_error, rel=1e-12)
 
 
-def test_other_quantized_groups_need_a_layout_that_can_say_so(tmp_path):
+def mixed_groups(tmp_path, **activations):
+    """MXFP4 MLP, FP8 attention, INT4 head, as llm-compressor writes mixed recipes."""
     codes, scales = miniature.mxfp4(np.random.default_rng(0), (8, 64))
     tensors = {
         "l.mlp.down_proj.weight_packed": ("U8", codes.reshape(8, -1)),
         "l.mlp.down_proj.weight_scale": ("U8", scales),
         "l.self_attn.o_proj.weight": ("F8_E4M3", np.zeros((8, 64), np.uint8)),
         "l.self_attn.o_proj.weight_scale": ("F32", np.ones((1,), np.float32)),
+        "l.head.weight_packed": ("I32", np.zeros((8, 8), np.int32)),
+        "l.norm.weight": ("BF16", np.ones(8, np.uint16)),
     }
+    fp4 = {"num_bits": 4, "type": "float", "group_size": 32}
+    int4 = {"num_bits": 4, "type": "int", "group_size": 32}
     groups = {
-        "group_0": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 4}, "format": "mxfp4-pack-quantized"},
+        "group_0": {"targets": ["re:.*mlp.*"], "weights": fp4, "format": "mxfp4-pack-quantized"},
         "group_1": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8}, "format": "float-quantized"},
+        "group_2": {"targets": ["re:.*head.*"], "weights": int4, "format": "pack-quantized"},
     }
+    groups["group_1"] |= activations
     config = {"quantization_config": {"format": "mixed-precision", "config_groups": groups, "ignore": []}}
     miniature.write_checkpoint(tmp_path / "src", {"model-1.safetensors": tensors}, config)
-    with pytest.raises(UsageError, match=r"o_proj\.weight .* quantized in another way"):
-        fp4cast.convert(tmp_path / "src", tmp_path / "dst")
-    fp4cast.convert(tmp_path / "src", tmp_path / "dst", layout="compressed-tensors", verify=False)
+    return tmp_path / "src", groups
+
+
+@pytest.mark.parametrize("activations", [{}, {"input_activations": {"num_bits": 8, "type": "float"}}])
+def test_other_quantized_groups_stay_as_they_are(tmp_path, activations):
+    source, groups = mixed_groups(tmp_path, **activations)
+    with pytest.raises(UsageError, match=r"quantized in another way than MXFP4"):
+        fp4cast.convert(source, tmp_path / "dst")
+    assert fp4cast.convert(source, tmp_path / "dst", layout="compressed-tensors").exact
     written = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
     assert written["config_groups"]["group_1"] == groups["group_1"]
+    assert written["config_groups"]["group_2"] == groups["group_2"]
     assert written["config_groups"]["group_0"]["format"] == "nvfp4-pack-quantized"
+    assert written["ignore"] == []
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("kimi-k3", "compressed-tensors"), ("deepseek-v4.1", "modelopt")])
+def test_a_manifest_in_two_places_ends_in_one(miniatures, tmp_path, kind, layout):
+    source = shutil.copytree(miniatures[kind], tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    section = config.get("quantization_config") or config["text_config"]["quantization_config"]
+    config["quantization_config"] = config["text_config"]["quantization_config"] = section
+    (source / "config.json").write_text(json.dumps(config))
+    assert fp4cast.convert(source, tmp_path / "dst", layout=layout, **options(kind)).exact
+
+
+@pytest.mark.parametrize("weights", ["x", [1], 3])
+def test_a_group_of_the_wrong_type_is_left_alone(miniatures, tmp_path, weights):
+    source = shutil.copytree(miniatures["moe"], tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["odd"] = {"weights": weights}
+    (source / "config.json").write_text(json.dumps(config))
+    assert fp4cast.convert(source, tmp_path / "dst", layout="compressed-tensors").exact
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 600 + "1" + "}" * 600, '{"a": "\\ud800"}'])
+def test_odd_configs_convert_or_are_refused(miniatures, tmp_path, text):
+    source = shutil.copytree(miniatures["dense"], tmp_path / "src")
+    (source / "config.json").write_text(text)
+    try:
+        assert fp4cast.convert(source, tmp_path / "dst").exact
+    except CheckpointError as error:
+        assert "nested too deeply" in str(error)
+
+
+def test_the_public_function_has_two_ways_with_inexact_domains(miniatures, tmp_path):
+    with pytest.raises(UsageError, match="'fail' or 'nearest'"):
+        fp4cast.convert(miniatures["moe"], tmp_path / "dst", inexact="report")
+
+
+def test_jobs_must_be_a_number_of_threads(miniatures, tmp_path):
+    with pytest.raises(UsageError, match="at least 1"):
+        fp4cast.convert(miniatures["moe"], tmp_path / "dst", jobs=0)
 
 
 @pytest.mark.parametrize("kind", ["gpt-oss", "moe", "deepseek-v4"])
@@ -314,6 +368,62 @@ def test_a_failed_overwrite_keeps_the_old_destination(miniatures, tmp_path, monk
     assert (tmp_path / "dst" / "mine").read_text() == "precious"
 
 
+def test_a_killed_overwrite_gives_the_old_destination_back(miniatures, tmp_path):
+    """A run that died between the two renames has left the user's DST in the working directory."""
+    (tmp_path / ".dst.fp4cast" / "old").mkdir(parents=True)
+    (tmp_path / ".dst.fp4cast" / "old" / "mine").write_text("precious")
+    with pytest.raises(DestinationError, match="--overwrite"):
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst")
+    assert (tmp_path / "dst" / "mine").read_text() == "precious"
+
+
+def test_a_rename_that_fails_gives_the_old_destination_back(miniatures, tmp_path, monkeypatch):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "mine").write_text("precious")
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name == "out":
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(DestinationError, match="Permission denied"):
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
+    assert (tmp_path / "dst" / "mine").read_text() == "precious"
+    monkeypatch.undo()
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True, resume=True).exact
+
+
+def test_what_appears_at_the_destination_meanwhile_is_kept(miniatures, tmp_path, monkeypatch):
+    execute = conversion.run
+
+    def meddle(*args, **kwargs):
+        (tmp_path / "dst").mkdir()
+        (tmp_path / "dst" / "mine").write_text("precious")
+        return execute(*args, **kwargs)
+
+    monkeypatch.setattr(conversion, "run", meddle)
+    with pytest.raises(DestinationError):
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst")
+    assert (tmp_path / "dst" / "mine").read_text() == "precious"
+
+
+def test_a_link_as_destination_is_followed(miniatures, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "link").exact
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").exists()
+
+
+def test_links_in_a_circle_are_a_clear_error(miniatures, tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(DestinationError):
+        fp4cast.convert(miniatures["dense"], tmp_path / "a")
+
+
 def test_an_empty_destination_may_be_filled(miniatures, tmp_path):
     (tmp_path / "dst").mkdir()
     assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").exact
@@ -326,7 +436,7 @@ def test_a_destination_that_is_a_file_is_refused(miniatures, tmp_path):
 
 
 def test_a_second_writer_is_refused(miniatures, tmp_path):
-    state = tmp_path / ".dst.fp4cast" / ".state"
+    state = tmp_path / ".dst.fp4cast"
     state.mkdir(parents=True)
     with (state / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -337,7 +447,7 @@ def test_a_second_writer_is_refused(miniatures, tmp_path):
 def test_a_full_disk_is_seen_before_anything_is_written(miniatures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DestinationError, match=r"are needed, 0\.00 GB are free"):
+    with pytest.raises(DestinationError, match=r"are needed there, 0\.00 GB are free"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
@@ -399,6 +509,39 @@ def test_resume_keeps_the_figures_of_finished_shards(miniatures, tmp_path):
     assert report.facts() == whole.facts()
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}'])
+def test_a_damaged_note_has_its_shard_written_again(miniatures, converted, tmp_path, damage):
+    interrupted(miniatures["gpt-oss"], tmp_path / "dst", 0.7)
+    (tmp_path / ".dst.fp4cast" / "model-00000-of-00002.safetensors.done").write_text(damage)
+    fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst", resume=True)
+    assert tree(tmp_path / "dst") == tree(converted["gpt-oss"])
+
+
+def test_a_damaged_shard_is_written_again_after_a_failed_verification(miniatures, converted, tmp_path):
+    interrupted(miniatures["gpt-oss"], tmp_path / "dst", 0.7)
+    shard = tmp_path / ".dst.fp4cast" / "out" / "model-00000-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))  # a power cut: the file is whole, its tail is not
+    with pytest.raises(VerificationError):
+        fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst", resume=True)
+    fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst", resume=True)
+    assert tree(tmp_path / "dst") == tree(converted["gpt-oss"])
+
+
+def test_resume_keeps_nothing_that_the_source_has_lost(miniatures, tmp_path, monkeypatch):
+    source = shutil.copytree(miniatures["dense"], tmp_path / "src")
+    (source / "tok.json").write_text("{}")
+    monkeypatch.setattr(
+        conversion, "_write_receipt", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
+    with pytest.raises(DestinationError, match="Input/output error"):
+        fp4cast.convert(source, tmp_path / "dst")
+    monkeypatch.undo()
+    (source / "tok.json").rename(source / "tok2.json")
+    fp4cast.convert(source, tmp_path / "dst", resume=True)
+    assert not (tmp_path / "dst" / "tok.json").exists()
+    assert (tmp_path / "dst" / "tok2.json").exists()
+
+
 def test_resume_of_another_conversion_is_refused(miniatures, tmp_path):
     interrupted(miniatures["moe"], tmp_path / "dst", 0.6)
     with pytest.raises(DestinationError, match="other options"):
@@ -413,8 +556,8 @@ def test_resume_with_other_input_scales_is_refused(miniatures, tmp_path):
 
 
 def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "run", lambda *_, **__: (_ for _ in ()).throw(DestinationError("disk full")))
-    with pytest.raises(DestinationError) as error:
+    monkeypatch.setattr(conversion, "_check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(DestinationError, match="No space left") as error:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert f"{tmp_path}/.dst.fp4cast: --resume goes on" in error.value.__notes__[0]
 
@@ -465,7 +608,7 @@ def test_what_does_not_verify_is_not_published(miniatures, tmp_path, monkeypatch
     with pytest.raises(VerificationError, match="nothing was published"):
         fp4cast.convert(miniatures["moe"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
-    assert not list((tmp_path / ".dst.fp4cast").glob("config.json"))
+    assert not (tmp_path / ".dst.fp4cast" / "out" / "config.json").exists()
 
 
 def test_the_tensor_scale_is_the_closed_form(plain_miniatures, tmp_path):

@@ -39,14 +39,25 @@ def test_files_of_both_kinds(tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1, "nan", "inf", "-1e-3", 1e39, 1e-45])
 def test_useless_numbers_are_refused(value):
-    with pytest.raises(InputScaleError, match="positive finite"):
+    with pytest.raises(InputScaleError, match="expected a number from"):
         load_input_scales(value)
 
 
-@pytest.mark.parametrize("value", [0, "x", None, True, [1], float("nan")])
+@pytest.mark.parametrize("value", [0, "x", None, True, [1], float("nan"), 10**400])
 def test_useless_amax_values_are_refused_with_their_name(value):
-    with pytest.raises(InputScaleError, match="proj: expected a positive finite"):
-        load_input_scales({"proj": value})
+    scales = load_input_scales({"proj": value, "other": 1.0})
+    scales.require(["other"])  # a useless value of a projection that is not cast does no harm
+    with pytest.raises(InputScaleError, match="proj: expected a number from"):
+        scales.require(["proj", "other"])
+
+
+def test_numpy_numbers_are_numbers():
+    load_input_scales({"proj": np.float32(2688)}).require(["proj"])
+
+
+def test_a_reciprocal_that_no_fp32_number_holds_is_refused():
+    with pytest.raises(InputScaleError, match=r"to 8\.51e\+37"):
+        load_input_scales("3e38")
 
 
 def test_a_tensor_that_is_no_number_is_refused(tmp_path):

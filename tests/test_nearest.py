@@ -150,6 +150,14 @@ def test_one_extreme_outlier_takes_the_continuous_scale():
     assert error_of(codes, scales, out.codes, out.block_scales, out.tensor_scale) <= algorithm_1(codes, scales)
 
 
+def test_the_continuous_scale_of_the_largest_values_does_not_overflow():
+    codes = np.array([[0x77] * 16, [0x71] * 16, [0x13] * 16], np.uint8)
+    scales = np.array([254, 254 - 40, 254 - 60], np.uint8)
+    out = fp4cast.cast(codes, scales[:, None], inexact="nearest")
+    assert np.isfinite(out.tensor_scale)
+    assert error_of(codes, scales, out.codes, out.block_scales, out.tensor_scale) < float("inf")
+
+
 def test_an_exact_domain_is_cast_exactly_under_nearest_too():
     codes, scales = np.full((2, 16), 0x44, np.uint8), np.array([[120], [101]], np.uint8)
     assert fp4cast.cast(codes, scales, inexact="nearest").exact

@@ -32,7 +32,7 @@ def started(source, destination):
     """A conversion of gpt-oss that has written one of its two shards and waits in the other."""
     command = [sys.executable, "-c", SLOW, "convert", source, destination, "--jobs", "2", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    note = destination.parent / f".{destination.name}.fp4cast" / ".state" / "model-00000-of-00002.safetensors.done"
+    note = destination.parent / f".{destination.name}.fp4cast" / "model-00000-of-00002.safetensors.done"
     deadline = time.monotonic() + 30
     while not note.exists():
         assert time.monotonic() < deadline, process.poll()

@@ -14,6 +14,7 @@ from fp4cast import miniature
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.shards import Tensor
+from fp4cast.sources import read_source
 from test_convert import edit, lossy, raw, tree
 
 
@@ -190,6 +191,14 @@ def quantization(config):
 
 
 CONFIG_FAULTS = {
+    "another width": ("moe", "config.json", lambda d: d.update(hidden_size=65), "config"),
+    "another number of bits": (
+        "moe",
+        "config.json",
+        lambda d: quantization(d)["config_groups"]["group_0"]["weights"].update(num_bits=5),
+        "config",
+    ),
+    "another version": ("moe", "hf_quant_config.json", lambda d: d["producer"].update(version="9"), "config"),
     "total_size": ("moe", "model.safetensors.index.json", lambda d: d["metadata"].update(total_size=1), "index"),
     "a layer is not listed": ("moe", "config.json", lambda d: quantization(d)["quantized_layers"].popitem(), "config"),
     "another algorithm": (
@@ -243,6 +252,24 @@ def test_scales_that_no_engine_survives_are_differences(miniatures, copy, suffix
     assert {d.name for d in report.differences} <= {name, "fp4cast.json"}
 
 
+@pytest.mark.parametrize("byte", [0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("kind", ["gpt-oss", "dense"])
+def test_nan_and_negative_block_scales_are_never_equal(miniatures, copy, kind, byte):
+    """255 is also what "no scale is the same" looks like: the zero blocks with byte 200 must not hide it."""
+    destination = copy(kind)
+    zero = next(iter(read_source(open_checkpoint(miniatures[kind])).pairs.values()))
+    name = f"{zero.module}_weight_scale" if kind == "gpt-oss" else f"{zero.module}.weight_scale"
+    source = raw(miniatures[kind], zero.scales.name).reshape(zero.scales.shape)
+    at = np.argwhere(source == 200)[0]
+    position = at[0] * source.shape[1] * 2 + at[1] * 2
+    if kind == "gpt-oss":  # [E, K/16, N]
+        position = (at[0] * source.shape[2] * 2 + at[2] * 2) * source.shape[1] + at[1]
+    edit(destination, name, lambda data: data.__setitem__(int(position), byte))
+    report = fp4cast.verify(miniatures[kind], destination)
+    assert not report.ok
+    assert any(f"{name}: 1 block scales are NaN or negative" in str(d) for d in report.differences)
+
+
 def test_fused_projections_with_different_input_scales_are_a_difference(miniatures, copy):
     destination = copy("deepseek-v4")
     name = "layers.0.ffn.experts.2.w3.input_scale"
@@ -268,6 +295,33 @@ def test_a_destination_without_config_is_an_error(miniatures, copy):
     destination = copy("moe")
     (destination / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        fp4cast.verify(miniatures["moe"], destination)
+
+
+@pytest.mark.parametrize("pattern", ["re:([a-z0-9_.]+)+!", "re:a{99999999999999999}", "re:" + "(" * 5000])
+def test_hostile_patterns_are_refused_not_matched(miniatures, tmp_path, pattern):
+    source = shutil.copytree(miniatures["moe"], tmp_path / "src")
+    edit_json(source / "config.json", lambda d: quantization(d)["ignore"].append(pattern))
+    with pytest.raises(CheckpointError, match="the config ignores"):
+        fp4cast.convert(source, tmp_path / "dst", layout="compressed-tensors")
+    assert fp4cast.convert(source, tmp_path / "dst").exact, "the modelopt layout has no patterns"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: quantization(d).update(quant_method=[]),
+        lambda d: quantization(d).update(quant_algo={}),
+        lambda d: quantization(d).update(quantized_layers=[1]),
+        lambda d: quantization(d).update(quantized_layers={"a": {"quant_algo": []}}),
+        lambda d: d.update(quantization_config=[]),
+        lambda d: d.update(quantization_config={"quant_method": "compressed-tensors", "format": []}),
+    ],
+)
+def test_a_config_of_the_wrong_types_is_an_error_not_a_crash(miniatures, copy, change):
+    destination = copy("moe")
+    edit_json(destination / "config.json", change)
+    with pytest.raises(UnsupportedError, match="describes no NVFP4"):
         fp4cast.verify(miniatures["moe"], destination)
 
 

@@ -96,7 +96,8 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     if algorithm in ("NVFP4", "W4A16_NVFP4") and method == "modelopt":
         return Claims("modelopt", "w4a4" if algorithm == "NVFP4" else "w4a16", None, ignore)
     layers = section.get("quantized_layers")
-    if algorithm == "MIXED_PRECISION" and isinstance(layers, dict) and layers:
+    mixed = method in ("modelopt", "modelopt_mixed") or (method == "fp8" and section.get("moe_quant_algo") == "NVFP4")
+    if mixed and algorithm == "MIXED_PRECISION" and isinstance(layers, dict) and layers:
         kinds = {str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for layer in layers.values()}
         if kinds in ({"NVFP4"}, {"W4A16_NVFP4"}):
             return Claims("modelopt", "w4a4" if kinds == {"NVFP4"} else "w4a16", frozenset(layers), ignore)

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 import fp4cast
 from fp4cast.demo import run_demo
-from fp4cast.display import Meter, show_demo, show_inspection, show_report
+from fp4cast.display import Meter, printable, show_demo, show_inspection, show_report
 from fp4cast.errors import Fp4CastError, UsageError
 
 __all__ = ["app", "main"]
@@ -70,7 +70,7 @@ def _say(as_json: bool) -> Console:
 
 
 def _fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
-    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if as_json:
         _print_json({"error": {"type": type(error).__name__, "message": message}})
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
@@ -86,8 +86,10 @@ def _guarded(as_json: bool, work: Callable[[Meter], T]) -> T:
         _fail(error, as_json, 2)
     except Fp4CastError as error:
         _fail(error, as_json, 1)
+    except OSError as error:
+        _fail(error, as_json, 1)
     except KeyboardInterrupt:
-        _fail(KeyboardInterrupt("interrupted; the destination is as it was (convert --resume goes on)"), as_json, 130)
+        _fail(KeyboardInterrupt("interrupted; nothing half done is in place (convert: --resume goes on)"), as_json, 130)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -197,8 +199,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Make a miniature of each family, inspect, cast and verify it: seconds, offline."""
-    if out is not None and out.exists() and any(out.iterdir()):
-        _fail(UsageError(f"{out}: exists and is not empty"), as_json, 2)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _fail(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
     with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
         rows = _guarded(as_json, lambda _: list(run_demo(out or Path(scratch))))
     exact = all(row["exact"] and row["flip_found"] for row in rows)

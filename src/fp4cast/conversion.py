@@ -1,36 +1,27 @@
-"""Converting a checkpoint so that no moment of it can hurt: everything is staged beside DST and renamed at the end.
-
-The staging directory `.DST.fp4cast` holds finished shards; `.DST.fp4cast/.state` holds what is unfinished, the lock and
-the fingerprint of the plan. config.json, without which no engine loads a directory, moves in last, after verification.
-"""
+"""Converting a checkpoint: plan, run, verify, and only then let the destination appear."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fp4cast import __version__
-from fp4cast.checkpoint import CONFIG, RECEIPT, open_checkpoint
+from fp4cast.checkpoint import CONFIG, INDEX, RECEIPT, open_checkpoint
 from fp4cast.configs import to_bytes
-from fp4cast.errors import CheckpointError, DestinationError, Fp4CastError, VerificationError
+from fp4cast.errors import CheckpointError, DestinationError, VerificationError
 from fp4cast.hub import resolve
 from fp4cast.inputs import InputScalesLike
 from fp4cast.plan import Plan, make_plan, stamp
-from fp4cast.report import InexactTensor, Report, digest, inexact_tensor
+from fp4cast.report import InexactTensor, Report, digest, digest_bytes, inexact_tensor
 from fp4cast.run import Tallies, run
+from fp4cast.staging import Staging, check_destination, staging
 from fp4cast.verify import verify_checkpoint
 
 __all__ = ["convert"]
-
-STATE = ".state"
-FREE_MARGIN = 64 << 20
 
 Progress = Callable[[str, int, int], None]  # (phase, bytes just done, bytes in all)
 
@@ -72,7 +63,7 @@ def convert(
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
     begin = time.monotonic()
-    source, destination = resolve(src), Path(dst)
+    source, destination = resolve(src), real_path(dst)
     check_destination(source, destination, overwrite=overwrite)
     plan = make_plan(
         source,
@@ -83,87 +74,31 @@ def convert(
         jobs=jobs,
         progress=lambda n, total: progress("scan", n, total),
     )
-    with _staging(destination, plan, resume=resume) as staging:
-        state = staging / STATE
-        _check_space(staging, plan)
-        written = plan.write_bytes
-        tallies = run(plan, staging, state=state, jobs=jobs, progress=lambda n: progress("write", n, written))
+    with staging(source, destination, overwrite=overwrite) as stage:
+        stage.adopt(plan.fingerprint, resume=resume)
+        stage.check_space(plan.write_bytes)
+        total = plan.write_bytes
+        tallies = run(plan, stage.out, state=stage.state, jobs=jobs, progress=lambda n: progress("write", n, total))
         _check_unchanged(plan)
-        report = _report(plan, destination, tallies, time.monotonic() - begin)
-        _write_documents(plan, staging)
-        _write_receipt(plan, staging, report)
+        report = _report(plan, str(dst), tallies)
+        _write_documents(plan, stage)
+        _write_receipt(plan, stage, report)
         if verify:
-            report = _verified(
-                source, destination, staging, report, jobs, lambda n, total: progress("verify", n, total)
-            )
-        (state / CONFIG).replace(staging / CONFIG)
-        _publish(staging, destination, overwrite=overwrite)
+            report = _verified(source, stage, report, jobs, lambda n, of: progress("verify", n, of))
+        stage.publish(overwrite=overwrite)
     return replace(report, seconds=time.monotonic() - begin)
 
 
-def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that would mix with the source or cost the user something.
+def real_path(path: str | Path) -> Path:
+    """A path without links, whose last part need not exist.
 
     Raises:
-        DestinationError: with what is there and what to pass.
+        DestinationError: links in a circle, or a name that no file system takes.
     """
-    a, b = source.resolve(), destination.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise DestinationError(f"{destination}: must lie apart from the source {source}")
-    if destination.exists() and not destination.is_dir():
-        raise DestinationError(f"{destination}: exists and is no directory")
-    if destination.exists() and any(destination.iterdir()) and not overwrite:
-        raise DestinationError(f"{destination}: exists and is not empty; pass --overwrite to replace it")
-
-
-@contextmanager
-def _staging(destination: Path, plan: Plan, *, resume: bool) -> Iterator[Path]:
-    """The staging directory, locked against a second writer; kept when something fails, for --resume."""
-    staging = destination.absolute().parent / f".{destination.name}.fp4cast"
-    state = staging / STATE
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise DestinationError(f"{staging}: cannot be created: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DestinationError(f"{destination}: another fp4cast is writing it ({staging})") from error
-        _adopt(staging, state, plan, resume=resume)
-        try:
-            yield staging
-        except Fp4CastError as error:
-            error.add_note(f"What is finished lies in {staging}: --resume goes on from there; or delete it.")
-            raise
-    finally:
-        os.close(lock)
-
-
-def _adopt(staging: Path, state: Path, plan: Plan, *, resume: bool) -> None:
-    """Take over what an earlier run left if it is of this plan; start afresh otherwise."""
-    mark = state / "plan"
-    before = mark.read_text() if mark.exists() else None
-    if resume and before is not None and before != plan.fingerprint:
-        raise DestinationError(
-            f"{staging}: holds an unfinished conversion with other options, or of a source that has changed; "
-            "run without --resume to start afresh"
-        )
-    if not resume or before is None:
-        for path in [*staging.iterdir(), *state.iterdir()]:
-            if path not in (state, state / "lock"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    mark.write_text(plan.fingerprint)
-
-
-def _check_space(staging: Path, plan: Plan) -> None:
-    there = sum(path.stat().st_size for path in staging.iterdir() if path.is_file())
-    needed, free = plan.write_bytes + FREE_MARGIN - there, shutil.disk_usage(staging).free
-    if needed > free:
-        raise DestinationError(
-            f"{staging.parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; nothing was written"
-        )
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"{str(path)[:200]}: is no usable path: {error}") from error
 
 
 def _check_unchanged(plan: Plan) -> None:
@@ -178,68 +113,50 @@ def _check_unchanged(plan: Plan) -> None:
         )
 
 
-def _write_documents(plan: Plan, staging: Path) -> None:
-    """Everything beside the shards; config.json waits in the state directory."""
-    try:
-        for name, data in plan.documents.items():
-            (staging / STATE / name if name == CONFIG else staging / name).write_bytes(data)
-        for companion in plan.companions:
-            (staging / companion).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(plan.source.checkpoint.path / companion, staging / companion)
-    except OSError as error:
-        raise DestinationError(f"{staging}: cannot be written: {error.strerror}") from error
+def _write_documents(plan: Plan, stage: Staging) -> None:
+    """Everything beside the shards; config.json waits outside."""
+    for name, data in plan.documents.items():
+        (stage.out / (stage.config if name == CONFIG else name)).write_bytes(data)
+    for companion in plan.companions:
+        (stage.out / companion).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.source.checkpoint.path / companion, stage.out / companion)
 
 
-def _write_receipt(plan: Plan, staging: Path, report: Report) -> None:
+def _write_receipt(plan: Plan, stage: Staging, report: Report) -> None:
     """fp4cast.json: what was made, and the digests by which rounded tensors are recognised. The same on every run."""
-    written = open_checkpoint(staging, f"{STATE}/{CONFIG}").tensors
+    written = open_checkpoint(stage.out, stage.config).tensors
     digests: dict[str, str] = {}
     for tensor in report.inexact:
         names = plan.target.names(tensor.name)
         digests[tensor.name] = digest([written[names.codes], written[names.block_scale], written[names.tensor_scale]])
-    receipt: dict[str, Any] = {"fp4cast": __version__, **report.facts(), "digests": digests}
+    facts = {key: value for key, value in report.facts().items() if key != "marlin_exact"}  # measured only by verify
+    receipt: dict[str, Any] = {"fp4cast": __version__, **facts, "digests": digests}
+    receipt["documents"] = {name: digest_bytes(data) for name, data in sorted(plan.documents.items()) if name != INDEX}
     if plan.target.activations == "w4a4":
         modules = (pair.module for domain in plan.domains for pair in domain.pairs)
         receipt["input_scales"] = digest([written[plan.target.names(module).input_scale] for module in sorted(modules)])
-    (staging / RECEIPT).write_bytes(to_bytes(receipt))
+    (stage.out / RECEIPT).write_bytes(to_bytes(receipt))
 
 
 def _verified(
     source: Path,
-    destination: Path,
-    staging: Path,
+    stage: Staging,
     report: Report,
     jobs: int | None,
     progress: Callable[[int, int], None],
 ) -> Report:
-    found = verify_checkpoint(source, staging, config=f"{STATE}/{CONFIG}", jobs=jobs, progress=progress)
+    found = verify_checkpoint(source, stage.out, config=stage.config, jobs=jobs, progress=progress)
     if not found.ok:
+        stage.forget_shards()
         shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
         raise VerificationError(
-            f"{destination}: what was written differs from {source} in {len(found.differences)} places; "
+            f"{report.destination}: what was written differs from {source} in {len(found.differences)} places; "
             f"nothing was published:\n{shown}"
         )
     return replace(found, destination=report.destination, bytes=report.bytes)
 
 
-def _publish(staging: Path, destination: Path, *, overwrite: bool) -> None:
-    """Rename the staging directory to DST; an older DST goes only when the new one stands."""
-    shutil.rmtree(staging / STATE)
-    old = destination.absolute().parent / f".{destination.name}.fp4cast-old"
-    try:
-        if destination.exists():
-            if overwrite:
-                shutil.rmtree(old, ignore_errors=True)
-                destination.rename(old)
-            else:
-                destination.rmdir()
-        staging.rename(destination)
-    except OSError as error:
-        raise DestinationError(f"{destination}: cannot be put in place: {error.strerror}; see {staging}") from error
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _report(plan: Plan, destination: Path, tallies: Tallies, seconds: float) -> Report:
+def _report(plan: Plan, destination: str, tallies: Tallies) -> Report:
     """The report of a run, by the figures measured while writing."""
     elements = {pair.module: pair.elements for domain in plan.domains for pair in domain.pairs}
     inexact: list[InexactTensor] = [
@@ -251,7 +168,7 @@ def _report(plan: Plan, destination: Path, tallies: Tallies, seconds: float) -> 
     cast = len(elements)
     return Report(
         source=str(plan.source.checkpoint.path),
-        destination=str(destination),
+        destination=destination,
         family=plan.source.family.name,
         layout=plan.target.layout,
         activations=plan.target.activations,
@@ -265,7 +182,7 @@ def _report(plan: Plan, destination: Path, tallies: Tallies, seconds: float) -> 
         inexact=inexact,
         marlin_exact=all(domain.scaling.marlin_exact for domain in plan.domains),
         bytes={"read": plan.read_bytes, "written": plan.write_bytes},
-        seconds=seconds,
+        seconds=0.0,
         verified=False,
         served=plan.target.served,
     )

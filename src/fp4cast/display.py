@@ -25,7 +25,7 @@ from fp4cast.exact import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.inspection import Inspection
 from fp4cast.report import Report
 
-__all__ = ["Meter", "show_demo", "show_inspection", "show_report"]
+__all__ = ["Meter", "printable", "show_demo", "show_inspection", "show_report"]
 
 WINDOW = E_MAX - E_MIN
 _PHASES = {"scan": "reading scales", "write": "writing", "verify": "verifying"}
@@ -41,6 +41,11 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def printable(text: str) -> str:
+    """Text from a checkpoint without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class Meter:
     """Progress of long work: bars on a terminal, a line now and then elsewhere. Called from worker threads."""
 
@@ -49,7 +54,7 @@ class Meter:
         self.lock = threading.Lock()
         self.done: Counter[str] = Counter()
         self.begin: dict[str, float] = {}
-        self.last = time.monotonic()
+        self.last = self.latest = time.monotonic()
         self.bars: dict[str, TaskID] = {}
         self.progress = Progress(
             TextColumn("{task.description:>14}"),
@@ -71,7 +76,8 @@ class Meter:
     def __call__(self, phase: str, nbytes: int, total: int) -> None:
         """Count bytes just done in a phase."""
         with self.lock:
-            self.begin.setdefault(phase, time.monotonic())
+            self.begin.setdefault(phase, self.latest)  # what is reported first began when the phase before ended
+            self.latest = time.monotonic()
             self.done[phase] += nbytes
             if self.console.is_terminal:
                 if phase not in self.bars:
@@ -90,7 +96,7 @@ class Meter:
 
 
 def _show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -153,7 +159,7 @@ def _spreads(info: Inspection) -> Table:
 
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return escape(", ".join(names[:_SHOWN])) + more
+    return escape(printable(", ".join(names[:_SHOWN]))) + more
 
 
 def show_report(console: Console, report: Report, verb: str) -> None:
@@ -187,7 +193,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     if report.inexact:
         console.print(_inexact(report))
     for difference in report.differences[:_SHOWN]:
-        console.print(f"[red]differs[/] {escape(str(difference))}", soft_wrap=True)
+        console.print(f"[red]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
     if len(report.differences) > _SHOWN:
         console.print(f"[red]and {len(report.differences) - _SHOWN} more[/]")
 
@@ -207,7 +213,7 @@ def _inexact(report: Report) -> Table:
         table.add_column(column, justify="left" if column == "tensor" else "right")
     for tensor in sorted(report.inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
         table.add_row(
-            escape(tensor.name),
+            escape(printable(tensor.name)),
             f"{tensor.rounded_half_blocks:,}",
             f"{tensor.max_abs_error:.3g}",
             f"{tensor.mse:.3g}",

@@ -21,10 +21,13 @@ def resolve(source: str | Path) -> Path:
         CheckpointError: there is neither such a directory nor such a model.
     """
     path = Path(source)
-    if path.exists() or not _MODEL_ID.fullmatch(str(source)):
-        return path
+    try:
+        if path.exists() or not _MODEL_ID.fullmatch(str(source)):
+            return path
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(source)[:200]}: cannot be read: {error}") from error
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(str(source), ignore_patterns=_IGNORED))
@@ -33,5 +36,7 @@ def resolve(source: str | Path) -> Path:
             f"{source}: is no directory here, and as a model id it is not in the hub's cache while the hub cannot be "
             "reached. Check the spelling, or go online to download it."
         ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{source}: is neither a directory nor a model id: {error}") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{source}: the hub refuses: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from fp4cast.shards import Tensor, read_header
 __all__ = ["InputScales", "InputScalesLike", "load_input_scales"]
 
 INPUT_DIVISOR = 6 * E4M3_MAX
-# The quotient must be a normal FP32 number too, or a GPU flushes it to zero.
-_LEAST, _MOST = float(np.finfo(np.float32).tiny) * INPUT_DIVISOR, float(np.finfo(np.float32).max)
+# An input_scale and its reciprocal must be normal FP32 numbers: a GPU flushes others to zero.
+_LEAST = float(np.finfo(np.float32).tiny)
+_MOST = 1 / _LEAST
 
 InputScalesLike = float | str | Path | Mapping[str, float]
 
@@ -48,10 +50,10 @@ class InputScales:
         return np.float32(max(self.amax[module] for module in modules)) / np.float32(INPUT_DIVISOR)
 
     def require(self, modules: Iterable[str]) -> None:
-        """Check that every projection has a value.
+        """Check that every projection has a usable value; names of other modules are left alone.
 
         Raises:
-            InputScaleError: with the first missing names and some that are there.
+            InputScaleError: with the first missing names and some that are there, or the first useless value.
         """
         if self.constant is not None:
             return
@@ -62,13 +64,22 @@ class InputScales:
                 f"the file has {len(self.amax)} names, such as {next(iter(self.amax), None)!r}. "
                 "An engine would read uninitialised memory for a missing one."
             )
+        for module in wanted:
+            _check(self.origin, module, self.amax[module], INPUT_DIVISOR)
 
 
-def _checked(origin: str, name: str, value: object) -> float:
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not _LEAST <= number <= _MOST:
-        raise InputScaleError(f"{origin}: {name}: expected a positive finite number, got {value!r}. {_WAYS_OUT}")
-    return number
+def _number(value: object) -> float:
+    """A value as a number, NaN where it is none."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _check(origin: str, name: str, number: float, unit: float) -> None:
+    if not _LEAST <= number / unit <= _MOST:
+        limits = f"{_LEAST * unit:.3g} to {_MOST * unit:.3g}"
+        raise InputScaleError(f"{origin}: {name}: expected a number from {limits}, got {number!r}. {_WAYS_OUT}")
 
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -116,6 +127,7 @@ def load_input_scales(value: InputScalesLike | None) -> InputScales:
         except ValueError:
             number = None
         if number is not None:
-            return InputScales(_checked("input_scales", "the constant", number), {}, "input_scales")
+            _check("input_scales", "the constant", number, 1.0)
+            return InputScales(number, {}, "input_scales")
         origin, table = str(value), _read_file(Path(str(value)))
-    return InputScales(None, {name: _checked(origin, name, amax) for name, amax in table.items()}, origin)
+    return InputScales(None, {name: _number(amax) for name, amax in table.items()}, origin)

@@ -42,7 +42,7 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
         codes: packed uint8 [..., K/2], two E2M1 codes a byte, low nibble = even element.
         scales: E8M0 uint8 [..., K/32].
         inexact: "fail", or "nearest" to round what cannot be exact.
-        bias: exponent bias of the scales, 127 in the standard.
+        bias: exponent bias of the scales: 127, or 125 for what compressed-tensors 0.13 wrote.
 
     Returns:
         The NVFP4 tensor.
@@ -59,6 +59,8 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
     """
     if inexact not in ("fail", "nearest"):
         raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
+    if bias not in (E8M0_BIAS, E8M0_BIAS - 2):
+        raise UsageError(f"bias must be 127, or 125 for what compressed-tensors 0.13 wrote; got {bias}")
     for name, array in (("codes", codes), ("scales", scales)):
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
             raise ShapeError(f"{name}: expected a uint8 array, got {getattr(array, 'dtype', type(array).__name__)}")

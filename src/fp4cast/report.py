@@ -11,7 +11,7 @@ from typing import Any
 from fp4cast.files import CHUNK_BYTES, Files
 from fp4cast.shards import Tensor
 
-__all__ = ["Difference", "InexactTensor", "Report", "digest", "inexact_tensor"]
+__all__ = ["Difference", "InexactTensor", "Report", "digest", "digest_bytes", "inexact_tensor"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ class Report:
             "served": self.served,
             "differences": [{"name": d.name, "kind": d.kind, "detail": d.detail} for d in self.differences],
         }
+
+
+def digest_bytes(data: bytes) -> str:
+    """BLAKE2b of a document."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

@@ -22,10 +22,12 @@ from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, encode
 from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Plan, Scales
 from fp4cast.sources import BLOCK_BYTES, Pair
+from fp4cast.staging import write_whole
 from fp4cast.workers import workers
 
 __all__ = ["Tally", "run"]
 
+ENCODE_BLOCKS = 1 << 15  # blocks whose half-blocks may all have to be rounded together: some 20 MB
 TILE_BYTES = 16 << 20  # codes of one tile of a transposed bank: a whole expert, for gpt-oss
 _NIBBLE_ENERGY = E2M1.values**2
 _BYTE_ENERGY = np.array([_NIBBLE_ENERGY[b & 15] + _NIBBLE_ENERGY[b >> 4] for b in range(256)])
@@ -97,17 +99,25 @@ def run(
 def _finish_shard(shard: OutputShard, directory: Path, state: Path, progress: Callable[[int], None]) -> Tallies:
     """Write one shard, or find that an earlier run did."""
     path, note = directory / shard.file, state / f"{shard.file}.done"
-    if note.exists() and path.exists() and path.stat().st_size == shard.layout.size:
-        progress(shard.layout.size)
-        return {module: Tally(**tally) for module, tally in json.loads(note.read_text()).items()}
     partial = state / f"{shard.file}.partial"
     try:
+        if path.exists() and path.stat().st_size == shard.layout.size and (known := _read_note(note)) is not None:
+            progress(shard.layout.size)
+            return known
         tallies = _write_shard(shard, partial, progress)
         partial.replace(path)
-        note.write_text(json.dumps({module: asdict(tally) for module, tally in tallies.items()}))
+        write_whole(note, json.dumps({module: asdict(tally) for module, tally in tallies.items()}).encode())
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
     return tallies
+
+
+def _read_note(note: Path) -> Tallies | None:
+    """What an earlier run noted of a shard that it finished; None where it did not, or where the note is damaged."""
+    try:
+        return {module: Tally(**tally) for module, tally in json.loads(note.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None]) -> Tallies:
@@ -177,8 +187,9 @@ class _Writer:
     def _scales(self, step: Scales) -> Iterator[tuple[int, Bytes]]:
         """(offset, E4M3 bytes) of a pair in the order of its blocks."""
         scales = step.pair.scales
-        for start in range(0, scales.nbytes, CHUNK_BYTES):
-            chunk = self.files[scales.path].read(scales.start + start, min(CHUNK_BYTES, scales.nbytes - start))
+        many = CHUNK_BYTES if step.scaling.verbatim else ENCODE_BLOCKS
+        for start in range(0, scales.nbytes, many):
+            chunk = self.files[scales.path].read(scales.start + start, min(many, scales.nbytes - start))
             yield 2 * start, self._block_scales(step, chunk, start)
 
     def _block_scales(self, step: Scales, exponents: Bytes, start: int) -> Bytes:
@@ -197,7 +208,7 @@ class _Writer:
 
     def _codes(self, step: Codes) -> Iterator[tuple[int, Bytes]]:
         """(offset, packed codes) of a pair with shifted or rounded half-blocks, in the order of its blocks."""
-        pair, many = step.pair, CHUNK_BYTES // BLOCK_BYTES
+        pair, many = step.pair, ENCODE_BLOCKS
         for start in range(0, pair.blocks, many):
             n = min(many, pair.blocks - start)
             codes = self.files[pair.codes.path].read(pair.codes.start + start * BLOCK_BYTES, n * BLOCK_BYTES)
@@ -205,10 +216,13 @@ class _Writer:
             yield start * BLOCK_BYTES, self._encode(step, codes.reshape(-1, BLOCK_BYTES), exponents)
 
     def _encode(self, step: Codes, codes: Bytes, exponents: Bytes) -> Bytes:
-        encoded = encode(codes, exponents, step.scaling, step.pair.bias)
-        tally = self.tallies.setdefault(step.pair.module, Tally())
-        tally.add(encoded, codes, exponents.astype(np.int64) - step.pair.bias)
-        return encoded.codes
+        tally, out = self.tallies.setdefault(step.pair.module, Tally()), np.empty_like(codes)
+        for i in range(0, len(codes), ENCODE_BLOCKS):
+            part = slice(i, i + ENCODE_BLOCKS)
+            encoded = encode(codes[part], exponents[part], step.scaling, step.pair.bias)
+            tally.add(encoded, codes[part], exponents[part].astype(np.int64) - step.pair.bias)
+            out[part] = encoded.codes
+        return out
 
     def _transposed_scales(self, step: Scales) -> Iterator[tuple[int, Bytes]]:
         """(offset, E4M3 bytes [K/16, N]) of each expert of a bank."""
@@ -216,7 +230,9 @@ class _Writer:
         size = pair.rows * pair.row_blocks
         for expert in range(pair.experts):
             exponents = self.files[pair.scales.path].read(pair.scales.start + expert * size, size)
-            scales = self._block_scales(step, exponents, expert * size)
+            many = size if step.scaling.verbatim else ENCODE_BLOCKS
+            parts = [self._block_scales(step, exponents[i : i + many], expert * size + i) for i in range(0, size, many)]
+            scales = np.concatenate(parts)
             yield 2 * expert * size, np.ascontiguousarray(scales.reshape(pair.rows, -1).T)
 
     def _transposed_codes(self, step: Codes) -> Iterator[tuple[int, Bytes]]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fp4cast.checkpoint import INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, open_checkpoint, read_json
+from fp4cast.checkpoint import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, open_checkpoint, read_json
 from fp4cast.claims import Claims, config_faults, read_claims
-from fp4cast.report import Difference
-from fp4cast.sources import Pair, Source, read_source
+from fp4cast.errors import CheckpointError, UsageError
+from fp4cast.manifest import drop_manifests
+from fp4cast.report import Difference, digest_bytes
+from fp4cast.sources import UNQUANTIZED, Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
 
 __all__ = ["Work", "documents", "open_both", "structure"]
@@ -49,7 +51,11 @@ def open_both(source: Path, destination: Path, config: str) -> Work:
     opened = open_checkpoint(destination, config)
     claims = read_claims(opened.config)
     receipt = read_json(destination / RECEIPT) if (destination / RECEIPT).exists() else {}
-    return Work(found, opened, choose_target(found.family, claims.layout, claims.activations), claims, receipt)
+    try:
+        target = choose_target(found.family, claims.layout, claims.activations)
+    except UsageError as error:
+        raise CheckpointError(f"{destination}: claims to be {claims.layout} {claims.activations}: {error}") from error
+    return Work(found, opened, target, claims, receipt)
 
 
 def _expected(work: Work) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -90,9 +96,12 @@ def documents(work: Work, config: str) -> Iterator[Difference]:
         if claimed != work.destination.total_size:
             yield Difference(INDEX, "index", f"total_size is {claimed}, the tensors take {work.destination.total_size}")
     beside = read_json(path / QUANT_CONFIG) if (path / QUANT_CONFIG).exists() else None
-    for fault in config_faults(work.destination.config, beside):
-        yield Difference(config, "config", fault)
-    yield from _claimed(work, config)
+    faults = [*config_faults(work.destination.config, beside), *_claimed(work)]
+    if _without_manifests(work.destination.config) != _without_manifests(work.source.checkpoint.config):
+        faults.append("what it says beside the quantization differs from the source's")
+    yield from (Difference(config, "config", fault) for fault in faults)
+    if not faults:
+        yield from _sealed(work, config)
     for name in work.source.checkpoint.companions():
         try:
             same = (path / name).read_bytes() == (work.source.checkpoint.path / name).read_bytes()
@@ -103,14 +112,32 @@ def documents(work: Work, config: str) -> Iterator[Difference]:
                 yield Difference(str(name), "file", "differs from the source's")
 
 
-def _claimed(work: Work, config: str) -> Iterator[Difference]:
+def _without_manifests(config: Mapping[str, Any]) -> dict[str, Any]:
+    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    drop_manifests(copy)
+    return copy
+
+
+def _sealed(work: Work, config: str) -> Iterator[Difference]:
+    """The documents are, byte for byte, those that the receipt names."""
+    sealed = work.receipt.get("documents")
+    for name, expected in sealed.items() if isinstance(sealed, dict) else ():
+        path = work.destination.path / (config if name == CONFIG else PurePosixPath(name).name)
+        if not path.is_file() or digest_bytes(path.read_bytes()) != expected:
+            yield Difference(name, "config", "is not the document that the conversion wrote")
+
+
+def _claimed(work: Work) -> Iterator[str]:
     """The config says NVFP4 of every module that was cast, and of no other."""
     cast = {pair.module for pair in work.cast}
     for module in sorted(cast):
         if not work.claims.quantized(module):
-            yield Difference(config, "config", f"{module} was cast, but the config does not say that it is NVFP4")
+            yield f"{module} was cast, but the config does not say that it is NVFP4"
     parts = {name for pair in work.cast for name in (pair.codes.name, pair.scales.name)}
     for name, tensor in work.source.checkpoint.tensors.items():
         module = name.removesuffix(".weight").removesuffix(".weight_packed")
-        if name not in parts and module != name and len(tensor.shape) >= 2 and work.claims.quantized(module):
-            yield Difference(config, "config", f"{module} was not cast, but the config says that it is NVFP4")
+        matrix = name not in parts and module != name and len(tensor.shape) >= 2
+        # compressed-tensors describes other quantized groups by patterns of their own, beside `ignore`.
+        plain = tensor.dtype in UNQUANTIZED or work.claims.layout == "modelopt"
+        if matrix and plain and work.claims.quantized(module):
+            yield f"{module} was not cast, but the config says that it is NVFP4"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fp4cast.report import Difference, InexactTensor, Report, digest, inexact_te
 from fp4cast.shards import Tensor
 from fp4cast.sources import Pair, fused_group
 from fp4cast.structure import Work, documents, open_both, structure
-from fp4cast.workers import workers
+from fp4cast.workers import sliced, workers
 
 __all__ = ["verify", "verify_checkpoint"]
 
@@ -76,13 +77,16 @@ def verify_checkpoint(
             progress(nbytes, total)
 
         pairs = [pair for pair in work.cast if not wrong.intersection(work.target.names(pair.module))]
-        results = pool.map(lambda pair: _compare(work, pair, files, read), pairs)
-        copies = pool.map(lambda tensor: _copied(work, tensor, files, read), list(_untouched(work, wrong)))
-        for pair, (comparison, faults) in zip(pairs, results, strict=True):
+        results = pool.map(lambda part: [_compare(work, pair, files, read) for pair in part], sliced(pairs))
+        copies = pool.map(
+            lambda part: [fault for tensor in part for fault in _copied(work, tensor, files, read)],
+            sliced(list(_untouched(work, wrong))),
+        )
+        for pair, (comparison, faults) in zip(pairs, chain.from_iterable(results), strict=True):
             differences += faults
             if comparison is not None:
                 measured[pair.module] = comparison
-        differences += [fault for faults in copies for fault in faults]
+        differences += chain.from_iterable(copies)
     differences += [*_shared_scales(work, wrong), *_input_scales(work, wrong)]
     return _report(work, destination, measured, differences, time.monotonic() - begin)
 
@@ -119,6 +123,8 @@ def _compare(work: Work, pair: Pair, files: Files, progress: Progress) -> tuple[
 def _judge(work: Work, pair: Pair, found: Comparison) -> Iterator[Difference]:
     """Whether what was measured is what the conversion said."""
     names = work.target.names(pair.module)
+    if found.invalid:
+        yield Difference(names.block_scale, "scale", f"{found.invalid} block scales are NaN or negative")
     if found.stray:
         detail = f"{found.stray} half-blocks of zeros have a scale that their exponent does not give (no value changes)"
         yield Difference(names.block_scale, "scale", detail)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from typing import TypeVar
 
-__all__ = ["Stopped", "Workers", "workers"]
+from fp4cast.errors import UsageError
+
+__all__ = ["Stopped", "Workers", "sliced", "workers"]
 
 
 class Stopped(Exception):  # noqa: N818
@@ -35,9 +38,20 @@ class Workers(ThreadPoolExecutor):
             raise Stopped
 
 
+Item = TypeVar("Item")
+
+
+def sliced(items: Sequence[Item], tasks: int = 512) -> list[Sequence[Item]]:
+    """Items in some hundreds of runs: a future costs as much as a small tensor."""
+    size = -(-len(items) // tasks)
+    return [items[i : i + size] for i in range(0, len(items), size)] if items else []
+
+
 @contextmanager
 def workers(jobs: int | None) -> Iterator[Workers]:
     """A pool for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early."""
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
     pool = Workers(jobs)
     try:
         yield pool

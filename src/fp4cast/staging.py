@@ -1,0 +1,173 @@
+"""Where a destination is made so that no moment of it can hurt.
+
+Beside DST stands `.DST.fp4cast`: in it `out/`, which becomes DST by one rename, and next to that the lock, the plan's
+fingerprint, unfinished shards, a note for each finished one, and config.json, without which no engine loads a
+directory, until everything else is complete and verified. An older DST waits there, too, until the new one stands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4cast.checkpoint import CONFIG
+from fp4cast.errors import DestinationError, Fp4CastError
+
+__all__ = ["Staging", "check_destination", "staging"]
+
+FREE_MARGIN = 64 << 20
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A locked working directory for one destination.
+
+    Attributes:
+        destination: DST, without links.
+        state: `.DST.fp4cast`, where `run` keeps what is unfinished.
+        out: what will become DST.
+        config: where config.json waits, relative to `out`.
+    """
+
+    destination: Path
+    state: Path
+    out: Path
+    config: str = f"../{CONFIG}"
+
+    def adopt(self, fingerprint: str, *, resume: bool) -> None:
+        """Keep the finished shards of an earlier run of the same plan; drop everything else that it left.
+
+        Raises:
+            DestinationError: `resume`, and what is there belongs to another plan.
+        """
+        mark = self.state / "plan"
+        before = mark.read_text() if mark.exists() else ""
+        if resume and before and before != fingerprint:
+            raise DestinationError(
+                f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
+                "run without --resume to start afresh"
+            )
+        finished = {note.stem for note in self.state.glob("*.done")} if resume and before else set()
+        notes = {f"{name}.done" for name in finished}
+        for path in [*self.out.iterdir(), *self.state.iterdir()]:
+            if path.name not in finished | notes | {"lock", "out"}:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_whole(mark, fingerprint.encode())
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuse to begin what cannot end.
+
+        Raises:
+            DestinationError: fewer than `nbytes` are free, beside what is already there.
+        """
+        there = sum(path.stat().st_size for path in self.out.iterdir() if path.is_file())
+        needed, free = nbytes + FREE_MARGIN - there, shutil.disk_usage(self.out).free
+        if needed > free:
+            raise DestinationError(
+                f"{self.destination}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free"
+            )
+
+    def forget_shards(self) -> None:
+        """Have every shard written again by the next run."""
+        for note in self.state.glob("*.done"):
+            note.unlink()
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Let DST appear: config.json moves in, an older DST steps aside, one rename, and nothing else is left."""
+        (self.state / CONFIG).replace(self.out / CONFIG)
+        old = self.state / "old"
+        if self.destination.exists() and overwrite:
+            self.destination.rename(old)
+        elif self.destination.exists():
+            self.destination.rmdir()  # fails where somebody has put something into it meanwhile
+        try:
+            self.out.rename(self.destination)
+        except OSError:
+            if old.exists():
+                old.rename(self.destination)
+            raise
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that would mix with the source or cost the user something.
+
+    Raises:
+        DestinationError: with what is there and what to pass.
+    """
+    a, b = source.resolve(), destination.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise DestinationError(f"{destination}: must lie apart from the source {source}")
+    if destination.exists() and not destination.is_dir():
+        raise DestinationError(f"{destination}: exists and is no directory")
+    if destination.is_mount():
+        raise DestinationError(f"{destination}: is a mount point, which cannot be replaced; name a directory inside it")
+    if destination.exists() and any(destination.iterdir()) and not overwrite:
+        raise DestinationError(f"{destination}: exists and is not empty; pass --overwrite to replace it")
+
+
+def _lock(destination: Path, state: Path) -> int:
+    """A descriptor that holds the lock; the lock's file is still the one that others would open."""
+    lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino == (state / "lock").stat().st_ino:
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
+
+
+def _recover(destination: Path, state: Path) -> None:
+    """Put back an older DST that a killed run had moved aside."""
+    old = state / "old"
+    if old.exists() and not destination.exists():
+        old.rename(destination)
+
+
+@contextmanager
+def staging(source: Path, destination: Path, *, overwrite: bool) -> Iterator[Staging]:
+    """Lock a working directory beside DST; it is kept when something fails, for --resume.
+
+    Raises:
+        DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
+    """
+    state = destination.parent / f".{destination.name}.fp4cast"
+    try:
+        (state / "out").mkdir(parents=True, exist_ok=True)
+        lock = _lock(destination, state)
+    except OSError as error:
+        raise DestinationError(f"{state}: cannot be made: {error.strerror}") from error
+    try:
+        _recover(destination, state)
+        check_destination(source, destination, overwrite=overwrite)
+        yield Staging(destination, state, state / "out")
+    except Fp4CastError as error:
+        _note(error, state)
+        raise
+    except OSError as error:
+        failure = DestinationError(f"{error.filename or destination}: {error.strerror or error}")
+        _note(failure, state)
+        raise failure from error
+    finally:
+        os.close(lock)
+
+
+def _note(error: Fp4CastError, state: Path) -> None:
+    if any(state.glob("*.done")):
+        error.add_note(f"What is finished lies in {state}: --resume goes on from there; or delete it.")
+    else:
+        error.add_note(f"Nothing is finished; {state} may be deleted.")
