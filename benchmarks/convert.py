@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fp4cast-bench-", dir=args.dir) as scratch:
         results = [measure(case, Path(scratch), args) for case in args.cases or CASES]
     machine = {
+        "date": datetime.now(tz=UTC).date().isoformat(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "directory": "memory" if str(args.dir or "").startswith("/dev/shm") else "disk",
