@@ -180,6 +180,20 @@ def test_missing_unexpected_and_mistyped_tensors(miniatures, copy, change, kind)
     assert kinds_of(fp4cast.verify(miniatures["dense"], destination)) == {kind}
 
 
+def test_a_shard_that_the_index_does_not_name_is_unexpected(miniatures, copy):
+    destination = copy("dense")
+    shutil.copy(destination / "model-00001-of-00002.safetensors", destination / "model-stray.safetensors")
+    assert kinds_of(fp4cast.verify(miniatures["dense"], destination)) == {"unexpected"}
+
+
+def test_the_report_of_a_nan_is_valid_json(miniatures, copy):
+    destination = copy("dense")
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    edit(destination, name, lambda data: data.__setitem__(0, 0x7F))
+    document = json.dumps(fp4cast.verify(miniatures["dense"], destination).to_json(), allow_nan=False)
+    assert json.loads(document)["inexact"][0]["mse"] is None
+
+
 def edit_json(path, change):
     document = json.loads(path.read_text())
     change(document)

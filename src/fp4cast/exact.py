@@ -29,6 +29,7 @@ __all__ = [
     "choose",
     "half_masks",
     "halve",
+    "outside_window",
     "scale_table",
     "shift_codes",
 ]
@@ -94,6 +95,11 @@ def scale_table(m: int, bias: int = E8M0_BIAS) -> Bytes:
     table = [_POWER_CODE[min(max(b - bias - m, E_MIN), E_MAX)] for b in range(256)]
     table[E8M0_NAN] = 0x7F
     return np.frombuffer(bytes(table), np.uint8)
+
+
+def outside_window(k: Ints, m: int | None) -> Ints:
+    """Indices of the blocks whose exponent alone is not exact under S = 2^m; of all under another S (m None)."""
+    return np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
 
 
 def halve(scales: Bytes, table: Bytes) -> Bytes:

@@ -23,6 +23,7 @@ from fp4cast.exact import (
     choose,
     half_masks,
     halve,
+    outside_window,
     scale_table,
     shift_bounds,
     shift_codes,
@@ -135,7 +136,7 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     table = scale_table(m if m is not None else 0, bias)
     block_scales = halve(exponents, table).reshape(-1, 2)
     k = exponents.astype(np.int64) - bias
-    outside = np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
+    outside = outside_window(k, m)
     if scaling.verbatim or not outside.size:
         return Encoded(codes, block_scales)
     halves, half_k = codes[outside].reshape(-1, 8), np.repeat(k[outside], 2)
@@ -176,7 +177,7 @@ def squared_error(domain: Sequence[BlockSource], tensor_scale: float, m: int | N
     """Total squared error of a domain under a tensor scale, or infinity as soon as it exceeds `stop`."""
     total = 0.0
     for source, blocks, k in _chunks(domain):
-        outside = np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
+        outside = outside_window(k, m)
         if not outside.size:
             continue
         halves, half_k = source.codes(blocks[outside]).reshape(-1, 8), np.repeat(k[outside], 2)

@@ -14,6 +14,11 @@ from fp4cast.shards import Tensor
 __all__ = ["Difference", "InexactTensor", "Report", "digest", "digest_bytes", "inexact_tensor"]
 
 
+def _number(value: float) -> float | None:
+    """JSON has no NaN, which is what a damaged scale decodes to."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class InexactTensor:
     """A tensor that could not be written exactly, with its error against the source's values.
@@ -37,9 +42,9 @@ class InexactTensor:
         return {
             "name": self.name,
             "rounded_half_blocks": self.rounded_half_blocks,
-            "max_abs_error": self.max_abs_error,
-            "mse": self.mse,
-            "snr_db": self.snr_db,
+            "max_abs_error": _number(self.max_abs_error),
+            "mse": _number(self.mse),
+            "snr_db": _number(self.snr_db),
         }
 
 

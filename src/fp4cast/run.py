@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.errors import DestinationError
-from fp4cast.exact import E_MAX, E_MIN, Ints, halve, scale_table
+from fp4cast.exact import Ints, halve, outside_window, scale_table
 from fp4cast.files import CHUNK_BYTES, Files, copy_range, write_all
 from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, encode
@@ -199,8 +199,7 @@ class _Writer:
         out = halve(exponents, table)
         if step.scaling.verbatim:
             return out
-        k = exponents.astype(np.int64) - bias
-        outside = np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
+        outside = outside_window(exponents.astype(np.int64) - bias, m)
         codes = step.pair.codes
         blocks = self.files[codes.path].gather(codes.start, outside + start, BLOCK_BYTES)
         out.reshape(-1, 2)[outside] = encode(blocks, exponents[outside], step.scaling, bias).block_scales

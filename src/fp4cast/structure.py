@@ -5,6 +5,7 @@ Part of the independent witness.
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -83,8 +84,11 @@ def structure(work: Work) -> Iterator[Difference]:
             yield Difference(name, "dtype", f"expected {dtype}, got {tensor.dtype}")
         elif tensor.shape != shape:
             yield Difference(name, "shape", f"expected {list(shape)}, got {list(tensor.shape)}")
-    for name in actual.keys() - expected.keys():
+    for name in sorted(actual.keys() - expected.keys()):
         yield Difference(name, "unexpected", "has no counterpart in the source")
+    for file in sorted(work.destination.path.glob("*.safetensors")):
+        if file.name not in work.destination.shards:
+            yield Difference(file.name, "unexpected", "is a shard that the index does not name")
 
 
 def documents(work: Work, config: str) -> Iterator[Difference]:
@@ -104,7 +108,7 @@ def documents(work: Work, config: str) -> Iterator[Difference]:
         yield from _sealed(work, config)
     for name in work.source.checkpoint.companions():
         try:
-            same = (path / name).read_bytes() == (work.source.checkpoint.path / name).read_bytes()
+            same = filecmp.cmp(path / name, work.source.checkpoint.path / name, shallow=False)
         except OSError as error:
             yield Difference(str(name), "file", f"cannot be read: {error.strerror}")
         else:
