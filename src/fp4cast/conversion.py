@@ -180,7 +180,7 @@ def _report(plan: Plan, destination: str, tallies: Tallies) -> Report:
             "rounded": rounded,
         },
         inexact=inexact,
-        marlin_exact=all(domain.scaling.marlin_exact for domain in plan.domains),
+        marlin_exact=all(domain.marlin_exact for domain in plan.domains),
         bytes={"read": plan.read_bytes, "written": plan.write_bytes},
         seconds=0.0,
         verified=False,

@@ -31,7 +31,7 @@ def run_demo(directory: Path) -> Iterator[dict[str, Any]]:
             "kind": kind,
             **report.facts(),
             "exact": report.exact and again.exact,
-            "spread": max(domain.scaling.spread for domain in info.domains),
+            "spread": max(domain.spread for domain in info.domains),
             "flip_found": _flip_is_found(source, destination),
         }
 

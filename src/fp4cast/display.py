@@ -108,8 +108,8 @@ def _show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -
 def show_inspection(console: Console, info: Inspection) -> None:
     """What a checkpoint is, and what a conversion would do."""
     domains = info.domains
-    inexact = [domain for domain in domains if not domain.scaling.exact]
-    narrow = sum(domain.scaling.marlin_exact for domain in domains)
+    inexact = [domain for domain in domains if not domain.exact]
+    narrow = sum(domain.marlin_exact for domain in domains)
     size = info.bytes
     rows = [
         ("family", info.title),
@@ -140,7 +140,7 @@ def _exact_sentence(exact: int, total: int) -> str:
 
 def _spreads(info: Inspection) -> Table:
     """The picture of the exponents: how many domains span how many binades, and the two windows."""
-    counts = Counter(domain.scaling.spread for domain in info.domains)
+    counts = Counter(domain.spread for domain in info.domains)
     table = Table(title="spread of the exponents, in binades", title_justify="left", box=None, pad_edge=False)
     table.add_column("spread", justify="right")
     table.add_column("domains", justify="right")

@@ -45,12 +45,12 @@ class Inspection:
     @property
     def exact(self) -> bool:
         """Whether every domain can be cast exactly."""
-        return all(domain.scaling.exact for domain in self.domains)
+        return all(domain.exact for domain in self.domains)
 
     @property
     def marlin_exact(self) -> bool:
         """Whether every domain also fits the window of vLLM's Marlin kernels."""
-        return all(domain.scaling.marlin_exact for domain in self.domains)
+        return all(domain.marlin_exact for domain in self.domains)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document that the command line prints."""
@@ -60,24 +60,10 @@ class Inspection:
             "exact": self.exact,
             "marlin_exact": self.marlin_exact,
             "tensors": {"cast": self.cast, "copied": self.copied},
-            "domains": [_domain_json(domain) for domain in self.domains],
+            "domains": [domain.to_json() for domain in self.domains],
             "bytes": self.bytes,
             "layouts": [{"layout": t.layout, "activations": t.activations, "served": t.served} for t in self.targets],
         }
-
-
-def _domain_json(domain: Domain) -> dict[str, Any]:
-    scaling = domain.scaling
-    return {
-        "name": domain.name,
-        "tensors": [pair.module for pair in domain.pairs],
-        "k_min": scaling.k_min,
-        "k_max": scaling.k_max,
-        "spread": scaling.spread,
-        "m": scaling.m if scaling.exact else None,
-        "exact": scaling.exact,
-        "marlin_exact": scaling.marlin_exact,
-    }
 
 
 def inspect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fp4cast.errors import InexactError
 from fp4cast.exact import BlockSource, Ints, Scaling, Search, choose
@@ -75,6 +76,34 @@ class Domain:
     scaling: Scaling
     search: Search | None = None
 
+    @property
+    def exact(self) -> bool:
+        """Whether every value of the domain can be written."""
+        return self.scaling.exact
+
+    @property
+    def marlin_exact(self) -> bool:
+        """Whether vLLM's Marlin kernels keep every value, too; where codes were not read, as the exponents say."""
+        return self.scaling.marlin_exact
+
+    @property
+    def spread(self) -> int:
+        """Binades between its smallest and its largest exponent."""
+        return self.scaling.spread
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "name": self.name,
+            "tensors": [pair.module for pair in self.pairs],
+            "k_min": self.scaling.k_min,
+            "k_max": self.scaling.k_max,
+            "spread": self.spread,
+            "m": self.scaling.m if self.exact else None,
+            "exact": self.exact,
+            "marlin_exact": self.marlin_exact,
+        }
+
 
 def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
     """Pairs by scale domain, in the order of each domain's first pair; partners may lie in different shards."""
@@ -138,7 +167,7 @@ def scan(
             return domains
 
         domains = [domain for part in pool.map(work, list(_slices(groups))) for domain in part]
-    if inexact == "fail" and (bad := [domain for domain in domains if not domain.scaling.exact]):
+    if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
         raise InexactError(_explain(bad, len(domains)))
     return domains
 
@@ -147,7 +176,7 @@ def _explain(bad: Sequence[Domain], total: int) -> str:
     lines = [f"{len(bad)} of {total} scale domains cannot be represented exactly in NVFP4; nothing was written."]
     for domain in bad[:_SHOWN]:
         scaling, search = domain.scaling, domain.search
-        lines.append(f"  {domain.name}: exponents {scaling.k_min} to {scaling.k_max}, a spread of {scaling.spread}")
+        lines.append(f"  {domain.name}: exponents {scaling.k_min} to {scaling.k_max}, a spread of {domain.spread}")
         if search is not None:
             (top, top_block), (low, low_block) = search.lo_block, search.hi_block
             lines.append(f"    block {top_block} of {top} needs a tensor scale of at least 2^{search.lo},")
