@@ -124,7 +124,8 @@ def _write_documents(plan: Plan, stage: Staging) -> None:
 
 def _write_receipt(plan: Plan, stage: Staging, report: Report) -> None:
     """fp4cast.json: what was made, and the digests by which rounded tensors are recognised. The same on every run."""
-    written = open_checkpoint(stage.out, stage.config).tensors
+    rounded_or_w4a4 = report.inexact or plan.target.activations == "w4a4"
+    written = open_checkpoint(stage.out, stage.config).tensors if rounded_or_w4a4 else {}
     digests: dict[str, str] = {}
     for tensor in report.inexact:
         names = plan.target.names(tensor.name)

@@ -128,7 +128,7 @@ class BlockSource(Protocol):
         """Packed codes of the given blocks (ascending): uint8 [len(blocks), 16]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ArrayBlocks:
     """A `BlockSource` over arrays: packed uint8 [n, 16] and E8M0 uint8 [n]."""
 
@@ -148,7 +148,7 @@ class ArrayBlocks:
         return self.packed[blocks]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scaling:
     """The tensor scale of a scale domain.
 

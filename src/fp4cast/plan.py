@@ -25,14 +25,14 @@ from fp4cast.targets import Target, choose_target
 __all__ = ["Codes", "Constant", "Copy", "Output", "OutputShard", "Plan", "Scales", "make_plan", "stamp"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """The bytes of a source tensor as they are: everything that is not cast, and codes that keep their order."""
 
     tensor: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Codes:
     """A pair's codes where they change place (a transposed bank) or value (shifted and rounded half-blocks)."""
 
@@ -41,7 +41,7 @@ class Codes:
     transposed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scales:
     """A pair's E4M3 block scales, two for each E8M0 byte."""
 
@@ -50,7 +50,7 @@ class Scales:
     transposed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Constant:
     """Bytes known beforehand: tensor scales and input scales."""
 
@@ -60,7 +60,7 @@ class Constant:
 Step = Copy | Codes | Scales | Constant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """One tensor of the destination and how it comes to be."""
 
@@ -70,7 +70,7 @@ class Output:
     step: Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputShard:
     """One file of the destination, every offset known."""
 

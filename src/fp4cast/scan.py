@@ -21,7 +21,7 @@ _SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
 _SHOWN = 5  # inexact domains that an error names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileBlocks:
     """An `exact.BlockSource` over a pair on disk: scales in chunks, codes only where they are asked for.
 
@@ -60,7 +60,7 @@ class FileBlocks:
         return self.files[codes.path].gather(codes.start, blocks, BLOCK_BYTES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Domain:
     """Pairs that share a tensor scale.
 

@@ -32,7 +32,7 @@ BLOCK_BYTES = 16  # 32 codes
 UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})  # safetensors dtypes of weights that nobody quantized
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Family:
     """How one family of checkpoints spells an MXFP4 tensor.
 
@@ -90,7 +90,7 @@ _FUSED = (
 _GROUP = {leaf: group for group in _FUSED for leaf in group}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One MXFP4 tensor.
 
@@ -132,7 +132,7 @@ class Pair:
         return self.blocks * 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint whose MXFP4 tensors have been found.
 
