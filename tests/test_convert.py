@@ -444,6 +444,22 @@ def test_a_second_writer_is_refused(miniatures, tmp_path):
             fp4cast.convert(miniatures["dense"], tmp_path / "dst")
 
 
+def test_a_file_system_without_locks_is_no_obstacle(miniatures, tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").exact
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(miniatures, tmp_path, monkeypatch):
+    (tmp_path / "dst").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "dst")
+    with pytest.raises(DestinationError, match="mount point"):
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(miniatures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -125,6 +125,8 @@ def copy_range(
 
 def _kernel_copy(source: File, start: int, target: int, offset: int, nbytes: int) -> int:
     """Bytes copied; 0 where this kernel cannot copy between these files, or where the source ends."""
+    if not hasattr(os, "copy_file_range"):
+        return 0  # Linux has it
     try:
         return os.copy_file_range(source.fd, target, nbytes, start, offset)
     except OSError:

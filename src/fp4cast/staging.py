@@ -107,15 +107,26 @@ def check_destination(source: Path, destination: Path, *, overwrite: bool) -> No
     Raises:
         DestinationError: with what is there and what to pass.
     """
-    a, b = source.resolve(), destination.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise DestinationError(f"{destination}: must lie apart from the source {source}")
-    if destination.exists() and not destination.is_dir():
-        raise DestinationError(f"{destination}: exists and is no directory")
+    try:
+        objection = _objection(source.resolve(), destination, overwrite)
+    except OSError as error:
+        objection = f"cannot be looked at: {error.strerror}"
+    if objection:
+        raise DestinationError(f"{destination}: {objection}")
+
+
+def _objection(source: Path, destination: Path, overwrite: bool) -> str:
+    if source == destination or source in destination.parents or destination in source.parents:
+        return f"must lie apart from the source {source}"
+    if not destination.exists():
+        return ""
+    if not destination.is_dir():
+        return "exists and is no directory"
     if destination.is_mount():
-        raise DestinationError(f"{destination}: is a mount point, which cannot be replaced; name a directory inside it")
-    if destination.exists() and any(destination.iterdir()) and not overwrite:
-        raise DestinationError(f"{destination}: exists and is not empty; pass --overwrite to replace it")
+        return "is a mount point, which cannot be replaced; name a directory inside it"
+    if any(destination.iterdir()) and not overwrite:
+        return "exists and is not empty; pass --overwrite to replace it"
+    return ""
 
 
 def _lock(destination: Path, state: Path) -> int:
@@ -123,12 +134,15 @@ def _lock(destination: Path, state: Path) -> int:
     lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino == (state / "lock").stat().st_ino:
-            return lock
+        ours = os.fstat(lock).st_ino == (state / "lock").stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
     except OSError:
-        pass
-    os.close(lock)
-    raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
+        ours = True  # a file system without locks: many clusters' have none
+    if not ours:
+        os.close(lock)
+        raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
+    return lock
 
 
 def _recover(destination: Path, state: Path) -> None:
