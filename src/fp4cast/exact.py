@@ -3,7 +3,9 @@
 NVFP4's tensor scale is S = 2^m and E4M3 holds every power of two from 2^-9 to 2^8, so a half-block with exponent k
 keeps its codes under the block scale 2^(k-m) when -9 <= k-m <= 8. A half-block whose codes leave room may also be
 written with all its codes divided by 2^a, which widens its own window to -9 - a_max <= k-m <= 8 - a_min. Over a scale
-domain this gives an interval [lo, hi] of m; the domain is exact if and only if lo <= hi.
+domain this gives an interval [lo, hi] of m; the domain is exact under some power of two if and only if lo <= hi.
+(Another S could help only a domain whose every magnitude is 1.5, 3 or 6: s * S * c' = c * 2^k makes S's odd part divide
+c's. No trained weight is like that, and it is not tried.)
 
 Codes are read only where exponents do not decide: never when all exponents span at most 17 binades.
 """
