@@ -543,18 +543,19 @@ def test_a_damaged_shard_is_written_again_after_a_failed_verification(miniatures
     assert tree(tmp_path / "dst") == tree(converted["gpt-oss"])
 
 
-def test_resume_keeps_nothing_that_the_source_has_lost(miniatures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["tok.json", "lock", "out"])
+def test_resume_keeps_nothing_that_the_source_has_lost(miniatures, tmp_path, monkeypatch, name):
     source = shutil.copytree(miniatures["dense"], tmp_path / "src")
-    (source / "tok.json").write_text("{}")
+    (source / name).write_text("{}")
     monkeypatch.setattr(
         conversion, "_write_receipt", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     )
     with pytest.raises(DestinationError, match="Input/output error"):
         fp4cast.convert(source, tmp_path / "dst")
     monkeypatch.undo()
-    (source / "tok.json").rename(source / "tok2.json")
+    (source / name).rename(source / "tok2.json")
     fp4cast.convert(source, tmp_path / "dst", resume=True)
-    assert not (tmp_path / "dst" / "tok.json").exists()
+    assert not (tmp_path / "dst" / name).exists()
     assert (tmp_path / "dst" / "tok2.json").exists()
 
 

@@ -174,8 +174,9 @@ def _compare_part(part: _Part, same: Bytes, zero: Bytes, tensor_scale: float, bi
     expected = np.take(pairs, part.exponents, mode="clip").view(np.uint8).reshape(-1, 2)
     same_codes = _equal(part.source_codes, part.codes)
     # 255 in `expected` means that no scale is the same; it is NaN too, and must not equal a NaN that was written.
-    found.invalid += int((part.scales >= _NAN).sum()) if part.scales.max() >= _NAN else 0
-    if same_codes and not found.invalid and _equal(expected, part.scales):
+    invalid = int((part.scales >= _NAN).sum()) if part.scales.max() >= _NAN else 0
+    found.invalid += invalid
+    if same_codes and not invalid and _equal(expected, part.scales):
         found.verbatim += 2 * len(part.exponents)
         return
     other = (part.scales != expected) | (part.scales >= _NAN)

@@ -99,8 +99,8 @@ def _spellings(module: str) -> list[str]:
     return names + [name.removeprefix("language_model.") for name in names if name.startswith("language_model.")]
 
 
-def _args(**extra: Any) -> dict[str, Any]:
-    return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE, **extra}
+def _args() -> dict[str, Any]:
+    return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE}
 
 
 def _group(target: Target, targets: list[str]) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _hybrid(
 
 def _compressed(config: Mapping[str, Any], target: Target, kept: Sequence[str]) -> dict[str, Any]:
     """compressed-tensors `nvfp4-pack-quantized`: the source's manifest with its MXFP4 groups replaced."""
-    section = copy.deepcopy(manifest(config)[1])
+    section = dict(manifest(config)[1])
     old = section.get("ignore")
     ignore = [entry for entry in old if isinstance(entry, str)] if isinstance(old, list) else []
     groups = section.get("config_groups")

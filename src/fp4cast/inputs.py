@@ -91,7 +91,7 @@ def _scalar(file: File, tensor: Tensor) -> float:
         raise InputScaleError(f"{tensor.path}: {tensor}: expected one floating-point number")
     raw = file.read(tensor.start, tensor.nbytes)
     if tensor.dtype == "BF16":
-        return float(raw.view(np.uint16).astype(np.uint32).__lshift__(16).view(np.float32)[0])
+        return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
     return float(raw.view(dtype)[0])
 
 
@@ -114,7 +114,7 @@ def load_input_scales(value: InputScalesLike | None) -> InputScales:
 
     Raises:
         UsageError: nothing was given.
-        InputScaleError: a value is not a positive finite number.
+        InputScaleError: a file that cannot be used, or a useless constant; `require` judges the values of a table.
     """
     if value is None:
         raise UsageError(f"W4A4 needs an activation scale for every projection. {_WAYS_OUT}")

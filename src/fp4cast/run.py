@@ -21,6 +21,7 @@ from fp4cast.files import CHUNK_BYTES, Files, copy_range, write_all
 from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, encode
 from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Plan, Scales
+from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES, Pair
 from fp4cast.staging import write_whole
 from fp4cast.workers import workers
@@ -241,19 +242,19 @@ class _Writer:
         for expert in range(pair.experts):
             for first in range(0, pair.row_blocks, width):
                 last = min(first + width, pair.row_blocks)
-                tile = self._tile(pair.codes.path, pair.codes.start, pair, expert, first, last, BLOCK_BYTES)
+                tile = self._tile(pair, pair.codes, BLOCK_BYTES, expert, first, last)
                 if not step.scaling.verbatim:
-                    exponents = self._tile(pair.scales.path, pair.scales.start, pair, expert, first, last, 1)
+                    exponents = self._tile(pair, pair.scales, 1, expert, first, last)
                     tile = self._encode(step, tile.reshape(-1, BLOCK_BYTES), exponents.reshape(-1))
                 yield (
                     (expert * pair.row_blocks + first) * BLOCK_BYTES * pair.rows,
                     transpose(tile.reshape(pair.rows, -1)),
                 )
 
-    def _tile(self, path: Path, base: int, pair: Pair, expert: int, first: int, last: int, size: int) -> Bytes:
+    def _tile(self, pair: Pair, tensor: Tensor, size: int, expert: int, first: int, last: int) -> Bytes:
         """Blocks [first, last) of every row of an expert, `size` bytes each: uint8 [N, (last - first) * size]."""
-        file, row = self.files[path], pair.row_blocks * size
-        start = base + expert * pair.rows * row
+        file, row = self.files[tensor.path], pair.row_blocks * size
+        start = tensor.start + expert * pair.rows * row
         if last - first == pair.row_blocks:
             return file.read(start, pair.rows * row).reshape(pair.rows, row)
         tile = np.empty((pair.rows, (last - first) * size), np.uint8)

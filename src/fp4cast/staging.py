@@ -52,11 +52,9 @@ class Staging:
                 f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
                 "run without --resume to start afresh"
             )
-        finished = {note.stem for note in self.state.glob("*.done")} if resume and before else set()
-        notes = {f"{name}.done" for name in finished}
-        for path in [*self.out.iterdir(), *self.state.iterdir()]:
-            if path.name not in finished | notes | {"lock", "out"}:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        notes = {note.name for note in self.state.glob("*.done")} if resume and before else set()
+        _clear(self.state, keep=notes | {"lock", "out"})
+        _clear(self.out, keep={note.removesuffix(".done") for note in notes})
         write_whole(mark, fingerprint.encode())
 
     def check_space(self, nbytes: int) -> None:
@@ -92,6 +90,12 @@ class Staging:
                 old.rename(self.destination)
             raise
         shutil.rmtree(self.state, ignore_errors=True)
+
+
+def _clear(directory: Path, keep: set[str]) -> None:
+    for path in directory.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from fp4cast.claims import Claims, config_faults, read_claims
 from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.manifest import drop_manifests
 from fp4cast.report import Difference, digest_bytes
+from fp4cast.shards import Tensor
 from fp4cast.sources import UNQUANTIZED, Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
 
@@ -40,10 +42,16 @@ class Work:
     claims: Claims
     receipt: Mapping[str, Any]
 
-    @property
+    @cached_property
     def cast(self) -> list[Pair]:
         """The pairs that the layout casts."""
         return [pair for pair in self.source.pairs.values() if self.target.casts(pair)]
+
+    @cached_property
+    def untouched(self) -> list[Tensor]:
+        """The source's tensors that are no part of such a pair: the destination holds them as they are."""
+        parts = {name for pair in self.cast for name in (pair.codes.name, pair.scales.name)}
+        return [tensor for name, tensor in self.source.checkpoint.tensors.items() if name not in parts]
 
 
 def open_both(source: Path, destination: Path, config: str) -> Work:
@@ -61,9 +69,8 @@ def open_both(source: Path, destination: Path, config: str) -> Work:
 
 def _expected(work: Work) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor that the destination must hold."""
-    table = {name: (tensor.dtype, tensor.shape) for name, tensor in work.source.checkpoint.tensors.items()}
+    table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in work.untouched}
     for pair in work.cast:
-        del table[pair.codes.name], table[pair.scales.name]
         names = work.target.names(pair.module)
         table[names.codes] = ("U8", work.target.codes_shape(pair))
         table[names.block_scale] = ("F8_E4M3", work.target.block_scale_shape(pair))
@@ -137,10 +144,9 @@ def _claimed(work: Work) -> Iterator[str]:
     for module in sorted(cast):
         if not work.claims.quantized(module):
             yield f"{module} was cast, but the config does not say that it is NVFP4"
-    parts = {name for pair in work.cast for name in (pair.codes.name, pair.scales.name)}
-    for name, tensor in work.source.checkpoint.tensors.items():
-        module = name.removesuffix(".weight").removesuffix(".weight_packed")
-        matrix = name not in parts and module != name and len(tensor.shape) >= 2
+    for tensor in work.untouched:
+        module = tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
+        matrix = module != tensor.name and len(tensor.shape) >= 2
         # compressed-tensors describes other quantized groups by patterns of their own, beside `ignore`.
         plain = tensor.dtype in UNQUANTIZED or work.claims.layout == "modelopt"
         if matrix and plain and work.claims.quantized(module):

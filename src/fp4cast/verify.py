@@ -80,7 +80,7 @@ def verify_checkpoint(
         results = pool.map(lambda part: [_compare(work, pair, files, read) for pair in part], sliced(pairs))
         copies = pool.map(
             lambda part: [fault for tensor in part for fault in _copied(work, tensor, files, read)],
-            sliced(list(_untouched(work, wrong))),
+            sliced([tensor for tensor in work.untouched if tensor.name not in wrong]),
         )
         for pair, (comparison, faults) in zip(pairs, chain.from_iterable(results), strict=True):
             differences += faults
@@ -151,13 +151,6 @@ def _announced(work: Work, pair: Pair, found: Comparison) -> bool:
     return bool(digests.get(pair.module) == digest(parts))
 
 
-def _untouched(work: Work, wrong: set[str]) -> Iterator[Tensor]:
-    cast = {name for pair in work.cast for name in (pair.codes.name, pair.scales.name)}
-    for name, tensor in work.source.checkpoint.tensors.items():
-        if name not in cast and name not in wrong:
-            yield tensor
-
-
 def _copied(work: Work, tensor: Tensor, files: Files, progress: Progress) -> Differences:
     at = compare_bytes(tensor, work.destination.tensors[tensor.name], files, progress)
     return [] if at is None else [Difference(tensor.name, "bytes", f"differs from the source from byte {at} on")]
@@ -211,7 +204,7 @@ def _report(
             "cast": len(pairs),
             "exact": exact,
             "inexact": len(pairs) - exact,
-            "copied": len(source.tensors) - 2 * len(pairs),
+            "copied": len(work.untouched),
         },
         half_blocks=count,
         inexact=inexact,
