@@ -134,11 +134,18 @@ def test_bytes_do_not_depend_on_workers_or_verification(miniatures, tmp_path, ki
 
 
 def test_tiles_do_not_change_a_byte(miniatures, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "TILE_BYTES", 1)
-    monkeypatch.setattr(run, "CHUNK_BYTES", 64)
+    monkeypatch.setattr("fp4cast.pieces.TILE_BYTES", 1)
+    monkeypatch.setattr("fp4cast.pieces._SQUARE", 5)
+    monkeypatch.setattr("fp4cast.pieces.PIECE_BYTES", 100)
+    monkeypatch.setattr("fp4cast.writer.CHUNK_BLOCKS", 64)
+    monkeypatch.setattr("fp4cast.writer.BAND_ROWS", 3)
     monkeypatch.setattr("fp4cast.scan.CHUNK_BYTES", 5)
-    monkeypatch.setattr("fp4cast.compare.CHUNK_BYTES", 48)
-    monkeypatch.setattr("fp4cast.compare._TILE_BYTES", 7 * 48)
+    monkeypatch.setattr("fp4cast.match.CHUNK_BLOCKS", 3)
+    monkeypatch.setattr("fp4cast.match.CHUNK_BYTES", 48)
+    monkeypatch.setattr("fp4cast.match.TILE_BYTES", 7 * 48)
+    monkeypatch.setattr("fp4cast.match._SQUARE", 5)
+    monkeypatch.setattr("fp4cast.match.BAND_ROWS", 3)
+    monkeypatch.setattr("fp4cast.checks.PIECE_BYTES", 100)
     for kind in ("gpt-oss", "moe"):
         fp4cast.convert(miniatures[kind], tmp_path / kind)
         assert tree(tmp_path / kind) == tree(converted[kind])
@@ -548,7 +555,7 @@ def test_resume_keeps_nothing_that_the_source_has_lost(miniatures, tmp_path, mon
     source = shutil.copytree(miniatures["dense"], tmp_path / "src")
     (source / name).write_text("{}")
     monkeypatch.setattr(
-        conversion, "_write_receipt", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        "fp4cast.completion._write_receipt", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     )
     with pytest.raises(DestinationError, match="Input/output error"):
         fp4cast.convert(source, tmp_path / "dst")
@@ -573,7 +580,7 @@ def test_resume_with_other_input_scales_is_refused(miniatures, tmp_path):
 
 
 def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(conversion, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(DestinationError, match="No space left") as error:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert f"{tmp_path}/.dst.fp4cast: --resume goes on" in error.value.__notes__[0]

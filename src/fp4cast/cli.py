@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 import fp4cast
+from fp4cast import parts
 from fp4cast.demo import run_demo
-from fp4cast.display import Meter, printable, show_demo, show_inspection, show_report
+from fp4cast.display import Meter, printable, show_demo, show_inspection, show_part, show_report
 from fp4cast.errors import Fp4CastError, UsageError
 
 __all__ = ["app", "main"]
@@ -57,11 +58,42 @@ class Inexact(StrEnum):
     nearest = "nearest"
 
 
+class Engine(StrEnum):
+    """Values of --engine."""
+
+    local = "local"
+    ray = "ray"
+
+
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", min=1, help="Worker threads.", show_default="one a core", metavar="N")
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        help="Worker threads; 1 works inline.",
+        show_default="one a core, 16 at most",
+        metavar="N",
+    ),
 ]
+Where = Annotated[Engine, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster, N threads each.")]
+
+
+InputScales = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|FILE",
+        help="For w4a4: the input_scale of every projection, or a JSON or safetensors file "
+        "of projection name -> amax of its input.",
+    ),
+]
+Shards = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Write only the I-th of N parts of the shards, as a task of a job array does."),
+]
+Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them, let DST appear.")]
 
 
 def _say(as_json: bool) -> Console:
@@ -129,44 +161,58 @@ def convert(
     activations: Annotated[
         Activations | None, typer.Option(help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served")
     ] = None,
-    input_scales: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBER|FILE",
-            help="For w4a4: the input_scale of every projection, or a JSON or safetensors file "
-            "of projection name -> amax of its input.",
-        ),
-    ] = None,
+    input_scales: InputScales = None,
     inexact: Annotated[
         Inexact, typer.Option(help="Where no tensor scale is exact: stop before writing, or write the nearest values.")
     ] = Inexact.fail,
     jobs: Jobs = None,
+    engine: Where = Engine.local,
+    shards: Shards = None,
+    finish: Finish = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST appears."""
-    report = _guarded(
-        as_json,
-        lambda meter: fp4cast.convert(
-            source,
-            destination,
-            layout=layout.value,
-            activations=activations.value if activations else None,
-            input_scales=input_scales,
-            inexact=inexact.value,
-            jobs=jobs,
-            resume=resume,
-            overwrite=overwrite,
-            verify=not no_verify,
-            progress=meter,
-        ),
-    )
+    options: dict[str, Any] = {
+        "layout": layout.value,
+        "activations": activations.value if activations else None,
+        "input_scales": input_scales,
+        "inexact": inexact.value,
+        "jobs": jobs,
+        "overwrite": overwrite,
+    }
+    _check_parts(shards, finish=finish, resume=resume, engine=engine, as_json=as_json)
+    if shards is not None:
+        part = _guarded(as_json, lambda meter: _part(source, destination, shards, progress=meter, **options))
+        _print_json(part.to_json()) if as_json else show_part(_say(as_json), part)
+        return
+    options |= {"engine": engine.value, "verify": not no_verify}
+    if finish:
+        report = _guarded(as_json, lambda meter: parts.finish(source, destination, progress=meter, **options))
+    else:
+        report = _guarded(
+            as_json, lambda meter: fp4cast.convert(source, destination, resume=resume, progress=meter, **options)
+        )
     if as_json:
         _print_json(report.to_json())
     else:
         show_report(_say(as_json), report, "wrote")
+
+
+def _part(source: str, destination: Path, shards: str, **options: Any) -> parts.Part:
+    return parts.convert_part(source, destination, *parts.parse_part(shards), **options)
+
+
+def _check_parts(shards: str | None, *, finish: bool, resume: bool, engine: Engine, as_json: bool) -> None:
+    """Refuse what cannot go together."""
+    if shards is not None and finish:
+        _fail(UsageError("--shards writes a part, --finish comes when all parts are written: pass one"), as_json, 2)
+    if resume and (shards is not None or finish):
+        _fail(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
+    if shards is not None and engine is Engine.ray:
+        _fail(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
 
 @app.command()
@@ -174,13 +220,18 @@ def verify(
     source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")],
     jobs: Jobs = None,
+    engine: Where = Engine.local,
     as_json: Json = False,
 ) -> None:
     """Read SRC and DST and compare every value; say what differs, where and by how much."""
     report = _guarded(
         as_json,
         lambda meter: fp4cast.verify(
-            source, destination, jobs=jobs, progress=lambda n, total: meter("verify", n, total)
+            source,
+            destination,
+            jobs=jobs,
+            engine=engine.value,
+            progress=lambda n, total: meter("verify", n, total),
         ),
     )
     if as_json:

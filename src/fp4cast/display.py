@@ -23,9 +23,10 @@ from rich.table import Table
 
 from fp4cast.exact import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.inspection import Inspection
+from fp4cast.parts import Part
 from fp4cast.report import Report
 
-__all__ = ["Meter", "printable", "show_demo", "show_inspection", "show_report"]
+__all__ = ["Meter", "printable", "show_demo", "show_inspection", "show_part", "show_report"]
 
 WINDOW = E_MAX - E_MIN
 _PHASES = {"scan": "reading scales", "write": "writing", "verify": "verifying"}
@@ -245,3 +246,12 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         "Your own: [bold]fp4cast inspect SRC[/] says what will happen, [bold]fp4cast convert SRC DST[/] does it.\n"
         "SRC is a directory or a model id such as openai/gpt-oss-20b."
     )
+
+
+def show_part(console: Console, part: Part) -> None:
+    """What one part of several has written."""
+    rows = [
+        ("shards", f"{len(part.shards)}, {gigabytes(part.bytes)} in {part.seconds:.1f} s"),
+        ("next", "when all parts are written, the same command with --finish instead of --shards"),
+    ]
+    _show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)

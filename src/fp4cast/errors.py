@@ -14,6 +14,8 @@ Every one of them says which file and tensor, what was expected, what was found,
      ├── InexactError            no tensor scale makes a domain exact, and `nearest` was not asked for
      ├── InputScaleError         W4A4 without usable activation scales
      ├── DestinationError        the destination exists, is locked, or belongs to another conversion
+     ├── EngineError             a cluster that cannot do the work, or lost it too often
+     ├── MissingExtraError       a package that is only installed on request
      └── VerificationError       what was written does not hold the source's values
 """
 
@@ -22,11 +24,13 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "DestinationError",
+    "EngineError",
     "Fp4CastError",
     "HeaderError",
     "IndexFileError",
     "InexactError",
     "InputScaleError",
+    "MissingExtraError",
     "PartnerError",
     "ScaleError",
     "ShapeError",
@@ -82,6 +86,14 @@ class InputScaleError(Fp4CastError):
 
 class DestinationError(Fp4CastError):
     """The destination exists, is locked by another writer, or belongs to another conversion."""
+
+
+class EngineError(Fp4CastError):
+    """A cluster that cannot do the work, or lost it too often."""
+
+
+class MissingExtraError(Fp4CastError):
+    """A package that is only installed on request."""
 
 
 class VerificationError(Fp4CastError):

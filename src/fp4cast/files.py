@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -14,10 +15,30 @@ import numpy as np
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import Bytes
 
-__all__ = ["CHUNK_BYTES", "File", "Files", "copy_range", "write_all"]
+__all__ = ["CHUNK_BYTES", "File", "Files", "copy_range", "scratch", "write_all"]
 
 CHUNK_BYTES = 8 << 20  # what one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # what the kernel copies between two reports of progress
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[str, Bytes] = {}
+
+
+_SCRATCH = _Scratch()
+
+
+def scratch(slot: str, *shape: int) -> Bytes:
+    """A buffer of this thread, uint8 [*shape], that holds until the slot is asked for again.
+
+    Fresh memory costs a page fault for every 4 kB, which takes longer than reading them from the page cache.
+    """
+    size = math.prod(shape)
+    buffer = _SCRATCH.buffers.get(slot)
+    if buffer is None or buffer.nbytes < size:
+        buffer = _SCRATCH.buffers[slot] = np.empty(size, np.uint8)
+    return buffer[:size].reshape(shape)
 
 
 class File:
@@ -40,9 +61,9 @@ class File:
         """Give the descriptor back."""
         os.close(self.fd)
 
-    def read(self, start: int, nbytes: int) -> Bytes:
-        """Bytes [start, start + nbytes) as uint8 [nbytes]."""
-        out = np.empty(nbytes, np.uint8)
+    def read(self, start: int, nbytes: int, slot: str = "") -> Bytes:
+        """Bytes [start, start + nbytes) as uint8 [nbytes]; with a slot, in that `scratch` buffer."""
+        out = scratch(slot, nbytes) if slot else np.empty(nbytes, np.uint8)
         self.read_into(start, out)
         return out
 
@@ -116,7 +137,7 @@ def copy_range(
             got = _kernel_copy(source, start + done, target, offset + done, min(COPY_BYTES, nbytes - done))
             in_kernel = got > 0
         else:
-            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done))
+            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done), "copy")
             write_all(target, offset + done, chunk)
             got = len(chunk)
         done += got

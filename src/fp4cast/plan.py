@@ -14,7 +14,7 @@ import numpy as np
 from fp4cast import __version__
 from fp4cast.checkpoint import INDEX, SINGLE, open_checkpoint
 from fp4cast.configs import documents, to_bytes
-from fp4cast.errors import UnsupportedError, UsageError
+from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
 from fp4cast.exact import Scaling
 from fp4cast.inputs import InputScales, InputScalesLike, load_input_scales
 from fp4cast.scan import Domain, scan
@@ -22,7 +22,7 @@ from fp4cast.shards import Layout, Shard, Tensor, layout
 from fp4cast.sources import Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
 
-__all__ = ["Codes", "Constant", "Copy", "Output", "OutputShard", "Plan", "Scales", "make_plan", "stamp"]
+__all__ = ["Codes", "Constant", "Copy", "Output", "OutputShard", "Plan", "Scales", "check_unchanged", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,11 @@ class Plan:
         return sum(shard.layout.size for shard in self.shards)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every shard by its name."""
+        return {shard.file: shard.layout.size for shard in self.shards}
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of all source shards."""
         return sum(shard.size for shard in self.source.checkpoint.shards.values())
@@ -134,6 +139,23 @@ def stamp(source: Source) -> tuple[tuple[str, int, int], ...]:
     """What tells whether a source shard has changed: (name, size, modification time in ns) of each."""
     stats = ((file, shard.path.stat()) for file, shard in source.checkpoint.shards.items())
     return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+
+
+def check_unchanged(plan: Plan) -> None:
+    """Look whether the source is still what the plan was made from.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    try:
+        now: object = stamp(plan.source)
+    except OSError as error:
+        now = error
+    if now != plan.stamps:
+        raise CheckpointError(
+            f"{plan.source.checkpoint.path}: a shard changed while it was converted; nothing was published. "
+            "Wait until its download or copy is finished and convert again."
+        )
 
 
 def make_plan(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +58,40 @@ class Staging:
         _clear(self.out, keep={note.removesuffix(".done") for note in notes})
         write_whole(mark, fingerprint.encode())
 
-    def check_space(self, nbytes: int) -> None:
-        """Refuse to begin what cannot end.
+    def join(self, fingerprint: str) -> None:
+        """Agree with other parts of the same plan, which may be at work at this moment; what they have made is kept.
 
         Raises:
-            DestinationError: fewer than `nbytes` are free, beside what is already there.
+            DestinationError: what is there belongs to another plan.
         """
-        there = sum(path.stat().st_size for path in self.out.iterdir() if path.is_file())
-        needed, free = nbytes + FREE_MARGIN - there, shutil.disk_usage(self.out).free
+        mark = self.state / "plan"
+        if not mark.exists():
+            _write_first(mark, fingerprint.encode())
+        if mark.read_text() != fingerprint:
+            raise DestinationError(
+                f"{self.state}: holds parts of a conversion with other options, or of a source that has changed; give "
+                "all parts the same options, or delete that directory to start afresh"
+            )
+
+    def check_space(self, sizes: Mapping[str, int]) -> None:
+        """Refuse to begin what cannot end.
+
+        Args:
+            sizes: bytes of every file that is to be written; those that are there already need nothing more.
+
+        Raises:
+            DestinationError: fewer are free.
+        """
+        needed = FREE_MARGIN + sum(size for file, size in sizes.items() if not (self.out / file).exists())
+        free = shutil.disk_usage(self.out).free
         if needed > free:
             raise DestinationError(
                 f"{self.destination}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free"
             )
+
+    def keep_only(self, files: Iterable[str]) -> None:
+        """Drop from `out` whatever else an earlier run has left."""
+        _clear(self.out, keep=set(files))
 
     def forget_shards(self) -> None:
         """Have every shard written again by the next run."""
@@ -100,9 +123,22 @@ def _clear(directory: Path, keep: set[str]) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
     beside.write_bytes(data)
     beside.replace(path)
+
+
+def _write_first(path: Path, data: bytes) -> None:
+    """Write a small file that others may be writing, too: the first one stays."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    beside.write_bytes(data)
+    try:
+        path.hardlink_to(beside)
+    except FileExistsError:
+        pass
+    except OSError:
+        beside.replace(path)  # a file system without hard links
+    beside.unlink(missing_ok=True)
 
 
 def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
@@ -133,11 +169,11 @@ def _objection(source: Path, destination: Path, overwrite: bool) -> str:
     return ""
 
 
-def _lock(destination: Path, state: Path) -> int:
+def _lock(destination: Path, state: Path, shared: bool) -> int:
     """A descriptor that holds the lock; the lock's file is still the one that others would open."""
     lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         ours = os.fstat(lock).st_ino == (state / "lock").stat().st_ino
     except (BlockingIOError, FileNotFoundError):
         ours = False
@@ -157,8 +193,14 @@ def _recover(destination: Path, state: Path) -> None:
 
 
 @contextmanager
-def staging(source: Path, destination: Path, *, overwrite: bool) -> Iterator[Staging]:
+def staging(source: Path, destination: Path, *, overwrite: bool, shared: bool = False) -> Iterator[Staging]:
     """Lock a working directory beside DST; it is kept when something fails, for --resume.
+
+    Args:
+        source: SRC.
+        destination: DST.
+        overwrite: an existing DST will be replaced.
+        shared: others may work in it at the same time, on other shards.
 
     Raises:
         DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
@@ -166,7 +208,7 @@ def staging(source: Path, destination: Path, *, overwrite: bool) -> Iterator[Sta
     state = destination.parent / f".{destination.name}.fp4cast"
     try:
         (state / "out").mkdir(parents=True, exist_ok=True)
-        lock = _lock(destination, state)
+        lock = _lock(destination, state, shared)
     except OSError as error:
         raise DestinationError(f"{state}: cannot be made: {error.strerror}") from error
     try:
@@ -186,6 +228,9 @@ def staging(source: Path, destination: Path, *, overwrite: bool) -> Iterator[Sta
 
 def _note(error: Fp4CastError, state: Path) -> None:
     if any(state.glob("*.done")):
-        error.add_note(f"What is finished lies in {state}: --resume goes on from there; or delete it.")
+        error.add_note(
+            f"What is finished lies in {state}: --resume goes on from there "
+            "(a part of several: the same command again); or delete it."
+        )
     else:
         error.add_note(f"Nothing is finished; {state} may be deleted.")

@@ -53,6 +53,14 @@ class Work:
         parts = {name for pair in self.cast for name in (pair.codes.name, pair.scales.name)}
         return [tensor for name, tensor in self.source.checkpoint.tensors.items() if name not in parts]
 
+    @cached_property
+    def announced(self) -> Mapping[str, int]:
+        """Rounded half-blocks by module, as the receipt announces them."""
+        inexact = self.receipt.get("inexact")
+        entries = [entry for entry in inexact if isinstance(entry, dict)] if isinstance(inexact, list) else []
+        counts = {str(entry.get("name")): entry.get("rounded_half_blocks") for entry in entries}
+        return {name: count for name, count in counts.items() if isinstance(count, int)}
+
 
 def open_both(source: Path, destination: Path, config: str) -> Work:
     """Open both checkpoints and recognise what they claim to be."""

@@ -9,25 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from fp4cast.checkpoint import CONFIG, RECEIPT
-from fp4cast.compare import Comparison, compare_bytes, compare_pair
-from fp4cast.files import Files
+from fp4cast.checks import Checks, Findings, perform, usable
+from fp4cast.compare import Comparison
+from fp4cast.engines import Engine, make_engine
 from fp4cast.hub import resolve
+from fp4cast.match import Cast
 from fp4cast.report import Difference, InexactTensor, Report, digest, inexact_tensor
-from fp4cast.shards import Tensor
 from fp4cast.sources import Pair, fused_group
 from fp4cast.structure import Work, documents, open_both, structure
-from fp4cast.workers import sliced, workers
 
 __all__ = ["verify", "verify_checkpoint"]
 
-Progress = Callable[[int], None]
 Differences = list[Difference]
+Scales = dict[str, tuple[float, float | None]]  # (tensor scale, input scale) by module, as stored
 
 
 def verify(
@@ -35,6 +32,7 @@ def verify(
     dst: str | Path,
     *,
     jobs: int | None = None,
+    engine: str = "local",
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Report:
     """Compare every value of an NVFP4 checkpoint with the MXFP4 one that it was made from.
@@ -42,7 +40,8 @@ def verify(
     Args:
         src: the MXFP4 checkpoint: a directory or a model id.
         dst: the NVFP4 checkpoint: likewise.
-        jobs: threads; None for one a core.
+        jobs: threads; None for one a core. 1 works in the caller's own thread.
+        engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
         progress: called, from worker threads, with the number of bytes just read, and of all.
 
     Returns:
@@ -51,15 +50,15 @@ def verify(
     Raises:
         CheckpointError: one of the two cannot be read as a checkpoint at all.
     """
-    return verify_checkpoint(resolve(src), resolve(dst), jobs=jobs, progress=progress)
+    return verify_checkpoint(resolve(src), resolve(dst), engine=make_engine(engine, jobs), progress=progress)
 
 
 def verify_checkpoint(
     source: Path,
     destination: Path,
     *,
+    engine: Engine,
     config: str = CONFIG,
-    jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Report:
     """`verify` of directories, with the destination's config under any name: `convert` checks before it publishes."""
@@ -69,55 +68,58 @@ def verify_checkpoint(
 
     differences = [*structure(work), *documents(work, config)]
     measured: dict[str, Comparison] = {}
+    scales: Scales = {}
     wrong = {difference.name for difference in differences}
-    with Files() as files, workers(jobs) as pool:
-
-        def read(nbytes: int) -> None:
-            pool.check()
-            progress(nbytes, total)
-
-        pairs = [pair for pair in work.cast if not wrong.intersection(work.target.names(pair.module))]
-        results = pool.map(lambda part: [_compare(work, pair, files, read) for pair in part], sliced(pairs))
-        copies = pool.map(
-            lambda part: [fault for tensor in part for fault in _copied(work, tensor, files, read)],
-            sliced([tensor for tensor in work.untouched if tensor.name not in wrong]),
-        )
-        for pair, (comparison, faults) in zip(pairs, chain.from_iterable(results), strict=True):
-            differences += faults
-            if comparison is not None:
-                measured[pair.module] = comparison
-        differences += chain.from_iterable(copies)
-    differences += [*_shared_scales(work, wrong), *_input_scales(work, wrong)]
+    todo = _checks(work, wrong)
+    for checks, found in zip(todo, engine.map(perform, todo, lambda n: progress(n, total)), strict=True):
+        differences += _collect(work, checks, found, measured, scales)
+    differences += [*_shared_scales(work, wrong, scales), *_input_scales(work, wrong)]
     return _report(work, destination, measured, differences, time.monotonic() - begin)
 
 
-def _scalar(tensor: Tensor, files: Files) -> float:
-    return float(files[tensor.path].read(tensor.start, 4).view("<f4")[0])
+def _checks(work: Work, wrong: set[str]) -> list[Checks]:
+    """What can be compared, by the shard of the destination; what is missing or of another shape has been said."""
+    table = {shard.path: Checks() for shard in work.destination.shards.values()}
+    tensors = work.destination.tensors
+    for pair in work.cast:
+        names = work.target.names(pair.module)
+        if not wrong.intersection(names):
+            codes = tensors[names.codes]
+            input_scale = tensors[names.input_scale] if work.target.activations == "w4a4" else None
+            table[codes.path].casts.append(
+                Cast(
+                    pair,
+                    codes,
+                    tensors[names.block_scale],
+                    tensors[names.tensor_scale],
+                    input_scale,
+                    work.target.reciprocal,
+                    work.target.transposed,
+                )
+            )
+    for tensor in work.untouched:
+        if tensor.name not in wrong:
+            copy = tensors[tensor.name]
+            table[copy.path].copies.append((tensor, copy))
+    return list(table.values())
 
 
-def _positive(name: str, value: float) -> Iterator[Difference]:
-    if not (math.isfinite(value) and value >= float(np.finfo(np.float32).tiny)):
-        yield Difference(name, "values", f"expected a positive normal FP32 number, got {value}")
-
-
-def _compare(work: Work, pair: Pair, files: Files, progress: Progress) -> tuple[Comparison | None, Differences]:
-    names, tensors = work.target.names(pair.module), work.destination.tensors
-    stored = _scalar(tensors[names.tensor_scale], files)
-    faults = list(_positive(names.tensor_scale, stored))
-    if work.target.activations == "w4a4":
-        faults += _positive(names.input_scale, _scalar(tensors[names.input_scale], files))
-    if any(fault.name == names.tensor_scale for fault in faults):
-        return None, faults
-    comparison = compare_pair(
-        pair,
-        tensors[names.codes],
-        tensors[names.block_scale],
-        1.0 / stored if work.target.reciprocal else stored,
-        transposed=work.target.transposed,
-        files=files,
-        progress=progress,
-    )
-    return comparison, [*faults, *_judge(work, pair, comparison)]
+def _collect(
+    work: Work, checks: Checks, found: Findings, measured: dict[str, Comparison], scales: Scales
+) -> Iterator[Difference]:
+    """What is wrong with one shard; adds to `measured` and `scales`."""
+    for cast, comparison, stored in zip(checks.casts, found.comparisons, found.scales, strict=True):
+        scales[cast.pair.module] = stored
+        for tensor, value in zip((cast.tensor_scale, cast.input_scale), stored, strict=True):
+            if tensor is not None and value is not None and not usable(value):
+                detail = f"expected a positive normal FP32 number, got {value}"
+                yield Difference(tensor.name, "values", detail)
+        if comparison is not None:
+            measured[cast.pair.module] = comparison
+            yield from _judge(work, cast.pair, comparison)
+    for (tensor, _), at in zip(checks.copies, found.copies, strict=True):
+        if at is not None:
+            yield Difference(tensor.name, "bytes", f"differs from the source from byte {at} on")
 
 
 def _judge(work: Work, pair: Pair, found: Comparison) -> Iterator[Difference]:
@@ -141,19 +143,13 @@ def _judge(work: Work, pair: Pair, found: Comparison) -> Iterator[Difference]:
 def _announced(work: Work, pair: Pair, found: Comparison) -> bool:
     """Whether the receipt announces this tensor as rounded, with these counts and these very bytes."""
     names, tensors = work.target.names(pair.module), work.destination.tensors
-    digests, inexact = work.receipt.get("digests"), work.receipt.get("inexact")
-    if not isinstance(digests, dict) or not isinstance(inexact, list):
+    digests = work.receipt.get("digests")
+    if not isinstance(digests, dict) or work.announced.get(pair.module) != found.rounded:
         return False
-    counts = [e.get("rounded_half_blocks") for e in inexact if isinstance(e, dict) and e.get("name") == pair.module]
-    if counts != [found.rounded] or not math.isfinite(found.max_error):
+    if not math.isfinite(found.max_error):
         return False
     parts = [tensors[names.codes], tensors[names.block_scale], tensors[names.tensor_scale]]
     return bool(digests.get(pair.module) == digest(parts))
-
-
-def _copied(work: Work, tensor: Tensor, files: Files, progress: Progress) -> Differences:
-    at = compare_bytes(tensor, work.destination.tensors[tensor.name], files, progress)
-    return [] if at is None else [Difference(tensor.name, "bytes", f"differs from the source from byte {at} on")]
 
 
 def _input_scales(work: Work, wrong: set[str]) -> Iterator[Difference]:
@@ -166,19 +162,16 @@ def _input_scales(work: Work, wrong: set[str]) -> Iterator[Difference]:
         yield Difference(RECEIPT, "values", "the input scales are not those that the conversion wrote")
 
 
-def _shared_scales(work: Work, wrong: set[str]) -> Iterator[Difference]:
+def _shared_scales(work: Work, wrong: set[str], scales: Scales) -> Iterator[Difference]:
     """Projections that engines fuse have one tensor scale and one input scale."""
-    cast = {pair.module for pair in work.cast}
-    groups = {group for module in cast if len(group := fused_group(module)[1]) > 1}
-    with Files() as files:
-        for group in sorted(groups):
-            members = [work.target.names(module) for module in group if module in cast]
-            for kind in ("tensor_scale", "input_scale")[: 2 if work.target.activations == "w4a4" else 1]:
-                names = [getattr(member, kind) for member in members]
-                if not wrong.intersection(names):
-                    values = {_scalar(work.destination.tensors[name], files) for name in names}
-                    if len(values) > 1:
-                        yield Difference(names[0], "values", f"differs from {names[1:]}: engines fuse them under one")
+    groups = {group for module in scales if len(group := fused_group(module)[1]) > 1}
+    for group in sorted(groups):
+        members = [module for module in group if module in scales]
+        for i, kind in enumerate(("tensor_scale", "input_scale")):
+            names = [getattr(work.target.names(module), kind) for module in members]
+            values = {scales[module][i] for module in members}
+            if len(values) > 1 and not wrong.intersection(names):
+                yield Difference(names[0], "values", f"differs from {names[1:]}: engines fuse them under one")
 
 
 def _report(
@@ -187,8 +180,8 @@ def _report(
     pairs = {pair.module: pair for pair in work.cast}
     inexact: list[InexactTensor] = [
         inexact_tensor(name, c.rounded, pairs[name].elements, c.squared_error, c.max_error, c.energy)
-        for name, c in measured.items()
-        if c.rounded
+        for name in pairs
+        if (c := measured.get(name)) is not None and c.rounded
     ]
     exact = sum(not c.rounded for c in measured.values())
     count = {kind: sum(getattr(c, kind) for c in measured.values()) for kind in ("verbatim", "shifted", "rounded")}

@@ -1,32 +1,54 @@
-"""Threads that end with the work that needs them: an error or Ctrl-C cancels what has not begun."""
+"""Threads that end with the work that needs them: an error or Ctrl-C cancels what has not begun.
+
+NumPy and the kernel do the work and release the GIL, so threads use all cores without copies or pickles.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, Lock
 from typing import TypeVar
 
 from fp4cast.errors import UsageError
 
-__all__ = ["Stopped", "Workers", "sliced", "workers"]
+__all__ = ["Stopped", "Workers", "cores", "sliced", "workers"]
+
+MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
+_AHEAD = 4  # tasks that wait for each thread; what is not yet due is not yet made
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):  # noqa: N818
     """Raised in a worker because another one failed, or the user asked to stop."""
 
 
-class Workers(ThreadPoolExecutor):
-    """A pool of threads whose tasks look now and then whether to go on.
+def cores() -> int:
+    """The processors that this process may use, as a scheduler or container limits them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    NumPy and the kernel do the work and release the GIL, so threads use all cores without copies or pickles.
+
+class Workers:
+    """Some threads, or for one job the caller's own thread, in which a debugger can step.
+
+    Attributes:
+        jobs: how many work at the same time.
     """
 
-    def __init__(self, jobs: int | None) -> None:
-        super().__init__(jobs or os.cpu_count() or 1)
-        self.stop = Event()
+    def __init__(self, jobs: int | None = None, progress: Callable[[int], None] = lambda _: None) -> None:
+        if jobs is not None and jobs < 1:
+            raise UsageError(f"jobs must be at least 1, got {jobs}")
+        self.jobs = jobs or min(cores(), MAX_DEFAULT_JOBS)
+        self._progress = progress
+        self._threads = ThreadPoolExecutor(self.jobs) if self.jobs > 1 else None
+        self._stop = Event()
+        self._lock = Lock()
+        self._error: BaseException | None = None
 
     def check(self) -> None:
         """Called by tasks between steps.
@@ -34,11 +56,53 @@ class Workers(ThreadPoolExecutor):
         Raises:
             Stopped: the work has been given up.
         """
-        if self.stop.is_set():
+        if self._stop.is_set():
             raise Stopped
 
+    def advance(self, nbytes: int) -> None:
+        """Called by tasks that have done some bytes; checks, too."""
+        self.check()
+        self._progress(nbytes)
 
-Item = TypeVar("Item")
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Results in the order of the items, which are taken as they are needed.
+
+        Raises:
+            BaseException: the first error of any task; the others stop at their next step.
+        """
+        if self._threads is None:
+            yield from map(work, items)
+            return
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(self._threads.submit(self._do, work, item))
+            if len(waiting) > _AHEAD * self.jobs:
+                yield self._result(waiting.popleft())
+        while waiting:
+            yield self._result(waiting.popleft())
+
+    def _do(self, work: Callable[[Item], Result], item: Item) -> Result:
+        self.check()
+        try:
+            return work(item)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._stop.set()
+            raise
+
+    def _result(self, future: Future[Result]) -> Result:
+        try:
+            return future.result()
+        except Stopped:
+            raise self._error or Stopped from None
+
+    def close(self, *, stop: bool) -> None:
+        """Wait for the threads; with `stop`, what has not begun is dropped and the rest ends at its next step."""
+        if stop:
+            self._stop.set()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=stop)
 
 
 def sliced(items: Sequence[Item], tasks: int = 512) -> list[Sequence[Item]]:
@@ -48,15 +112,12 @@ def sliced(items: Sequence[Item], tasks: int = 512) -> list[Sequence[Item]]:
 
 
 @contextmanager
-def workers(jobs: int | None) -> Iterator[Workers]:
-    """A pool for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early."""
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
-    pool = Workers(jobs)
+def workers(jobs: int | None = None, progress: Callable[[int], None] = lambda _: None) -> Iterator[Workers]:
+    """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early."""
+    pool = Workers(jobs, progress)
     try:
         yield pool
     except BaseException:
-        pool.stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.close(stop=True)
         raise
-    pool.shutdown()
+    pool.close(stop=False)

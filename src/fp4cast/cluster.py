@@ -1,0 +1,168 @@
+"""The Ray engine: each item of work is a task of a cluster whose nodes share a file system.
+
+A task whose node or process dies is done again elsewhere; what it does is written under a name of its own and renamed,
+so that doing it twice harms nothing. Workers are told to stop when one fails.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fp4cast.errors import EngineError
+from fp4cast.extras import require
+from fp4cast.workers import Workers, workers
+
+__all__ = ["Ray"]
+
+DEFAULT_JOBS = 4  # threads, and CPUs, of a task: copying needs no more
+RETRIES = 5  # how often a task may lose its node
+BASE_MEMORY, JOB_MEMORY = 300 << 20, 64 << 20  # bytes that a task asks of its node
+_EVERY = 0.5  # seconds between two looks at the progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Progress = Callable[[int], None]
+
+
+class _Ledger:
+    """An actor: how many bytes each item's latest attempt has done."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, int] = {}
+
+    def set(self, item: int, nbytes: int) -> None:
+        self.done[item] = nbytes
+
+    def total(self) -> int:
+        return sum(self.done.values())
+
+
+class _Reporter:
+    """A task's side of the ledger: tells it now and then, not for each tensor."""
+
+    def __init__(self, ledger: Any, item: int) -> None:
+        self.ledger, self.item = ledger, item
+        self.done, self.told = 0, time.monotonic()
+        ledger.set.remote(item, 0)
+
+    def __call__(self, nbytes: int) -> None:
+        self.done += nbytes
+        if time.monotonic() - self.told > _EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        self.ledger.set.remote(self.item, self.done)
+
+
+def _perform(work: Callable[[Item, Workers], Result], item: Item, number: int, jobs: int, ledger: Any) -> Result:
+    """What a task does, in a process of the cluster."""
+    reporter = _Reporter(ledger, number)
+    try:
+        with workers(jobs, reporter) as pool:
+            result = work(item, pool)
+    except Exception as error:
+        error.add_note(f"This happened on {socket.gethostname()}; all nodes must see SRC and DST under the same paths.")
+        raise
+    reporter.tell()
+    return result
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster: the one at RAY_ADDRESS, the one that this machine belongs to, or this machine alone.
+
+    Attributes:
+        jobs: threads of each task, and the CPUs that it reserves.
+    """
+
+    jobs: int | None = None
+
+    def map(
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+    ) -> Iterator[Result]:
+        """See `engines.Engine`; tasks run in any order.
+
+        Raises:
+            EngineError: no node has the CPUs, or a task lost its node too often.
+        """
+        ray = require("ray", "ray")
+        with _connected(ray):
+            jobs = self._jobs(ray)
+            ledger = ray.remote(num_cpus=0, max_restarts=-1)(_Ledger).remote()
+            memory = BASE_MEMORY + jobs * JOB_MEMORY
+            task = ray.remote(num_cpus=jobs, memory=memory, max_retries=RETRIES, retry_exceptions=False)(_perform)
+            pending = {task.remote(work, item, i, jobs, ledger): i for i, item in enumerate(items)}
+            results = _gather(ray, pending, ledger, progress)
+        for i in range(len(items)):
+            yield results[i]
+
+    def _jobs(self, ray: Any) -> int:
+        """CPUs for each task that some node has."""
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        most = max((int(node["Resources"].get("CPU", 0)) for node in nodes), default=0)
+        jobs = self.jobs or min(DEFAULT_JOBS, most)
+        if not 0 < jobs <= most:
+            raise EngineError(
+                f"a task asks for {jobs} CPUs, but the largest of {len(nodes)} nodes of the Ray cluster has {most}; "
+                "pass a smaller --jobs"
+            )
+        return jobs
+
+
+@contextmanager
+def _connected(ray: Any) -> Iterator[None]:
+    """Connected to a cluster; a connection that was there before is left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(f"no connection to the Ray cluster: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Progress) -> dict[int, Any]:
+    """Results by item; the first error, and Ctrl-C, stop everything."""
+    results: dict[int, Any] = {}
+    known = 0
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=_EVERY)
+            for reference in done:
+                results[pending.pop(reference)] = _result(ray, reference)
+            now = _total(ray, ledger, known)
+            progress(now - known)
+            known = now
+    except BaseException:
+        for reference in pending:
+            ray.cancel(reference, force=True)
+        ray.wait(list(pending), num_returns=len(pending), timeout=10)
+        raise
+    return results
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"a task of the Ray cluster was lost {RETRIES + 1} times: {error}") from error
+
+
+def _total(ray: Any, ledger: Any, known: int) -> int:
+    """Bytes done; as before while the ledger's own node is being replaced."""
+    try:
+        return int(ray.get(ledger.total.remote(), timeout=10))
+    except ray.exceptions.RayError:
+        return known
