@@ -65,6 +65,7 @@ def perform(checks: Checks, pool: Workers) -> Findings:
     """Compare everything in `checks`."""
     with Files() as files:
         scales = [_scales(cast, files) for cast in checks.casts]
+        pool.advance(sum(4 for pair in scales for scale in pair if scale is not None))
         comparisons = [Comparison() if usable(stored) else None for stored, _ in scales]
 
         def compare(piece: list[_Part]) -> list[tuple[int, Comparison]]:

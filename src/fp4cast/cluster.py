@@ -38,8 +38,8 @@ class _Ledger:
     def set(self, item: int, nbytes: int) -> None:
         self.done[item] = nbytes
 
-    def total(self) -> int:
-        return sum(self.done.values())
+    def get(self) -> dict[int, int]:
+        return self.done
 
 
 class _Reporter:
@@ -53,15 +53,14 @@ class _Reporter:
     def __call__(self, nbytes: int) -> None:
         self.done += nbytes
         if time.monotonic() - self.told > _EVERY:
-            self.tell()
-
-    def tell(self) -> None:
-        self.told = time.monotonic()
-        self.ledger.set.remote(self.item, self.done)
+            self.told = time.monotonic()
+            self.ledger.set.remote(self.item, self.done)
 
 
-def _perform(work: Callable[[Item, Workers], Result], item: Item, number: int, jobs: int, ledger: Any) -> Result:
-    """What a task does, in a process of the cluster."""
+def _perform(
+    work: Callable[[Item, Workers], Result], item: Item, number: int, jobs: int, ledger: Any
+) -> tuple[Result, int]:
+    """What a task does, in a process of the cluster: the result, and the bytes that it took."""
     reporter = _Reporter(ledger, number)
     try:
         with workers(jobs, reporter) as pool:
@@ -69,8 +68,7 @@ def _perform(work: Callable[[Item, Workers], Result], item: Item, number: int, j
     except Exception as error:
         error.add_note(f"This happened on {socket.gethostname()}; all nodes must see SRC and DST under the same paths.")
         raise
-    reporter.tell()
-    return result
+    return result, reporter.done
 
 
 @dataclass(frozen=True)
@@ -134,15 +132,18 @@ def _connected(ray: Any) -> Iterator[None]:
 def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Progress) -> dict[int, Any]:
     """Results by item; the first error, and Ctrl-C, stop everything."""
     results: dict[int, Any] = {}
-    known = 0
+    done: dict[int, int] = {}  # bytes by item: what finished ones returned, what others last said
+    reported = 0
     try:
         while pending:
-            done, _ = ray.wait(list(pending), timeout=_EVERY)
-            for reference in done:
-                results[pending.pop(reference)] = _result(ray, reference)
-            now = _total(ray, ledger, known)
-            progress(now - known)
-            known = now
+            ready, _ = ray.wait(list(pending), timeout=_EVERY)
+            said = _said(ray, ledger)
+            done |= {item: said[item] for item in pending.values() if item in said}
+            for reference in ready:
+                item = pending.pop(reference)
+                results[item], done[item] = _result(ray, reference)
+            progress(sum(done.values()) - reported)
+            reported = sum(done.values())
     except BaseException:
         for reference in pending:
             ray.cancel(reference, force=True)
@@ -160,9 +161,9 @@ def _result(ray: Any, reference: Any) -> Any:
         raise EngineError(f"a task of the Ray cluster was lost {RETRIES + 1} times: {error}") from error
 
 
-def _total(ray: Any, ledger: Any, known: int) -> int:
-    """Bytes done; as before while the ledger's own node is being replaced."""
+def _said(ray: Any, ledger: Any) -> dict[int, int]:
+    """What tasks last said; nothing while the ledger's own node is being replaced."""
     try:
-        return int(ray.get(ledger.total.remote(), timeout=10))
+        return dict(ray.get(ledger.get.remote(), timeout=10))
     except ray.exceptions.RayError:
-        return known
+        return {}
