@@ -15,7 +15,6 @@ from typing import Any
 
 from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 from fp4cast.shards import Shard, Tensor, read_header
-from fp4cast.workers import workers
 
 __all__ = ["CONFIG", "INDEX", "QUANT_CONFIG", "RECEIPT", "SINGLE", "Checkpoint", "open_checkpoint", "read_json"]
 
@@ -52,7 +51,7 @@ class Checkpoint:
         """Every tensor by name, shard after shard, in the order of their bytes."""
         table: dict[str, Tensor] = {}
         for shard in self.shards.values():
-            for tensor in sorted(shard.tensors.values(), key=lambda t: (t.start, t.nbytes)):
+            for tensor in shard.tensors.values():
                 if tensor.name in table:
                     raise IndexFileError(
                         f"{self.path}: tensor {tensor.name!r} is in both {table[tensor.name].path.name} "
@@ -125,14 +124,21 @@ def _weight_map(path: Path) -> dict[str, str]:
     weights = read_json(path / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise IndexFileError(f"{path / INDEX}: expected a non-empty weight_map, got {str(weights)[:200]}")
+    usable: set[str] = set()
     for name, file in weights.items():
-        if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file or file in {".", ".."}:
-            raise IndexFileError(
-                f"{path / INDEX}: tensor {name!r} points to {file!r}; expected the name of a file in the same directory"
-            )
-        if not file.endswith(".safetensors"):
-            raise IndexFileError(f"{path / INDEX}: tensor {name!r} is in {file!r}; expected a .safetensors file")
+        if not isinstance(file, str) or file not in usable:
+            _check_file_name(path, name, file)
+            usable.add(file)
     return weights
+
+
+def _check_file_name(path: Path, name: str, file: object) -> None:
+    if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file or file in {".", ".."}:
+        raise IndexFileError(
+            f"{path / INDEX}: tensor {name!r} points to {file!r}; expected the name of a file in the same directory"
+        )
+    if not file.endswith(".safetensors"):
+        raise IndexFileError(f"{path / INDEX}: tensor {name!r} is in {file!r}; expected a .safetensors file")
 
 
 def _check_index(path: Path, weights: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
@@ -190,8 +196,7 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
             f"{path / INDEX}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
             "Finish the download."
         )
-    with workers(8) as pool:
-        shards = dict(zip(files, pool.map(lambda file: read_header(path / file), files), strict=True))
+    shards = {file: read_header(path / file) for file in files}  # threads would only wait for each other
     if weights:
         _check_index(path, weights, shards)
     return Checkpoint(path, document, shards)

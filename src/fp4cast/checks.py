@@ -70,10 +70,11 @@ def perform(checks: Checks, pool: Workers) -> Findings:
 
         def compare(piece: list[_Part]) -> list[tuple[int, Comparison]]:
             found = []
-            for part in piece:
-                cast, (stored, _) = checks.casts[part.number], scales[part.number]
-                scale = 1.0 / stored if cast.reciprocal else stored
-                found.append((part.number, compare_units(cast, part.first, part.last, scale, files, pool.advance)))
+            with pool.turn(len(piece)):
+                for part in piece:
+                    cast, (stored, _) = checks.casts[part.number], scales[part.number]
+                    scale = 1.0 / stored if cast.reciprocal else stored
+                    found.append((part.number, compare_units(cast, part.first, part.last, scale, files, pool.advance)))
             return found
 
         for found in pool.map(compare, _pieces(_cast_parts(checks, comparisons))):
@@ -90,10 +91,11 @@ def _compare_copies(checks: Checks, files: Files, pool: Workers) -> list[int | N
     copies: list[int | None] = [None] * len(checks.copies)
 
     def compare(piece: list[_Part]) -> list[tuple[int, int | None]]:
-        return [
-            (p.number, compare_bytes(*checks.copies[p.number], p.first, p.last - p.first, files, pool.advance))
-            for p in piece
-        ]
+        with pool.turn(len(piece)):
+            return [
+                (p.number, compare_bytes(*checks.copies[p.number], p.first, p.last - p.first, files, pool.advance))
+                for p in piece
+            ]
 
     for found in pool.map(compare, _pieces(_copy_parts(checks))):
         for number, at in found:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp4cast.bulk import many_objects
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import UsageError
 from fp4cast.hub import resolve
@@ -66,6 +67,7 @@ class Inspection:
         }
 
 
+@many_objects()
 def inspect(
     src: str | Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Inspection:

@@ -6,14 +6,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fp4cast import __version__
+from fp4cast.bulk import many_objects
 from fp4cast.checkpoint import INDEX, SINGLE, open_checkpoint
-from fp4cast.configs import documents, to_bytes
+from fp4cast.configs import documents, index_bytes, to_bytes
 from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
 from fp4cast.exact import Scaling
 from fp4cast.inputs import InputScales, InputScalesLike, load_input_scales
@@ -158,6 +159,7 @@ def check_unchanged(plan: Plan) -> None:
         )
 
 
+@many_objects()
 def make_plan(
     path: Path,
     *,
@@ -232,7 +234,8 @@ def _storable(domain: Domain, target: Target) -> Domain:
     return replace(domain, scaling=replace(scaling, tensor_scale=seen))
 
 
-def _float32(value: float | np.float32) -> Constant:
+@lru_cache(maxsize=1024)  # most domains share a few powers of two
+def _float32(value: float) -> Constant:
     return Constant(np.float32(value).astype("<f4").tobytes())
 
 
@@ -268,7 +271,7 @@ def _shards(
     for file, shard in source.checkpoint.shards.items():
         outputs = [
             output
-            for tensor in sorted(shard.tensors.values(), key=lambda t: (t.start, t.nbytes))
+            for tensor in shard.tensors.values()
             for output in new.get(tensor.name) or [Output(tensor.name, tensor.dtype, tensor.shape, Copy(tensor))]
         ]
         yield _place(file, shard, outputs)
@@ -291,4 +294,4 @@ def _index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
         return {}
     total = sum(shard.layout.size - len(shard.layout.header) for shard in files)
     weight_map = {output.name: shard.file for shard in files for output in shard.outputs}
-    return {INDEX: to_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})}
+    return {INDEX: index_bytes(total, dict(sorted(weight_map.items())))}

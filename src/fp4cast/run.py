@@ -18,7 +18,7 @@ import numpy as np
 from fp4cast.engines import Engine
 from fp4cast.errors import DestinationError
 from fp4cast.files import Files, write_all
-from fp4cast.pieces import pieces
+from fp4cast.pieces import Piece, pieces
 from fp4cast.plan import OutputShard
 from fp4cast.staging import write_whole
 from fp4cast.workers import Workers
@@ -117,8 +117,13 @@ def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None]
             os.ftruncate(target, shard.layout.size)
             write_all(target, 0, np.frombuffer(shard.layout.header, np.uint8))
             progress(len(shard.layout.header))
+
+            def write(piece: Piece) -> Tallies:
+                with pool.turn(len(piece)):
+                    return Writer(files, target, progress).write(piece)
+
             # In the order of the pieces, so that sums of errors do not depend on the workers.
-            for measured in pool.map(lambda piece: Writer(files, target, progress).write(piece), pieces(shard)):
+            for measured in pool.map(write, pieces(shard)):
                 for module, tally in measured.items():
                     tallies.setdefault(module, Tally()).merge(tally)
     finally:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file whose header has been checked."""
+    """A safetensors file whose header has been checked; its tensors are in the order of their bytes."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -128,15 +129,15 @@ def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
 
 
 def _check_contiguous(path: Path, tensors: Iterable[Tensor], base: int, size: int) -> None:
-    position, before = base, "the header"
-    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+    position, before = base, ""
+    for tensor in tensors:
         if tensor.start != position:
             what = "overlaps" if tensor.start < position else f"leaves a hole of {tensor.start - position} bytes after"
             raise HeaderError(
-                f"{path}: tensor {tensor.name!r} {what} {before}: "
+                f"{path}: tensor {tensor.name!r} {what} {repr(before) if before else 'the header'}: "
                 f"expected data offset {position - base}, got {tensor.start - base}"
             )
-        position, before = tensor.start + tensor.nbytes, repr(tensor.name)
+        position, before = tensor.start + tensor.nbytes, tensor.name
     if position != size:
         raise HeaderError(
             f"{path}: the header describes {position} bytes, the file has {size}. "
@@ -166,9 +167,10 @@ def read_header(path: Path) -> Shard:
     except UnicodeEncodeError as error:
         raise HeaderError(f"{path}: a lone surrogate in a name has no bytes to be written as: {error}") from error
     base = 8 + len(raw)
-    tensors = {name: _entry(path, name, entry, base) for name, entry in header.items()}
-    _check_contiguous(path, tensors.values(), base, size)
-    return Shard(path, tensors, metadata, size)
+    tensors = [_entry(path, name, entry, base) for name, entry in header.items()]
+    tensors.sort(key=attrgetter("start", "nbytes"))
+    _check_contiguous(path, tensors, base, size)
+    return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fp4cast.bulk import many_objects
 from fp4cast.checkpoint import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, open_checkpoint, read_json
 from fp4cast.claims import Claims, config_faults, read_claims
 from fp4cast.errors import CheckpointError, UsageError
@@ -62,6 +63,7 @@ class Work:
         return {name: count for name, count in counts.items() if isinstance(count, int)}
 
 
+@many_objects()
 def open_both(source: Path, destination: Path, config: str) -> Work:
     """Open both checkpoints and recognise what they claim to be."""
     found = read_source(open_checkpoint(source))

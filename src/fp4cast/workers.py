@@ -18,6 +18,7 @@ from fp4cast.errors import UsageError
 __all__ = ["Stopped", "Workers", "cores", "sliced", "workers"]
 
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
+_MANY = 100  # tasks of a piece that are too small for threads
 _AHEAD = 4  # tasks that wait for each thread; what is not yet due is not yet made
 
 Item = TypeVar("Item")
@@ -48,6 +49,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(self.jobs) if self.jobs > 1 else None
         self._stop = Event()
         self._lock = Lock()
+        self._turn = Lock()
         self._error: BaseException | None = None
 
     def check(self) -> None:
@@ -96,6 +98,20 @@ class Workers:
             return future.result()
         except Stopped:
             raise self._error or Stopped from None
+
+    @contextmanager
+    def turn(self, tasks: int) -> Iterator[None]:
+        """One worker at a time where a piece of work is very many small tasks.
+
+        Those are the interpreter's work more than the kernel's, and threads that hand the interpreter to each other
+        after each of them take twice as long as one.
+        """
+        if tasks < _MANY:
+            yield
+            return
+        with self._turn:
+            self.check()
+            yield
 
     def close(self, *, stop: bool) -> None:
         """Wait for the threads; with `stop`, what has not begun is dropped and the rest ends at its next step."""
