@@ -1,7 +1,9 @@
 """The Ray engine on a real cluster of several nodes on this machine: the same bytes, also when workers are killed."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -168,3 +170,46 @@ class FailsOnOne:
 def test_more_cpus_than_any_node_has():
     with pytest.raises(EngineError, match=r"asks for 64 CPUs.*has 2"):
         list(Ray(jobs=64).map(FailsOnOne(Path()), [0], lambda _: None))
+
+
+# A driver of its own, with a Ray of its own, whose tasks would never end.
+ENDLESS = """
+import time
+from fp4cast import run
+from fp4cast.cli import main
+class Endless:
+    def __init__(self, inner):
+        self.inner = inner
+    def __call__(self, shard, pool):
+        (self.inner.state / "begun").touch()
+        while True:
+            pool.advance(0)
+            time.sleep(0.02)
+finish = run._FinishShard
+run._FinishShard = lambda *args: Endless(finish(*args))
+main()
+"""
+
+
+def test_ctrl_c_leaves_no_destination_and_no_process(miniatures, tmp_path):
+    def processes():
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"FP4CAST_TEST={tmp_path}".encode() in path.read_bytes():
+                    found.add(path.parent.name)
+        return found
+
+    command = [sys.executable, "-c", ENDLESS, "convert", miniatures["gpt-oss"], tmp_path / "dst", "--engine", "ray"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"FP4CAST_TEST": str(tmp_path), "RAY_ADDRESS": "local"}
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / ".dst.fp4cast" / "begun").exists())
+    assert len(processes()) > 2
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130, err
+    assert "interrupted" in err
+    wait_for(lambda: not processes())
+    assert not (tmp_path / "dst").exists()
+    assert not list(tmp_path.rglob("config.json"))

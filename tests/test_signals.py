@@ -69,3 +69,35 @@ def test_a_second_process_is_refused_while_the_first_works(miniatures, tmp_path)
     process.communicate()
     assert second.returncode == 1
     assert "another fp4cast is writing it" in second.stderr
+
+
+# Both workers are in the middle of a piece and would never end.
+BUSY = """
+import sys, time
+from fp4cast import writer
+from fp4cast.cli import main
+def busy(self, piece):
+    print("busy", file=sys.stderr, flush=True)
+    while True:
+        time.sleep(0.01)
+        self.progress(0)
+writer.Writer.write = busy
+main()
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_stops_workers_in_the_middle_of_their_pieces(miniatures, tmp_path, jobs):
+    command = [sys.executable, "-c", BUSY, "convert", miniatures["gpt-oss"], tmp_path / "dst", "--jobs", str(jobs)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.stderr.readline().strip() != "busy":
+        assert process.poll() is None
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 5
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "dst").exists()
+    assert not list(tmp_path.rglob("config.json"))

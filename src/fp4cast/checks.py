@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fp4cast.batches import grouped, spans
 from fp4cast.compare import Comparison
 from fp4cast.files import Files
 from fp4cast.match import Cast, compare_bytes, compare_units, count_units, energy_of_units
@@ -77,7 +78,7 @@ def perform(checks: Checks, pool: Workers) -> Findings:
                     found.append((part.number, compare_units(cast, part.first, part.last, scale, files, pool.advance)))
             return found
 
-        for found in pool.map(compare, _pieces(_cast_parts(checks, comparisons))):
+        for found in pool.map(compare, grouped(_cast_parts(checks, comparisons), PIECE_BYTES)):
             for number, comparison in found:
                 if (whole := comparisons[number]) is not None:
                     whole.merge(comparison)
@@ -97,7 +98,7 @@ def _compare_copies(checks: Checks, files: Files, pool: Workers) -> list[int | N
                 for p in piece
             ]
 
-    for found in pool.map(compare, _pieces(_copy_parts(checks))):
+    for found in pool.map(compare, grouped(_copy_parts(checks), PIECE_BYTES)):
         for number, at in found:
             if copies[number] is None:
                 copies[number] = at
@@ -126,20 +127,5 @@ def _copy_parts(checks: Checks) -> Iterator[tuple[_Part, int]]:
 
 
 def _cut(number: int, units: int, size: int) -> Iterator[tuple[_Part, int]]:
-    step = max(1, PIECE_BYTES // size)
-    for first in range(0, units, step):
-        last = min(first + step, units)
+    for first, last in spans(0, units, PIECE_BYTES // size):
         yield _Part(number, first, last), (last - first) * size
-
-
-def _pieces(parts: Iterator[tuple[_Part, int]]) -> Iterator[list[_Part]]:
-    piece: list[_Part] = []
-    size = 0
-    for part, nbytes in parts:
-        piece.append(part)
-        size += nbytes
-        if size >= PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece

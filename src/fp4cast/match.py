@@ -6,11 +6,12 @@ sides. Work is cut into units that lie in the processor's caches: chunks of bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from fp4cast.batches import spans
 from fp4cast.compare import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal
 from fp4cast.files import File, Files, scratch
 from fp4cast.formats import Bytes
@@ -24,6 +25,7 @@ CHUNK_BYTES = 1 << 20  # bytes compared together
 TILE_BYTES = 16 << 20  # codes of a tile: one expert of gpt-oss
 _SQUARE = 4096  # rows of a tile of an expert that is larger
 BAND_ROWS = 256  # rows of a tile that are turned together
+BAND_BYTES = 2 << 20  # their codes, at most
 
 Progress = Callable[[int], None]
 
@@ -126,8 +128,9 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
     codes = _lines(files, cast.codes, pair, expert, rows, blocks, "codes")
     scales = _lines(files, cast.scales, pair, expert, rows, blocks, "scales")
     done = codes.nbytes + scales.nbytes
-    for top in range(rows.start, rows.stop, BAND_ROWS):
-        band = slice(top, min(top + BAND_ROWS, rows.stop))
+    height = max(1, min(BAND_ROWS, BAND_BYTES // ((blocks.stop - blocks.start) * BLOCK_BYTES)))
+    for top, bottom in spans(rows.start, rows.stop, height):
+        band = slice(top, bottom)
         columns = slice(band.start - rows.start, band.stop - rows.start)
         source_codes = _band(files, pair.codes, pair, expert, band, blocks, "source")
         exponents = _band(files, pair.scales, pair, expert, band, blocks, "exponents")
@@ -192,26 +195,21 @@ def _lines(files: Files, tensor: Tensor, pair: Pair, expert: int, rows: slice, b
 def energy_of_units(cast: Cast, files: Files, check: Callable[[], None]) -> float:
     """Sum of the squares of all values of a source tensor: what errors are measured against."""
     pair, total = cast.pair, 0.0
-    for start in range(0, pair.blocks, CHUNK_BLOCKS):
+    for first, last in spans(0, pair.blocks, CHUNK_BLOCKS):
         check()
-        n = min(CHUNK_BLOCKS, pair.blocks - start)
-        codes = _read(files, pair.codes, start * BLOCK_BYTES, n * BLOCK_BYTES, "source").reshape(n, BLOCK_BYTES)
-        total += energy(codes, _read(files, pair.scales, start, n, "exponents"), pair.bias)
+        n = last - first
+        codes = _read(files, pair.codes, first * BLOCK_BYTES, n * BLOCK_BYTES, "source").reshape(n, BLOCK_BYTES)
+        total += energy(codes, _read(files, pair.scales, first, n, "exponents"), pair.bias)
     return total
-
-
-def _pieces(total: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, CHUNK_BYTES):
-        yield start, min(CHUNK_BYTES, total - start)
 
 
 def compare_bytes(
     a: Tensor, b: Tensor, start: int, nbytes: int, files: Files, progress: Progress = lambda _: None
 ) -> int | None:
     """Position of the first byte of [start, start + nbytes) in which two tensors of one size differ, or None."""
-    for at, n in _pieces(nbytes):
-        left, right = _read(files, a, start + at, n, "source"), _read(files, b, start + at, n, "codes")
+    for first, last in spans(start, start + nbytes, CHUNK_BYTES):
+        left, right = _read(files, a, first, last - first, "source"), _read(files, b, first, last - first, "codes")
         if not equal(left, right):
-            return start + at + int(np.argmax(left != right))
-        progress(2 * n)
+            return first + int(np.argmax(left != right))
+        progress(2 * (last - first))
     return None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp4cast.batches import grouped, spans
 from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Scales
 from fp4cast.sources import BLOCK_BYTES, Pair
 
@@ -126,21 +127,15 @@ def _runs(outputs: Sequence[Output]) -> Iterator[Sequence[Output]]:
             first = i
 
 
-def _cut(total: int, size: int) -> Iterator[tuple[int, int]]:
-    size = max(1, size)
-    for first in range(0, total, size):
-        yield first, min(first + size, total)
-
-
 def _computed(offset: int, step: Codes | Scales) -> Iterator[Computed]:
     size = BLOCK_BYTES if isinstance(step, Codes) else 2  # bytes that a block becomes
     if not step.transposed:
-        for first, last in _cut(step.pair.blocks, PIECE_BYTES // size):
+        for first, last in spans(0, step.pair.blocks, PIECE_BYTES // size):
             yield Computed(offset, step, first, last, (last - first) * size)
         return
     tiling = Tiling.of(step.pair)
     tile_bytes = tiling.height * tiling.width * size
-    for first, last in _cut(len(tiling), PIECE_BYTES // tile_bytes):
+    for first, last in spans(0, len(tiling), PIECE_BYTES // tile_bytes):
         yield Computed(offset, step, first, last, (last - first) * tile_bytes)
 
 
@@ -150,7 +145,7 @@ def _tasks(shard: OutputShard) -> Iterator[Task]:
         match run[0].step:
             case Copy(tensor):
                 nbytes = sum(output.step.tensor.nbytes for output in run if isinstance(output.step, Copy))
-                for first, last in _cut(nbytes, PIECE_BYTES):
+                for first, last in spans(0, nbytes, PIECE_BYTES):
                     yield Copied(offset + first, tensor.path, tensor.start + first, last - first)
             case Constant():
                 yield Known(offset, b"".join(output.step.data for output in run if isinstance(output.step, Constant)))
@@ -160,13 +155,4 @@ def _tasks(shard: OutputShard) -> Iterator[Task]:
 
 def pieces(shard: OutputShard) -> Iterator[Piece]:
     """The work of a shard but for its header; the pieces depend on nothing but the shard."""
-    piece: list[Task] = []
-    size = 0
-    for task in _tasks(shard):
-        piece.append(task)
-        size += task.nbytes
-        if size >= PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+    return grouped(((task, task.nbytes) for task in _tasks(shard)), PIECE_BYTES)

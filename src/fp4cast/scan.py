@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp4cast.batches import grouped
 from fp4cast.errors import InexactError
 from fp4cast.exact import BlockSource, Ints, Scaling, Search, choose
 from fp4cast.files import CHUNK_BYTES, Files
@@ -124,20 +125,6 @@ def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool, c
     return Domain(name, pairs, scaling, search)
 
 
-def _slices(groups: Sequence[tuple[str, tuple[Pair, ...]]]) -> Iterator[list[tuple[str, tuple[Pair, ...]]]]:
-    """Tasks for the pool: large domains one by one, small ones together."""
-    part: list[tuple[str, tuple[Pair, ...]]] = []
-    size = 0
-    for group in groups:
-        part.append(group)
-        size += sum(pair.scales.nbytes for pair in group[1])
-        if size >= _SLICE_BYTES or len(part) >= _SLICE:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
 def scan(
     pairs: Sequence[Pair],
     *,
@@ -166,7 +153,8 @@ def scan(
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains
 
-        domains = [domain for part in pool.map(work, list(_slices(groups))) for domain in part]
+        sized = ((group, sum(pair.scales.nbytes for pair in group[1])) for group in groups)
+        domains = [domain for part in pool.map(work, grouped(sized, _SLICE_BYTES, _SLICE)) for domain in part]
     if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
         raise InexactError(_explain(bad, len(domains)))
     return domains

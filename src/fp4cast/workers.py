@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event, Lock
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from fp4cast.errors import UsageError
 
-__all__ = ["Stopped", "Workers", "cores", "sliced", "workers"]
+__all__ = ["Stopped", "Workers", "cores", "workers"]
 
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
 _MANY = 100  # tasks of a piece that are too small for threads
@@ -119,12 +119,6 @@ class Workers:
             self._stop.set()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=stop)
-
-
-def sliced(items: Sequence[Item], tasks: int = 512) -> list[Sequence[Item]]:
-    """Items in some hundreds of runs: a future costs as much as a small tensor."""
-    size = -(-len(items) // tasks)
-    return [items[i : i + size] for i in range(0, len(items), size)] if items else []
 
 
 @contextmanager

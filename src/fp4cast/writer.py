@@ -5,11 +5,12 @@ No step holds more than a tile of one tensor. A worker's memory is bounded by tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from fp4cast.batches import spans
 from fp4cast.exact import Ints, halve, outside_window, scale_table
 from fp4cast.files import Files, copy_range, scratch, write_all
 from fp4cast.formats import E2M1, Bytes
@@ -24,6 +25,7 @@ __all__ = ["Tallies", "Tally", "Writer"]
 CHUNK_BLOCKS = 1 << 16  # blocks whose scales are looked up together
 ENCODE_BLOCKS = 1 << 15  # blocks whose half-blocks may all have to be rounded together: some 20 MB
 BAND_ROWS = 256  # rows turned together: their columns fill whole cache lines, and the band stays in the L2 cache
+BAND_BYTES = 2 << 20  # of codes, at most
 _NIBBLE_ENERGY = E2M1.values**2
 _BYTE_ENERGY = np.array([_NIBBLE_ENERGY[b & 15] + _NIBBLE_ENERGY[b >> 4] for b in range(256)])
 
@@ -104,7 +106,7 @@ class Writer:
 
     def _scales(self, task: Computed) -> None:
         """E4M3 bytes of a pair's blocks, in their order."""
-        for first, last in _batches(task.first, task.last, CHUNK_BLOCKS):
+        for first, last in spans(task.first, task.last, CHUNK_BLOCKS):
             exponents = self._read(task.step.pair.scales, first, last - first, "scales")
             scales = self._block_scales(task.step, exponents, lambda odd, first=first: odd + first)  # type: ignore[misc]
             self._put(task.offset + 2 * first, scales)
@@ -112,7 +114,7 @@ class Writer:
     def _codes(self, task: Computed) -> None:
         """Packed codes of a pair with shifted or rounded half-blocks, in the order of its blocks."""
         pair = task.step.pair
-        for first, last in _batches(task.first, task.last, ENCODE_BLOCKS):
+        for first, last in spans(task.first, task.last, ENCODE_BLOCKS):
             codes = self._read(pair.codes, first * BLOCK_BYTES, (last - first) * BLOCK_BYTES, "codes")
             exponents = self._read(pair.scales, first, last - first, "scales")
             self._put(task.offset + first * BLOCK_BYTES, self._encode(task.step, codes, exponents))
@@ -126,7 +128,7 @@ class Writer:
             tile = tiling[index]
             rows, lines = tile.bottom - tile.top, (tile.last - tile.first) * size
             turned = scratch("tile", lines, rows)
-            for top, bottom in _batches(tile.top, tile.bottom, BAND_ROWS):
+            for top, bottom in spans(tile.top, tile.bottom, _band_rows(tile)):
                 band = self._band(step, Tile(tile.expert, top, bottom, tile.first, tile.last))
                 turned[:, top - tile.top : bottom - tile.top] = band.reshape(bottom - top, lines).T
             self._put_turned(task, tile, size, turned)
@@ -175,7 +177,7 @@ class Writer:
             return out
         outside = outside_window(exponents.astype(np.int64) - bias, m)
         codes = step.pair.codes
-        for first, last in _batches(0, len(outside), ENCODE_BLOCKS):
+        for first, last in spans(0, len(outside), ENCODE_BLOCKS):
             odd = outside[first:last]
             blocks = self.files[codes.path].gather(codes.start, position(odd), BLOCK_BYTES)
             out.reshape(-1, 2)[odd] = encode(blocks, exponents[odd], step.scaling, bias).block_scales
@@ -184,13 +186,12 @@ class Writer:
     def _encode(self, step: Codes | Scales, codes: Bytes, exponents: Bytes) -> Bytes:
         blocks, bias = codes.reshape(-1, BLOCK_BYTES), step.pair.bias
         tally, out = self.tallies.setdefault(step.pair.module, Tally()), np.empty_like(blocks)
-        for first, last in _batches(0, len(blocks), ENCODE_BLOCKS):
+        for first, last in spans(0, len(blocks), ENCODE_BLOCKS):
             encoded = encode(blocks[first:last], exponents[first:last], step.scaling, bias)
             tally.add(encoded, blocks[first:last], exponents[first:last].astype(np.int64) - bias)
             out[first:last] = encoded.codes
         return out.reshape(-1)
 
 
-def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, size):
-        yield start, min(start + size, last)
+def _band_rows(tile: Tile) -> int:
+    return max(1, min(BAND_ROWS, BAND_BYTES // ((tile.last - tile.first) * BLOCK_BYTES)))
