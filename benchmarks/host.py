@@ -41,16 +41,10 @@ def warm(*paths: Path) -> None:
 
 
 def prepare(cold: bool, *paths: Path) -> None:
-    """The same start for every timed command: nothing left to write back, the input cached or not.
-
-    Cold means the whole page cache where we may drop that, Python's own files included.
-    """
+    """The same start for every timed command: nothing left to write back, the checkpoint in the page cache or not."""
     os.sync()
     if cold:
         forget(*paths)
-        switch = Path("/proc/sys/vm/drop_caches")
-        if os.geteuid() == 0 and os.access(switch, os.W_OK):
-            switch.write_text("1\n")
     else:
         warm(*paths)
 

@@ -25,7 +25,6 @@ from common import FP4CAST, Sample, apart, claim, finish, parser, scratch, timed
 from host import cache_state, machine, need
 
 BASE_BYTES, WORKER_BYTES = 300e6, 64e6
-JOBS = (1, 2)
 
 
 def _edge(gb: float) -> int:
@@ -79,12 +78,12 @@ def row(sample: Sample, nbytes: int, limit: float) -> dict[str, Any]:
     }
 
 
-def measure(case: str, root: Path, gb: float, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def measure(case: str, root: Path, gb: float, numbers: list[int], facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One result for each number of workers."""
     path, destination, said, draft = root / case, root / "dst", root / "said.json", CASES[case][1](gb)
     need(root, draft.converted_bytes)
     apart(make, path, case, gb)
-    for jobs in JOBS:
+    for jobs in numbers:
         limit = BASE_BYTES + WORKER_BYTES * jobs
         works = {
             "convert": (*FP4CAST, "convert", str(path), str(destination), *draft.options),
@@ -113,6 +112,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all when none is given")
     made.add_argument("--gb", type=float, default=40, help="of the case shards")
     made.add_argument("--tensor-gb", type=float, default=8, help="of the cases bank and dense")
+    made.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="numbers of workers")
     args = made.parse_args()
     if unknown := set(args.cases) - set(CASES):
         made.error(f"unknown case {', '.join(unknown)}")
@@ -125,7 +125,7 @@ def main() -> None:
     with scratch(args) as root:
         facts = machine(root)
         sizes = {case: getattr(args, CASES[case][0]) for case in args.cases}
-        results = [result for case, gb in sizes.items() for result in measure(case, root, gb, facts)]
+        results = [result for case, gb in sizes.items() for result in measure(case, root, gb, args.jobs, facts)]
     finish("memory", facts, results, args)
 
 

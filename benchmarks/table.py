@@ -1,6 +1,6 @@
 """Print the README's table of measured claims from benchmarks/results: one line a claim, in Markdown.
 
-    python benchmarks/table.py [DIRECTORY]
+    python benchmarks/table.py [--update README.md] [DIRECTORY]
 
 Reads what `--json` of the benchmarks wrote under the names of RESULTS, in that order; a file that is not there has no
 lines, so the same results give the same table. DIRECTORY is benchmarks/results when none is given.
@@ -36,6 +36,7 @@ TITLES = {
     "scale": "1.56 TB and 497,220 tensors",
     "peer": "faster than nvidia-modelopt",
 }
+BEGIN, END = "<!-- benchmarks/table.py -->", "<!-- end -->"
 HEAD = ("claim", "case", "fp4cast", "ceiling", "ratio", "peak memory")
 
 
@@ -93,7 +94,18 @@ def markdown(directory: Path) -> str:
     return f"{table}\nMeasured on: {'; '.join(machines)}.\n"
 
 
+def update(readme: Path, directory: Path) -> None:
+    """Put the table between the README's marks."""
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{markdown(directory)}{END}{rest.split(END)[1]}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"RESULTS: {', '.join(RESULTS)}")
     parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).parent / "results")
-    print(markdown(parser.parse_args().directory), end="")
+    parser.add_argument("--update", type=Path, metavar="README", help="put the table there instead of printing it")
+    args = parser.parse_args()
+    if args.update:
+        update(args.update, args.directory)
+    else:
+        print(markdown(args.directory), end="")

@@ -87,6 +87,58 @@ def test_ctrl_c_ends_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_lanes_share_the_workers_and_keep_the_order(jobs):
+    threads, open_items, most = set(), set(), 0
+
+    def piece(part):
+        nonlocal most
+        threads.add(threading.current_thread())
+        open_items.add(part[0])
+        most = max(most, len(open_items))
+        time.sleep(0.002)
+        return part
+
+    def work(item):
+        results = list(pool.map(piece, [(item, i) for i in range(10)]))
+        open_items.discard(item)
+        return results
+
+    with workers(jobs) as pool:
+        found = list(pool.lanes(work, range(7)))
+    assert found == [[(item, i) for i in range(10)] for item in range(7)]
+    assert len(threads) <= jobs
+    assert 1 < most <= jobs if jobs > 1 else most == 1
+    if jobs == 1:
+        assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("where", ["in a piece", "beside the pieces"])
+def test_an_error_in_one_lane_stops_the_others(where):
+    finished = []
+
+    def piece(item):
+        if item == 2 and where == "in a piece":
+            raise OSError("disk full")
+        for _ in range(500):
+            pool.advance(1)
+            time.sleep(0.001)
+        finished.append(item)
+
+    def work(item):
+        if item == 2 and where == "beside the pieces":
+            time.sleep(0.02)
+            raise OSError("disk full")
+        return list(pool.map(piece, [item] * 3))
+
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="disk full"), workers(3) as pool:
+        list(pool.lanes(work, [0, 1, 2, 3]))
+    assert not finished
+    assert time.monotonic() - begin < 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+
+
 def test_jobs_are_limited_by_what_the_process_may_use(monkeypatch):
     monkeypatch.setattr(module, "cores", lambda: 3)
     assert Workers().jobs == 3

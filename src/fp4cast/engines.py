@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Local:
-    """This process: one item after the other, each with all of `jobs` threads."""
+    """This process: as many items at a time as there are threads, which they share."""
 
     jobs: int | None = None
 
@@ -49,8 +49,7 @@ class Local:
     ) -> Iterator[Result]:
         """See `Engine`."""
         with workers(self.jobs, progress) as pool:
-            for item in items:
-                yield work(item, pool)
+            yield from pool.lanes(lambda item: work(item, pool), items)
 
 
 def make_engine(name: str, jobs: int | None) -> Engine:

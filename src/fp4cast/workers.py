@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event, Lock
@@ -19,7 +19,6 @@ __all__ = ["Stopped", "Workers", "cores", "workers"]
 
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
 _MANY = 100  # tasks of a piece that are too small for threads
-_AHEAD = 4  # tasks that wait for each thread; what is not yet due is not yet made
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,13 +40,19 @@ class Workers:
         jobs: how many work at the same time.
     """
 
-    def __init__(self, jobs: int | None = None, progress: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        jobs: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+        stop: Event | None = None,
+    ) -> None:
         if jobs is not None and jobs < 1:
             raise UsageError(f"jobs must be at least 1, got {jobs}")
         self.jobs = jobs or min(cores(), MAX_DEFAULT_JOBS)
         self._progress = progress
         self._threads = ThreadPoolExecutor(self.jobs) if self.jobs > 1 else None
-        self._stop = Event()
+        self._stop = stop or Event()
+        self._maps = 0
         self._lock = Lock()
         self._turn = Lock()
         self._error: BaseException | None = None
@@ -76,12 +81,37 @@ class Workers:
             yield from map(work, items)
             return
         waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(self._threads.submit(self._do, work, item))
-            if len(waiting) > _AHEAD * self.jobs:
+        with self._sharing():
+            for item in items:
+                waiting.append(self._threads.submit(self._do, work, item))
+                while len(waiting) >= self._share():
+                    yield self._result(waiting.popleft())
+            while waiting:
                 yield self._result(waiting.popleft())
-        while waiting:
-            yield self._result(waiting.popleft())
+
+    def lanes(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """`map` for work that itself maps over these workers: as many items at a time as there are workers.
+
+        The kernel lets one thread at a time write to a file, so workers had better be in different ones. The threads
+        that this takes only wait.
+        """
+        with workers(min(self.jobs, max(1, len(items))), stop=self._stop) as waiters:
+            yield from waiters.map(work, items)
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
+        with self._lock:
+            self._maps += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._maps -= 1
+
+    def _share(self) -> int:
+        """Tasks that one of the maps at work may have begun: one, or enough that no thread waits for the oldest."""
+        share = self.jobs // max(1, self._maps)
+        return 1 if share == 1 and self._maps > 1 else 2 * share + 1
 
     def _do(self, work: Callable[[Item], Result], item: Item) -> Result:
         self.check()
@@ -122,9 +152,17 @@ class Workers:
 
 
 @contextmanager
-def workers(jobs: int | None = None, progress: Callable[[int], None] = lambda _: None) -> Iterator[Workers]:
-    """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early."""
-    pool = Workers(jobs, progress)
+def workers(
+    jobs: int | None = None, progress: Callable[[int], None] = lambda _: None, stop: Event | None = None
+) -> Iterator[Workers]:
+    """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early.
+
+    Args:
+        jobs: how many; None for one a core.
+        progress: called by `advance`.
+        stop: what tells them to stop, where others share it.
+    """
+    pool = Workers(jobs, progress, stop)
     try:
         yield pool
     except BaseException:
