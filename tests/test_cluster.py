@@ -167,8 +167,17 @@ class FailsOnOne:
             time.sleep(0.01)
 
 
+def test_an_error_that_is_not_ours_is_told_as_one_of_the_cluster():
+    with pytest.raises(EngineError, match=r"failed: ZeroDivisionError.*same version"):
+        list(Ray(jobs=1).map(divide, [0], lambda _: None))
+
+
+def divide(item, _):
+    return 1 / item
+
+
 def test_more_cpus_than_any_node_has():
-    with pytest.raises(EngineError, match=r"asks for 64 CPUs.*has 2"):
+    with pytest.raises(EngineError, match=r"asks for 64 CPUs.*the most CPUs are 2"):
         list(Ray(jobs=64).map(FailsOnOne(Path()), [0], lambda _: None))
 
 

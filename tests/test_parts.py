@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fp4cast import run
 from fp4cast.errors import DestinationError, UsageError
 from fp4cast.parts import convert_part, finish, parse_part
 from test_cli import call
@@ -58,6 +59,38 @@ def test_finish_names_the_missing_shards(miniatures, tmp_path):
     with pytest.raises(DestinationError, match=r"1 of 2 shards are not finished: model-00000-of-00002.safetensors"):
         finish(miniatures["gpt-oss"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
+
+
+def test_finish_before_any_part_leaves_the_plan_open(miniatures, tmp_path):
+    with pytest.raises(DestinationError, match="no part has been written"):
+        finish(miniatures["moe"], tmp_path / "dst", layout="compressed-tensors")
+    convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
+    assert finish(miniatures["moe"], tmp_path / "dst").exact
+
+
+def test_a_shard_of_another_plan_does_not_count(miniatures, tmp_path):
+    convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
+    for note in (tmp_path / ".dst.fp4cast").glob("*.done"):
+        note.write_text(note.read_text().replace('"plan": "', '"plan": "0'))
+    with pytest.raises(DestinationError, match="2 of 2 shards are not finished"):
+        finish(miniatures["moe"], tmp_path / "dst")
+
+
+def test_an_attempt_that_another_one_has_overtaken_is_no_error(miniatures, converted, tmp_path, monkeypatch):
+    """A worker that was taken for dead: its successor finishes the shard, and clears its half-written file away."""
+    write = run._write_shard
+
+    def overtaken(shard, path, *rest):
+        tallies = write(shard, path, *rest)
+        monkeypatch.setattr(run, "_write_shard", write)
+        convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
+        assert not path.exists()
+        return tallies
+
+    monkeypatch.setattr(run, "_write_shard", overtaken)
+    convert_part(miniatures["moe"], tmp_path / "dst", 1, 1, jobs=1)
+    finish(miniatures["moe"], tmp_path / "dst")
+    assert tree(tmp_path / "dst") == tree(converted["moe"])
 
 
 def test_parts_with_other_options_are_refused(miniatures, tmp_path):
@@ -121,6 +154,7 @@ def test_what_parts_cannot_be_combined_with(miniatures, tmp_path):
         ["--shards", "1/2", "--resume"],
         ["--finish", "--resume"],
         ["--shards", "1/2", "--engine", "ray"],
+        ["--shards", "1/2", "--no-verify"],
         ["--shards", "3/2"],
     ):
         assert call("convert", miniatures["moe"], tmp_path / "dst", *options).exit_code == 2

@@ -1,6 +1,7 @@
 """Workers keep the order, stop together, and leave nothing behind; pieces cover every byte of a shard once."""
 
 import itertools
+import sys
 import threading
 import time
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fp4cast
 from fp4cast import pieces as cut
 from fp4cast import workers as module
-from fp4cast.errors import UsageError
+from fp4cast.errors import MissingExtraError, UsageError
 from fp4cast.files import scratch
 from fp4cast.pieces import Computed, Copied, Known, Tiling, pieces
 from fp4cast.plan import Codes, make_plan
@@ -139,6 +141,54 @@ def test_an_error_in_one_lane_stops_the_others(where):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
+def test_a_lane_that_only_looks_whether_to_stop_does_not_hide_the_error():
+    """As verification does while it measures the energy of a tensor."""
+
+    def work(item):
+        if item == 0:
+            while True:
+                pool.check()
+                time.sleep(0.001)
+        return list(pool.map(fail, [item]))
+
+    def fail(_):
+        time.sleep(0.02)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), workers(2) as pool:
+        list(pool.lanes(work, [0, 1]))
+
+
+def test_a_map_that_fails_leaves_no_task_behind():
+    """Its caller closes the files that they use."""
+    running = set()
+
+    def work(i):
+        if i == 0:
+            time.sleep(0.02)
+            raise OSError("disk full")
+        running.add(i)
+        try:
+            while True:
+                pool.check()
+                time.sleep(0.05)
+        finally:
+            running.discard(i)
+
+    with workers(4) as pool, pytest.raises(OSError, match="disk full"):
+        try:
+            list(pool.map(work, range(20)))
+        finally:
+            assert not running
+
+
+@pytest.mark.parametrize(("jobs", "lanes"), [(4, 3), (8, 5), (16, 9), (2, 2), (3, 1)])
+def test_lanes_leave_no_worker_idle(jobs, lanes):
+    with workers(jobs) as pool:
+        pool._maps = lanes
+        assert pool._share() * lanes >= jobs
+
+
 def test_jobs_are_limited_by_what_the_process_may_use(monkeypatch):
     monkeypatch.setattr(module, "cores", lambda: 3)
     assert Workers().jobs == 3
@@ -201,3 +251,12 @@ def test_tiles_cover_a_bank_once(experts, rows, blocks, tile_bytes, square):
             area = (tile.bottom - tile.top) * (tile.last - tile.first)
             assert area * 16 <= max(tile_bytes, 16 * min(rows, square))
     assert (seen == 1).all()
+
+
+def test_ray_that_is_not_installed_is_said_at_once(miniatures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fp4cast\[ray\]'"):
+        fp4cast.convert(miniatures["moe"], tmp_path / "dst", engine="ray")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="unknown engine 'slurm'"):
+        fp4cast.verify(miniatures["moe"], tmp_path, engine="slurm")

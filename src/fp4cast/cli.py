@@ -121,7 +121,13 @@ def _guarded(as_json: bool, work: Callable[[Meter], T]) -> T:
     except OSError as error:
         _fail(error, as_json, 1)
     except KeyboardInterrupt:
-        _fail(KeyboardInterrupt("interrupted; nothing half done is in place (convert: --resume goes on)"), as_json, 130)
+        _fail(
+            KeyboardInterrupt(
+                "interrupted; nothing half done is in place (convert: --resume goes on; a part: run it again)"
+            ),
+            as_json,
+            130,
+        )
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -183,7 +189,7 @@ def convert(
         "jobs": jobs,
         "overwrite": overwrite,
     }
-    _check_parts(shards, finish=finish, resume=resume, engine=engine, as_json=as_json)
+    _check_parts(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
     if shards is not None:
         part = _guarded(as_json, lambda meter: _part(source, destination, shards, progress=meter, **options))
         _print_json(part.to_json()) if as_json else show_part(_say(as_json), part)
@@ -205,8 +211,12 @@ def _part(source: str, destination: Path, shards: str, **options: Any) -> parts.
     return parts.convert_part(source, destination, *parts.parse_part(shards), **options)
 
 
-def _check_parts(shards: str | None, *, finish: bool, resume: bool, engine: Engine, as_json: bool) -> None:
+def _check_parts(
+    shards: str | None, *, finish: bool, resume: bool, no_verify: bool, engine: Engine, as_json: bool
+) -> None:
     """Refuse what cannot go together."""
+    if shards is not None and no_verify:
+        _fail(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
     if shards is not None and finish:
         _fail(UsageError("--shards writes a part, --finish comes when all parts are written: pass one"), as_json, 2)
     if resume and (shards is not None or finish):

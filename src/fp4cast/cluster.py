@@ -1,7 +1,7 @@
 """The Ray engine: each item of work is a task of a cluster whose nodes share a file system.
 
 A task whose node or process dies is done again elsewhere; what it does is written under a name of its own and renamed,
-so that doing it twice harms nothing. Workers are told to stop when one fails.
+so that doing it twice harms nothing. When one fails, the others are cancelled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fp4cast.errors import EngineError
+from fp4cast.errors import EngineError, Fp4CastError
 from fp4cast.extras import require
 from fp4cast.workers import Workers, workers
 
@@ -93,24 +93,32 @@ class Ray:
         with _connected(ray):
             jobs = self._jobs(ray)
             ledger = ray.remote(num_cpus=0, max_restarts=-1)(_Ledger).remote()
-            memory = BASE_MEMORY + jobs * JOB_MEMORY
-            task = ray.remote(num_cpus=jobs, memory=memory, max_retries=RETRIES, retry_exceptions=False)(_perform)
-            pending = {task.remote(work, item, i, jobs, ledger): i for i, item in enumerate(items)}
-            results = _gather(ray, pending, ledger, progress)
+            task = ray.remote(num_cpus=jobs, memory=_memory(jobs), max_retries=RETRIES, retry_exceptions=False)(
+                _perform
+            )
+            pending: dict[Any, int] = {}
+            with _cancelled(ray, pending):
+                for i, item in enumerate(items):
+                    pending[task.remote(work, item, i, jobs, ledger)] = i
+                results = _gather(ray, pending, ledger, progress)
         for i in range(len(items)):
             yield results[i]
 
     def _jobs(self, ray: Any) -> int:
-        """CPUs for each task that some node has."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        most = max((int(node["Resources"].get("CPU", 0)) for node in nodes), default=0)
-        jobs = self.jobs or min(DEFAULT_JOBS, most)
-        if not 0 < jobs <= most:
+        """CPUs for each task that some node has, together with their memory."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        jobs = self.jobs or max(1, min(DEFAULT_JOBS, most))
+        if not any(node.get("CPU", 0) >= jobs and node.get("memory", 0) >= _memory(jobs) for node in nodes):
             raise EngineError(
-                f"a task asks for {jobs} CPUs, but the largest of {len(nodes)} nodes of the Ray cluster has {most}; "
-                "pass a smaller --jobs"
+                f"a task asks for {jobs} CPUs and {_memory(jobs) >> 20} MiB of memory, and none of the {len(nodes)} "
+                f"nodes of the Ray cluster has both (the most CPUs are {most}); pass a smaller --jobs"
             )
         return jobs
+
+
+def _memory(jobs: int) -> int:
+    return BASE_MEMORY + jobs * JOB_MEMORY
 
 
 @contextmanager
@@ -130,35 +138,48 @@ def _connected(ray: Any) -> Iterator[None]:
 
 
 def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Progress) -> dict[int, Any]:
-    """Results by item; the first error, and Ctrl-C, stop everything."""
+    """Results by item, as they come."""
     results: dict[int, Any] = {}
     done: dict[int, int] = {}  # bytes by item: what finished ones returned, what others last said
     reported = 0
+    while pending:
+        ready, _ = ray.wait(list(pending), timeout=_EVERY)
+        said = _said(ray, ledger)
+        done |= {item: said[item] for item in pending.values() if item in said}
+        for reference in ready:
+            item = pending.pop(reference)
+            results[item], done[item] = _result(ray, reference)
+        progress(sum(done.values()) - reported)
+        reported = sum(done.values())
+    return results
+
+
+@contextmanager
+def _cancelled(ray: Any, pending: dict[Any, int]) -> Iterator[None]:
+    """The first error, and Ctrl-C, stop everything."""
     try:
-        while pending:
-            ready, _ = ray.wait(list(pending), timeout=_EVERY)
-            said = _said(ray, ledger)
-            done |= {item: said[item] for item in pending.values() if item in said}
-            for reference in ready:
-                item = pending.pop(reference)
-                results[item], done[item] = _result(ray, reference)
-            progress(sum(done.values()) - reported)
-            reported = sum(done.values())
+        yield
     except BaseException:
         for reference in pending:
             ray.cancel(reference, force=True)
-        ray.wait(list(pending), num_returns=len(pending), timeout=10)
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending), timeout=10)
         raise
-    return results
 
 
 def _result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
+        if isinstance(error.cause, Fp4CastError | OSError):
+            raise error.cause from None
+        raise EngineError(
+            f"a task of the Ray cluster failed: {error.cause!r}. Every node needs fp4cast of the same version."
+        ) from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
         raise EngineError(f"a task of the Ray cluster was lost {RETRIES + 1} times: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"a task of the Ray cluster could not be done: {error}") from error
 
 
 def _said(ray: Any, ledger: Any) -> dict[int, int]:

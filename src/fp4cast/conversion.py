@@ -75,7 +75,12 @@ def convert(
         stage.check_space(plan.sizes)
         total = plan.write_bytes
         tallies = run(
-            plan.shards, stage.out, state=stage.state, engine=doer, progress=lambda n: progress("write", n, total)
+            plan.shards,
+            stage.out,
+            fingerprint=plan.fingerprint,
+            state=stage.state,
+            engine=doer,
+            progress=lambda n: progress("write", n, total),
         )
         check_unchanged(plan)
         report = complete(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from fp4cast.errors import UsageError
+from fp4cast.extras import require
 from fp4cast.workers import Workers, workers
 
 __all__ = ["ENGINES", "Engine", "Local", "make_engine"]
@@ -59,10 +60,13 @@ def make_engine(name: str, jobs: int | None) -> Engine:
         UsageError: there is none.
         MissingExtraError: it needs a package that is not installed.
     """
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
     if name == "local":
         return Local(jobs)
     if name == "ray":
         from fp4cast.cluster import Ray  # what it needs is large and optional
 
+        require("ray", "ray")
         return Ray(jobs)
     raise UsageError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")

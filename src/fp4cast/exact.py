@@ -68,7 +68,7 @@ def _shifted_code(code: int, a: int) -> int:
 
 # [a + 3, byte]: both codes of a byte divided by 2^a.
 _CODE_SHIFT = np.array([[_shifted_code(code, a) for code in range(16)] for a in range(-3, 4)], np.uint8)
-_SHIFT = _CODE_SHIFT[:, np.arange(256) & 15] | _CODE_SHIFT[:, np.arange(256) >> 4] << 4
+_SHIFT: Bytes = _CODE_SHIFT[:, np.arange(256) & 15] | _CODE_SHIFT[:, np.arange(256) >> 4] * np.uint8(16)
 
 
 def half_masks(codes: Bytes) -> Bytes:

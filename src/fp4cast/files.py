@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -71,13 +72,22 @@ class File:
         """Fill a contiguous array from `start` on."""
         view, done = out.data.cast("B"), 0
         while done < len(view):
-            got = os.preadv(self.fd, [view[done:]], start + done)
+            try:
+                got = os.preadv(self.fd, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
             if got <= 0:
                 raise CheckpointError(
                     f"{self.path}: ended at byte {start + done}, expected {len(view) - done} more. "
                     "It was truncated while it was read."
                 )
             done += got
+
+    def prefetch(self, start: int, nbytes: int) -> None:
+        """Ask the kernel to begin reading bytes that will be wanted soon."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # it is advice
+                os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def gather(self, start: int, blocks: np.ndarray[Any, np.dtype[np.int64]], size: int, gap: int = 256) -> Bytes:
         """Records of `size` bytes at ascending positions, near ones with one read: uint8 [len(blocks), size]."""

@@ -67,7 +67,6 @@ class Inspection:
         }
 
 
-@many_objects()
 def inspect(
     src: str | Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Inspection:
@@ -84,7 +83,11 @@ def inspect(
     Raises:
         CheckpointError: the source is malformed, or holds nothing to cast.
     """
-    path = resolve(src)
+    return _inspect(resolve(src), jobs, progress)
+
+
+@many_objects()
+def _inspect(path: Path, jobs: int | None, progress: Callable[[int, int], None]) -> Inspection:
     source = read_source(open_checkpoint(path))
     targets = []
     for layout in LAYOUTS:

@@ -116,6 +116,7 @@ def convert_part(
         run(
             shards,
             stage.out,
+            fingerprint=plan.fingerprint,
             state=stage.state,
             engine=make_engine("local", jobs),
             progress=lambda n: progress("write", n, total),
@@ -158,8 +159,8 @@ def finish(
     check_destination(source, destination, overwrite=overwrite)
     plan = _plan(source, jobs, progress, options)
     with staging(source, destination, overwrite=overwrite) as stage:
-        stage.join(plan.fingerprint)
-        tallies, missing = finished(plan.shards, stage.out, stage.state)
+        stage.join(plan.fingerprint, first=False)
+        tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise DestinationError(

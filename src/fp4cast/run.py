@@ -6,10 +6,11 @@ Any number of workers, on any number of machines, write the same bytes.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def run(
     shards: Iterable[OutputShard],
     directory: Path,
     *,
+    fingerprint: str,
     state: Path,
     engine: Engine,
     progress: Callable[[int], None] = lambda _: None,
@@ -40,6 +42,7 @@ def run(
     Args:
         shards: what to write.
         directory: where, existing.
+        fingerprint: the plan's, which marks what is finished as its own.
         state: where finished shards leave a note, so that a later run of the same plan skips them.
         engine: who does it.
         progress: called with the number of bytes just written, maybe from the workers.
@@ -48,17 +51,19 @@ def run(
         By module, what was done to the tensors whose codes had to be looked at.
     """
     tallies: Tallies = {}
-    for measured in engine.map(_FinishShard(directory, state), list(shards), progress):
+    for measured in engine.map(_FinishShard(fingerprint, directory, state), list(shards), progress):
         tallies |= measured
     return tallies
 
 
-def finished(shards: Iterable[OutputShard], directory: Path, state: Path) -> tuple[Tallies, list[str]]:
+def finished(
+    shards: Iterable[OutputShard], directory: Path, *, fingerprint: str, state: Path
+) -> tuple[Tallies, list[str]]:
     """What earlier runs measured, and the files that none of them has finished."""
     tallies: Tallies = {}
     missing: list[str] = []
     for shard in shards:
-        known = _known(shard, directory, state)
+        known = _known(shard, fingerprint, directory, state)
         tallies |= known or {}
         missing += [shard.file] if known is None else []
     return tallies, missing
@@ -68,45 +73,63 @@ def finished(shards: Iterable[OutputShard], directory: Path, state: Path) -> tup
 class _FinishShard:
     """Write one shard, or find that an earlier run did."""
 
+    fingerprint: str
     directory: Path
     state: Path
 
     def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
-        path = self.directory / shard.file
-        try:
-            if (known := _known(shard, self.directory, self.state)) is not None:
-                pool.advance(shard.layout.size)
-                return known
-            partial = self._partial(shard)
+        if (known := self._known(shard)) is not None:
+            pool.advance(shard.layout.size)
+            return known
+        # A name of this attempt's own: one that a cluster took for dead may still be writing under another.
+        partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
+        with _writing(self.directory / shard.file):
             tallies = _write_shard(shard, partial, pool.advance, pool)
-            partial.replace(path)
-            note = json.dumps({module: asdict(tally) for module, tally in tallies.items()})
-            write_whole(_note(shard, self.state), note.encode())
-        except OSError as error:
-            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
-        return tallies
+            return self._publish(shard, partial, tallies)
 
-    def _partial(self, shard: OutputShard) -> Path:
-        """A name of this attempt's own: one that a cluster took for dead may still be writing under another."""
-        for left in self.state.glob(f"{shard.file}.*.partial"):
+    def _known(self, shard: OutputShard) -> Tallies | None:
+        return _known(shard, self.fingerprint, self.directory, self.state)
+
+    def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies) -> Tallies:
+        """Let a written shard appear, with its note; other attempts have nothing left to do."""
+        try:
+            partial.replace(self.directory / shard.file)
+        except FileNotFoundError:
+            if (known := self._known(shard)) is None:
+                raise
+            return known  # another attempt was faster, and has cleared this one away
+        figures = {module: asdict(tally) for module, tally in tallies.items()}
+        write_whole(_note(shard, self.state), json.dumps({"plan": self.fingerprint, "tallies": figures}).encode())
+        for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
             left.unlink(missing_ok=True)
-        return self.state / f"{shard.file}.{uuid.uuid4().hex[:8]}.partial"
+        return tallies
 
 
 def _note(shard: OutputShard, state: Path) -> Path:
     return state / f"{shard.file}.done"
 
 
-def _known(shard: OutputShard, directory: Path, state: Path) -> Tallies | None:
-    """What an earlier run noted of a shard that it finished; None where it did not, or where the note is damaged."""
+def _known(shard: OutputShard, fingerprint: str, directory: Path, state: Path) -> Tallies | None:
+    """What an earlier run of this plan noted of a shard that it finished; None where it did not, or a damaged note."""
     path = directory / shard.file
     try:
         if path.stat().st_size != shard.layout.size:
             return None
         note = json.loads(_note(shard, state).read_bytes())
-        return {module: Tally(**tally) for module, tally in note.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        if note["plan"] != fingerprint:
+            return None
+        return {module: Tally(**tally) for module, tally in note["tallies"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the file system is told with the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None], pool: Workers) -> Tallies:
@@ -119,7 +142,8 @@ def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None]
             progress(len(shard.layout.header))
 
             def write(piece: Piece) -> Tallies:
-                with pool.turn(len(piece)):
+                # Here, where it happens: another shard's worker may be the one that hears of it first.
+                with _writing(path), pool.turn(len(piece)):
                     return Writer(files, target, progress).write(piece)
 
             # In the order of the pieces, so that sums of errors do not depend on the workers.

@@ -9,7 +9,7 @@ from typing import Any
 from fp4cast.batches import grouped
 from fp4cast.errors import InexactError
 from fp4cast.exact import BlockSource, Ints, Scaling, Search, choose
-from fp4cast.files import CHUNK_BYTES, Files
+from fp4cast.files import Files
 from fp4cast.formats import Bytes
 from fp4cast.nearest import choose_nearest
 from fp4cast.sources import BLOCK_BYTES, Pair, fused_group
@@ -17,6 +17,7 @@ from fp4cast.workers import workers
 
 __all__ = ["Domain", "FileBlocks", "group_domains", "scan"]
 
+CHUNK_BYTES = 1 << 20  # scales looked at together; the search makes int64 indices of them
 _SLICE = 128  # domains that one task of the pool scans at most
 _SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
 _SHOWN = 5  # inexact domains that an error names
@@ -149,6 +150,8 @@ def scan(
     with Files() as files, workers(jobs) as pool:
 
         def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
+            for scales in (pair.scales for _, members in part for pair in members):
+                files[scales.path].prefetch(scales.start, min(scales.nbytes, _SLICE_BYTES))
             domains = [_scan_one(name, members, files, inexact == "nearest", pool.check) for name, members in part]
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains

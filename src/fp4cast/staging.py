@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,13 +57,19 @@ class Staging:
         _clear(self.out, keep={note.removesuffix(".done") for note in notes})
         write_whole(mark, fingerprint.encode())
 
-    def join(self, fingerprint: str) -> None:
+    def join(self, fingerprint: str, *, first: bool = True) -> None:
         """Agree with other parts of the same plan, which may be at work at this moment; what they have made is kept.
+
+        Args:
+            fingerprint: the plan's.
+            first: whether this may be the first of them.
 
         Raises:
             DestinationError: what is there belongs to another plan.
         """
         mark = self.state / "plan"
+        if not mark.exists() and not first:
+            raise DestinationError(f"{self.state}: no part has been written; run them first (--shards i/n)")
         if not mark.exists():
             _write_first(mark, fingerprint.encode())
         if mark.read_text() != fingerprint:
@@ -123,14 +128,14 @@ def _clear(directory: Path, keep: set[str]) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
     beside.write_bytes(data)
     beside.replace(path)
 
 
 def _write_first(path: Path, data: bytes) -> None:
     """Write a small file that others may be writing, too: the first one stays."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
     beside.write_bytes(data)
     try:
         path.hardlink_to(beside)

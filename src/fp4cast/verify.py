@@ -125,6 +125,8 @@ def _collect(
 def _judge(work: Work, pair: Pair, found: Comparison) -> Iterator[Difference]:
     """Whether what was measured is what the conversion said."""
     names = work.target.names(pair.module)
+    if (seen := found.verbatim + found.shifted + found.rounded) != 2 * pair.blocks:
+        yield Difference(names.codes, "values", f"{seen} half-blocks were compared, expected {2 * pair.blocks}")
     if found.invalid:
         yield Difference(names.block_scale, "scale", f"{found.invalid} block scales are NaN or negative")
     if found.stray:

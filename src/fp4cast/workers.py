@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event, Lock
 from typing import TypeVar
@@ -81,7 +81,7 @@ class Workers:
             yield from map(work, items)
             return
         waiting: deque[Future[Result]] = deque()
-        with self._sharing():
+        with self._sharing(waiting):
             for item in items:
                 waiting.append(self._threads.submit(self._do, work, item))
                 while len(waiting) >= self._share():
@@ -93,25 +93,37 @@ class Workers:
         """`map` for work that itself maps over these workers: as many items at a time as there are workers.
 
         The kernel lets one thread at a time write to a file, so workers had better be in different ones. The threads
-        that this takes only wait.
+        that this takes mostly wait.
         """
-        with workers(min(self.jobs, max(1, len(items))), stop=self._stop) as waiters:
-            yield from waiters.map(work, items)
+        try:
+            with workers(min(self.jobs, max(1, len(items))), stop=self._stop) as waiters:
+                yield from waiters.map(work, items)
+        except Stopped:
+            raise self._error or Stopped from None
 
     @contextmanager
-    def _sharing(self) -> Iterator[None]:
+    def _sharing(self, waiting: deque[Future[Result]]) -> Iterator[None]:
+        """Count a map; when it ends early, no task of it is left that could still use what its caller closes."""
         with self._lock:
             self._maps += 1
         try:
             yield
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit):
+                self._stop.set()
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+            raise
         finally:
             with self._lock:
                 self._maps -= 1
 
     def _share(self) -> int:
-        """Tasks that one of the maps at work may have begun: one, or enough that no thread waits for the oldest."""
-        share = self.jobs // max(1, self._maps)
-        return 1 if share == 1 and self._maps > 1 else 2 * share + 1
+        """Tasks that one of the maps at work may have begun: one each, or enough that no thread has nothing to do."""
+        if self._maps >= self.jobs:
+            return 1
+        return 2 * -(-self.jobs // max(1, self._maps)) + 1
 
     def _do(self, work: Callable[[Item], Result], item: Item) -> Result:
         self.check()
