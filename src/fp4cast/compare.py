@@ -1,6 +1,7 @@
 """Comparing the values of MXFP4 blocks with those of the NVFP4 blocks made from them.
 
-Part of the independent witness: it decodes with `formats` alone and imports nothing that casts. Equal codes under equal scales are equal values; a half-block for which that does not hold is decoded on both sides.
+Part of the independent witness: it decodes with `formats` alone and imports nothing that casts. Equal codes under equal
+scales are equal values; a half-block for which that does not hold is decoded on both sides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The fast path of verification: the same codes, and scales that are equal by a table, on raw bytes.
 
-Part of the independent witness: it imports nothing that casts. Where bytes do not match, `compare` decodes both sides. Work is cut into units that lie in the processor's caches: chunks of blocks, or tiles of a transposed bank.
+Part of the independent witness: it imports nothing that casts. Where bytes do not match, `compare` decodes both sides.
+Work is cut into units that lie in the processor's caches: chunks of blocks, or tiles of a transposed bank.
 """
 
 from __future__ import annotations
