@@ -32,7 +32,6 @@ def cluster():
     """A head without CPUs and two nodes with two CPUs each: tasks run in processes of their own."""
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a machine that runs other tests beside these is slow
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not know this module
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes.add_node(num_cpus=2)
