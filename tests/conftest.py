@@ -1,5 +1,7 @@
 """Miniatures, made once a session."""
 
+import signal
+
 import pytest
 
 from fp4cast import miniature
@@ -35,3 +37,11 @@ def converted(miniatures, tmp_path_factory):
     for kind, source in miniatures.items():
         fp4cast.convert(source, root / kind, **options(kind))
     return {kind: root / kind for kind in miniatures}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A runner in the background of a shell ignores Ctrl-C, and so would every process that the tests interrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
