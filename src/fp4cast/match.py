@@ -20,7 +20,7 @@ from fp4cast.sources import BLOCK_BYTES, Pair
 
 __all__ = ["Cast", "compare_bytes", "compare_units", "count_units", "energy_of_units"]
 
-CHUNK_BLOCKS = 1 << 16  # blocks compared together: 1 MB of codes a side
+CHUNK_BLOCKS = 1 << 17  # blocks compared together: 2 MB of codes a side
 CHUNK_BYTES = 1 << 20  # bytes compared together
 TILE_BYTES = 16 << 20  # codes of a tile: one expert of gpt-oss
 _SQUARE = 4096  # rows of a tile of an expert that is larger
