@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from common import Sample, alternate, finish, parser, summary
-from fp4cast import writer
+from fp4cast import compare
 from fp4cast.exact import halve, scale_table
+from fp4cast.writer import BAND_ROWS
 from host import machine
 
 SHAPES = ((5760, 1440), (2880, 1440))  # codes of gpt-oss's two projections
-BAND_ROWS = getattr(writer, "BAND_ROWS", 256)
 CHUNK_BYTES = 1 << 20
 
 
@@ -44,7 +44,7 @@ def equal(left: np.ndarray, right: np.ndarray) -> None:
     """Compare chunks as uint64."""
     for i in range(0, len(left), CHUNK_BYTES):
         part = slice(i, i + CHUNK_BYTES)
-        if not np.array_equal(left[part].view(np.uint64), right[part].view(np.uint64)):
+        if not compare.equal(left[part], right[part]):
             raise AssertionError("equal buffers compare as different")
 
 

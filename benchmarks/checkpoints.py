@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fp4cast.miniature.families import compressed
 from fp4cast.shards import DTYPE_BITS, layout
 
 POOL_BYTES = {"codes": 64 << 20, "scales": 8 << 20, "dense": 8 << 20}
@@ -196,22 +197,6 @@ def deepseek(_: int, gb: float) -> Draft:
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
     config = {"model_type": "deepseek_v4", "expert_dtype": "fp4", "quantization_config": quantization}
     return Draft(cut(specs, SHARD_BYTES), config, ("--activations", "w4a4", "--input-scales", "1.0"))
-
-
-def compressed(ignore: Sequence[str]) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors' mxfp4-pack-quantized."""
-    weights = {
-        "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
-        "dynamic": False, "scale_dtype": "torch.uint8",
-    }  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "mxfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "version": "0.14.0",
-        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": weights}},
-        "ignore": list(ignore),
-    }
 
 
 KIMI_NAMES = (".weight_packed", "U8", ".weight_scale", "U8")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,14 @@ def measure(case: str, root: Path, args: argparse.Namespace, facts: dict[str, An
     }
 
 
-def main() -> None:
-    args = arguments(options(__doc__))
+def main(name: str, doc: str | None, measure: Callable[..., dict[str, Any]]) -> None:
+    """Measure every case; verify.py has the same options and cases."""
+    args = arguments(options(doc))
     with scratch(args) as root:
         facts = machine(root)
         results = [measure(case, root, args, facts) for case in args.cases]
-    finish("convert", facts, results, args)
+    finish(name, facts, results, args)
 
 
 if __name__ == "__main__":
-    main()
+    main("convert", __doc__, measure)

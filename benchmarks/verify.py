@@ -15,9 +15,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from common import FP4CAST, Sample, alternate, claim, finish, scratch, summary, timed, verified
-from convert import arguments, options, source
-from host import cache_state, files, machine, prepare, size
+from common import FP4CAST, Sample, alternate, claim, summary, timed, verified
+from convert import main, source
+from host import cache_state, files, prepare, size
 
 LIMIT = 70.0  # percent of the speed of cat
 
@@ -56,13 +56,5 @@ def measure(case: str, root: Path, args: argparse.Namespace, facts: dict[str, An
     }
 
 
-def main() -> None:
-    args = arguments(options(__doc__))
-    with scratch(args) as root:
-        facts = machine(root)
-        results = [measure(case, root, args, facts) for case in args.cases]
-    finish("verify", facts, results, args)
-
-
 if __name__ == "__main__":
-    main()
+    main("verify", __doc__, measure)

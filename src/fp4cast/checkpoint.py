@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fp4cast.bulk import many_objects
 from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 from fp4cast.shards import Shard, Tensor, read_header
 
@@ -168,6 +169,7 @@ def _refuse_without_weights(path: Path) -> UnsupportedError:
     return UnsupportedError(f"{path}: no {INDEX} and no {SINGLE}; expected a Hugging Face checkpoint in safetensors")
 
 
+@many_objects()
 def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
     """Open a checkpoint directory; every header is checked, no tensor is read.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fp4cast.completion import Progress, complete
 from fp4cast.engines import make_engine
 from fp4cast.errors import DestinationError
 from fp4cast.hub import resolve
 from fp4cast.inputs import InputScalesLike
-from fp4cast.plan import check_unchanged, make_plan
+from fp4cast.plan import Plan, check_unchanged, make_plan
 from fp4cast.report import Report
 from fp4cast.run import run
 from fp4cast.staging import check_destination, staging
@@ -59,16 +60,16 @@ def convert(
     """
     begin = time.monotonic()
     doer = make_engine(engine, jobs)
-    source, destination = resolve(src), real_path(dst)
-    check_destination(source, destination, overwrite=overwrite)
-    plan = make_plan(
-        source,
+    source, destination, plan = prepare(
+        src,
+        dst,
+        jobs=jobs,
+        overwrite=overwrite,
+        progress=progress,
         layout=layout,
         activations=activations,
         input_scales=input_scales,
         inexact=inexact,
-        jobs=jobs,
-        progress=lambda n, total: progress("scan", n, total),
     )
     with staging(source, destination, overwrite=overwrite) as stage:
         stage.adopt(plan.fingerprint, resume=resume)
@@ -87,6 +88,20 @@ def convert(
             plan, stage, tallies, str(dst), engine=doer, verify=verify, overwrite=overwrite, progress=progress
         )
     return replace(report, seconds=time.monotonic() - begin)
+
+
+def prepare(
+    src: str | Path, dst: str | Path, *, jobs: int | None, overwrite: bool, progress: Progress, **options: Any
+) -> tuple[Path, Path, Plan]:
+    """(source, destination, plan): everything that is decided before something is written; arguments as for `convert`.
+
+    Raises:
+        Fp4CastError: see `fp4cast.errors`.
+    """
+    source, destination = resolve(src), real_path(dst)
+    check_destination(source, destination, overwrite=overwrite)
+    plan = make_plan(source, jobs=jobs, progress=lambda n, total: progress("scan", n, total), **options)
+    return source, destination, plan
 
 
 def real_path(path: str | Path) -> Path:

@@ -128,24 +128,24 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
     codes = _lines(files, cast.codes, pair, expert, rows, blocks, "codes")
     scales = _lines(files, cast.scales, pair, expert, rows, blocks, "scales")
     done = codes.nbytes + scales.nbytes
-    height = max(1, min(BAND_ROWS, BAND_BYTES // ((blocks.stop - blocks.start) * BLOCK_BYTES)))
+    width = blocks.stop - blocks.start
+    height = max(1, min(BAND_ROWS, BAND_BYTES // (width * BLOCK_BYTES)))
     for top, bottom in spans(rows.start, rows.stop, height):
-        band = slice(top, bottom)
-        columns = slice(band.start - rows.start, band.stop - rows.start)
+        band, columns = slice(top, bottom), slice(top - rows.start, bottom - rows.start)
         source_codes = _band(files, pair.codes, pair, expert, band, blocks, "source")
         exponents = _band(files, pair.scales, pair, expert, band, blocks, "exponents")
         done += source_codes.nbytes + exponents.nbytes
         expected = tables.expected(exponents.reshape(-1)).reshape(len(exponents), -1)
         if (
             tables.plain(scales[:, columns])
-            and equal(_turned(source_codes, "turned"), codes[:, columns])
-            and equal(_turned(expected, "turned"), scales[:, columns])
+            and equal(_turned(source_codes), codes[:, columns])
+            and equal(_turned(expected), scales[:, columns])
         ):
             found.verbatim += 2 * exponents.size
             continue
-        origin, width = (expert * pair.rows + top) * pair.row_blocks + blocks.start, blocks.stop - blocks.start
+        origin = (expert * pair.rows + top) * pair.row_blocks + blocks.start
         part = Blocks(
-            lambda i, origin=origin, width=width: origin + i // width * pair.row_blocks + i % width,  # type: ignore[misc]
+            lambda i, origin=origin: origin + i // width * pair.row_blocks + i % width,  # type: ignore[misc]
             source_codes.reshape(-1, BLOCK_BYTES),
             exponents.reshape(-1),
             np.ascontiguousarray(codes[:, columns].T).reshape(-1, BLOCK_BYTES),
@@ -155,8 +155,8 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
     return done
 
 
-def _turned(matrix: Bytes, slot: str) -> Bytes:
-    out = scratch(slot, matrix.shape[1], matrix.shape[0])
+def _turned(matrix: Bytes) -> Bytes:
+    out = scratch("turned", matrix.shape[1], matrix.shape[0])
     out[:] = matrix.T
     return out
 

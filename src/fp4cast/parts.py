@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.completion import Progress, complete
-from fp4cast.conversion import real_path
+from fp4cast.conversion import prepare
 from fp4cast.engines import make_engine
 from fp4cast.errors import DestinationError, UsageError
-from fp4cast.hub import resolve
-from fp4cast.plan import Plan, check_unchanged, make_plan
+from fp4cast.plan import check_unchanged
 from fp4cast.report import Report
 from fp4cast.run import finished, run
-from fp4cast.staging import check_destination, staging
+from fp4cast.staging import staging
 
 __all__ = ["Part", "convert_part", "finish", "parse_part"]
 
@@ -71,10 +70,6 @@ def parse_part(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def _plan(source: Path, jobs: int | None, progress: Progress, options: dict[str, Any]) -> Plan:
-    return make_plan(source, jobs=jobs, progress=lambda n, total: progress("scan", n, total), **options)
-
-
 def convert_part(
     src: str | Path,
     dst: str | Path,
@@ -105,9 +100,7 @@ def convert_part(
     """
     begin = time.monotonic()
     parse_part(f"{part}/{parts}")
-    source, destination = resolve(src), real_path(dst)
-    check_destination(source, destination, overwrite=overwrite)
-    plan = _plan(source, jobs, progress, options)
+    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
     shards = plan.shards[part - 1 :: parts]
     total = sum(shard.layout.size for shard in shards)
     with staging(source, destination, overwrite=overwrite, shared=True) as stage:
@@ -155,9 +148,7 @@ def finish(
     """
     begin = time.monotonic()
     doer = make_engine(engine, jobs)
-    source, destination = resolve(src), real_path(dst)
-    check_destination(source, destination, overwrite=overwrite)
-    plan = _plan(source, jobs, progress, options)
+    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
     with staging(source, destination, overwrite=overwrite) as stage:
         stage.join(plan.fingerprint, first=False)
         tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)

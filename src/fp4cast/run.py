@@ -62,8 +62,9 @@ def finished(
     """What earlier runs measured, and the files that none of them has finished."""
     tallies: Tallies = {}
     missing: list[str] = []
+    earlier = _FinishShard(fingerprint, directory, state)
     for shard in shards:
-        known = _known(shard, fingerprint, directory, state)
+        known = earlier.known(shard)
         tallies |= known or {}
         missing += [shard.file] if known is None else []
     return tallies, missing
@@ -78,7 +79,7 @@ class _FinishShard:
     state: Path
 
     def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
-        if (known := self._known(shard)) is not None:
+        if (known := self.known(shard)) is not None:
             pool.advance(shard.layout.size)
             return known
         # A name of this attempt's own: one that a cluster took for dead may still be writing under another.
@@ -87,40 +88,34 @@ class _FinishShard:
             tallies = _write_shard(shard, partial, pool.advance, pool)
             return self._publish(shard, partial, tallies)
 
-    def _known(self, shard: OutputShard) -> Tallies | None:
-        return _known(shard, self.fingerprint, self.directory, self.state)
+    def known(self, shard: OutputShard) -> Tallies | None:
+        """What an earlier run of this plan noted of a shard; None where none finished it, or the note is damaged."""
+        try:
+            if (self.directory / shard.file).stat().st_size != shard.layout.size:
+                return None
+            note = json.loads(self._note(shard).read_bytes())
+            if note["plan"] != self.fingerprint:
+                return None
+            return {module: Tally(**tally) for module, tally in note["tallies"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def _note(self, shard: OutputShard) -> Path:
+        return self.state / f"{shard.file}.done"
 
     def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies) -> Tallies:
         """Let a written shard appear, with its note; other attempts have nothing left to do."""
         try:
             partial.replace(self.directory / shard.file)
         except FileNotFoundError:
-            if (known := self._known(shard)) is None:
+            if (known := self.known(shard)) is None:
                 raise
             return known  # another attempt was faster, and has cleared this one away
         figures = {module: asdict(tally) for module, tally in tallies.items()}
-        write_whole(_note(shard, self.state), json.dumps({"plan": self.fingerprint, "tallies": figures}).encode())
+        write_whole(self._note(shard), json.dumps({"plan": self.fingerprint, "tallies": figures}).encode())
         for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
             left.unlink(missing_ok=True)
         return tallies
-
-
-def _note(shard: OutputShard, state: Path) -> Path:
-    return state / f"{shard.file}.done"
-
-
-def _known(shard: OutputShard, fingerprint: str, directory: Path, state: Path) -> Tallies | None:
-    """What an earlier run of this plan noted of a shard that it finished; None where it did not, or a damaged note."""
-    path = directory / shard.file
-    try:
-        if path.stat().st_size != shard.layout.size:
-            return None
-        note = json.loads(_note(shard, state).read_bytes())
-        if note["plan"] != fingerprint:
-            return None
-        return {module: Tally(**tally) for module, tally in note["tallies"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
 
 
 @contextmanager

@@ -129,7 +129,8 @@ def _deepseek(draft: Draft, nested: bool = False) -> None:
         draft.config = {"model_type": "deepseek_v4", **text, "expert_dtype": "fp4", "quantization_config": quantization}
 
 
-def _compressed(ignore: list[str], version: str = "0.14.0") -> dict[str, Any]:
+def compressed(ignore: list[str], version: str = "0.14.0") -> dict[str, Any]:
+    """The quantization_config of compressed-tensors' mxfp4-pack-quantized."""
     weights = {
         "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
         "dynamic": False, "scale_dtype": "torch.uint8",
@@ -161,7 +162,7 @@ def _kimi_k3(draft: Draft) -> None:
     draft.bf16(0, "vision_tower.patch_embed.proj.weight", hidden, 3, 4, 4)
     _globals(draft, hidden, "language_model.")
     ignore = ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*lm_head.*", "re:vision_tower.*", "re:.*\\.gate$"]
-    text = {"model_type": "kimi_linear", "hidden_size": hidden, "quantization_config": _compressed(ignore)}
+    text = {"model_type": "kimi_linear", "hidden_size": hidden, "quantization_config": compressed(ignore)}
     draft.config = {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": text}
 
 
@@ -201,7 +202,7 @@ def _moe(draft: Draft) -> None:
     draft.config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_LLAMA, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "quantization_config": _compressed(["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]),
+        "quantization_config": compressed(["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]),
     }  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def _dense(draft: Draft, version: str = "0.14.0") -> None:
         _projections(draft, i, f"{at}.mlp", _MLP, bias)
         _norms(draft, i, at)
     _globals(draft, 64)
-    quantization = _compressed(["lm_head"], version)
+    quantization = compressed(["lm_head"], version)
     draft.config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **_LLAMA, "quantization_config": quantization,
     }  # fmt: skip
