@@ -300,6 +300,12 @@ def test_jobs_must_be_a_number_of_threads(miniatures, tmp_path):
         fp4cast.convert(miniatures["moe"], tmp_path / "dst", jobs=0)
 
 
+def test_without_the_compiled_transpose_the_bytes_are_the_same(tmp_path, miniatures, converted, monkeypatch):
+    monkeypatch.setattr("fp4cast.transpose._KERNEL", None)
+    assert fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst").verified
+    assert tree(tmp_path / "dst") == tree(converted["gpt-oss"])
+
+
 @pytest.mark.parametrize("kind", ["gpt-oss", "moe", "deepseek-v4"])
 def test_byte_255_is_an_error_with_tensor_and_block(miniatures, tmp_path, kind):
     source = shutil.copytree(miniatures[kind], tmp_path / "src")

@@ -17,6 +17,7 @@ from fp4cast.files import File, Files, scratch
 from fp4cast.formats import Bytes
 from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES, Pair
+from fp4cast.transpose import transpose
 
 __all__ = ["Cast", "compare_bytes", "compare_units", "count_units", "energy_of_units"]
 
@@ -157,7 +158,7 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
 
 def _turned(matrix: Bytes) -> Bytes:
     out = scratch("turned", matrix.shape[1], matrix.shape[0])
-    out[:] = matrix.T
+    transpose(matrix, out)
     return out
 
 

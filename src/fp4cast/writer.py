@@ -19,6 +19,7 @@ from fp4cast.pieces import Computed, Copied, Known, Piece, Tile, Tiling
 from fp4cast.plan import Codes, Scales
 from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES
+from fp4cast.transpose import transpose
 
 __all__ = ["Tallies", "Tally", "Writer"]
 
@@ -130,7 +131,7 @@ class Writer:
             turned = scratch("tile", lines, rows)
             for top, bottom in spans(tile.top, tile.bottom, _band_rows(tile)):
                 band = self._band(step, Tile(tile.expert, top, bottom, tile.first, tile.last))
-                turned[:, top - tile.top : bottom - tile.top] = band.reshape(bottom - top, lines).T
+                transpose(band.reshape(bottom - top, lines), turned[:, top - tile.top : bottom - tile.top])
             self._put_turned(task, tile, size, turned)
 
     def _put_turned(self, task: Computed, tile: Tile, size: int, turned: Bytes) -> None:
