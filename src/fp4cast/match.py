@@ -128,27 +128,24 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
     expert, rows, blocks = _Tiles.of(pair).at(unit)
     codes = _lines(files, cast.codes, pair, expert, rows, blocks, "codes")
     scales = _lines(files, cast.scales, pair, expert, rows, blocks, "scales")
-    done = codes.nbytes + scales.nbytes
+    exponents = _band(files, pair.scales, pair, expert, rows, blocks, "exponents")
+    expected = tables.expected(exponents.reshape(-1)).reshape(len(exponents), -1)
+    same_scales = tables.plain(scales) and equal(_turned(expected), scales)
+    done = codes.nbytes + scales.nbytes + exponents.nbytes
     width = blocks.stop - blocks.start
     height = max(1, min(BAND_ROWS, BAND_BYTES // (width * BLOCK_BYTES)))
     for top, bottom in spans(rows.start, rows.stop, height):
-        band, columns = slice(top, bottom), slice(top - rows.start, bottom - rows.start)
-        source_codes = _band(files, pair.codes, pair, expert, band, blocks, "source")
-        exponents = _band(files, pair.scales, pair, expert, band, blocks, "exponents")
-        done += source_codes.nbytes + exponents.nbytes
-        expected = tables.expected(exponents.reshape(-1)).reshape(len(exponents), -1)
-        if (
-            tables.plain(scales[:, columns])
-            and equal(_turned(source_codes), codes[:, columns])
-            and equal(_turned(expected), scales[:, columns])
-        ):
-            found.verbatim += 2 * exponents.size
+        columns = slice(top - rows.start, bottom - rows.start)
+        source_codes = _band(files, pair.codes, pair, expert, slice(top, bottom), blocks, "source")
+        done += source_codes.nbytes
+        if same_scales and equal(_turned(source_codes), codes[:, columns]):
+            found.verbatim += 2 * width * (bottom - top)
             continue
         origin = (expert * pair.rows + top) * pair.row_blocks + blocks.start
         part = Blocks(
             lambda i, origin=origin: origin + i // width * pair.row_blocks + i % width,  # type: ignore[misc]
             source_codes.reshape(-1, BLOCK_BYTES),
-            exponents.reshape(-1),
+            exponents[columns].reshape(-1),
             np.ascontiguousarray(codes[:, columns].T).reshape(-1, BLOCK_BYTES),
             np.ascontiguousarray(scales[:, columns].T).reshape(-1, 2),
         )
