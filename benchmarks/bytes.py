@@ -2,9 +2,10 @@
 
     python benchmarks/bytes.py [--matrices 16] [--repeat 5] [--json FILE]
 
-Rows: turning a bank of --matrices uint8 matrices of gpt-oss's shapes, as fp4cast does it; doubling scales; comparing
-two buffers eight bytes at a time. Each works through more bytes than a cache holds. Ceiling: np.copyto of the bytes
-that the row reads, measured in turn; the comparison reads two buffers and writes none, and may pass it.
+Rows: turning a bank of --matrices uint8 matrices of gpt-oss's shapes, as fp4cast does it and by NumPy; doubling
+scales; comparing two buffers eight bytes at a time. Each works through more bytes than a cache holds. Ceiling:
+np.copyto of the bytes that the row reads, measured in turn; the comparison reads two buffers and writes none, and may
+pass it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from common import Sample, alternate, finish, parser, summary
 from fp4cast import compare
 from fp4cast.exact import halve, scale_table
+from fp4cast.transpose import compiled, transpose
 from fp4cast.writer import BAND_ROWS
 from host import machine
 
@@ -27,11 +29,16 @@ SHAPES = ((5760, 1440), (2880, 1440))  # codes of gpt-oss's two projections
 CHUNK_BYTES = 1 << 20
 
 
-def turn(bank: np.ndarray, out: np.ndarray) -> None:
+def turn(bank: np.ndarray, out: np.ndarray, transpose: Callable[[np.ndarray, np.ndarray], None]) -> None:
     """Transpose matrices one by one, in bands of rows, as `fp4cast.writer` does."""
     for matrix, turned in zip(bank, out, strict=True):
         for i in range(0, len(matrix), BAND_ROWS):
-            turned[:, i : i + BAND_ROWS] = matrix[i : i + BAND_ROWS].T
+            transpose(matrix[i : i + BAND_ROWS], turned[:, i : i + BAND_ROWS])
+
+
+def by_numpy(matrix: np.ndarray, out: np.ndarray) -> None:
+    """What fp4cast does without a compiler."""
+    out[:] = matrix.T
 
 
 def double(scales: np.ndarray, table: np.ndarray) -> None:
@@ -78,14 +85,18 @@ def main() -> None:
     made = parser(__doc__, repeat=5)
     made.add_argument("--matrices", type=int, default=16)
     args = made.parse_args()
+    if not compiled():
+        raise SystemExit("fp4cast was installed without a C compiler: there is no compiled transpose to measure")
     rng = np.random.default_rng(0)
     results = []
     for rows, columns in SHAPES:
         bank = rng.integers(0, 256, (args.matrices, rows, columns), np.uint8)
         out = np.empty((args.matrices, columns, rows), np.uint8)
-        results.append(measure(f"transpose [{rows}, {columns}]", bank, lambda b=bank, o=out: turn(b, o), args.repeat))
-        if not np.array_equal(out[-1], bank[-1].T):
-            raise SystemExit("the transpose is wrong")
+        for how, way in (("", transpose), (", NumPy", by_numpy)):
+            name = f"transpose [{rows}, {columns}]{how}"
+            results.append(measure(name, bank, lambda b=bank, o=out, w=way: turn(b, o, w), args.repeat))
+            if not np.array_equal(out[-1], bank[-1].T):
+                raise SystemExit("the transpose is wrong")
     scales = np.clip(rng.normal(119.5, 1.1, args.matrices << 22).round(), 111, 128).astype(np.uint8)
     table = scale_table(120)
     results.append(measure("halve scales", scales, lambda: double(scales, table), args.repeat))

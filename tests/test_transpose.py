@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4cast import transpose as module
-from fp4cast.transpose import compiled, transpose
+from fp4cast.transpose import Kernel, compiled, is_transpose, transpose
 
 needs_kernel = pytest.mark.skipif(not compiled(), reason="the package was built without a C compiler")
 sizes = st.integers(0, 70)
@@ -32,6 +32,11 @@ def check(rows: int, columns: int, left: int, right: int, seed: int) -> None:
     expected[:, right : right + rows] = matrix.T
     transpose(matrix, out[:, right : right + rows])
     assert np.array_equal(out, expected)
+    turned = out[:, right : right + rows]
+    assert is_transpose(matrix, turned)
+    if turned.size:
+        turned.flat[seed % turned.size] ^= 1 << seed % 8
+        assert not is_transpose(matrix, turned)
 
 
 @given(sizes, sizes, st.integers(0, 20), st.integers(0, 20), st.integers(0, 2**32 - 1))
@@ -52,24 +57,41 @@ def test_matrices_that_the_kernel_does_not_take_are_turned_too():
     for matrix in (words, words.astype(np.uint8)[:, ::-1], words.astype(np.uint8).T, words.astype(np.uint8)[::-1]):
         out = np.zeros(matrix.shape[::-1], matrix.dtype)
         transpose(matrix, out)
-        assert np.array_equal(out, matrix.T)
+        assert np.array_equal(out, matrix.T) and is_transpose(matrix, out)
 
 
 @pytest.mark.usefixtures("way")
 def test_shapes_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\).*\(2, 3\)"):
         transpose(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\).*\(2, 3\)"):
+        is_transpose(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8))
+
+
+@pytest.mark.usefixtures("way")
+def test_one_bit_anywhere_is_found():
+    matrix = np.random.default_rng(0).integers(0, 256, (37, 41), np.uint8)
+    turned = matrix.T.copy()
+    for position in range(turned.size):
+        turned.flat[position] ^= 0x10
+        assert not is_transpose(matrix, turned)
+        turned.flat[position] ^= 0x10
+    assert is_transpose(matrix, turned)
 
 
 @needs_kernel
 def test_a_wrong_kernel_is_not_used():
+    right = module._KERNEL
+
     def off_by_one(source, rows, columns, stride, target, target_stride):
-        module._KERNEL(source, rows, columns, stride, target, target_stride)
+        right.write(source, rows, columns, stride, target, target_stride)
         ctypes.memset(target + target_stride * (columns - 1) + rows - 1, 0, 1)
 
-    assert module._correct(module._KERNEL)
-    assert not module._correct(off_by_one)
-    assert not module._correct(lambda *_: None)
+    assert module._correct(right)
+    assert not module._correct(Kernel(off_by_one, right.compare))
+    assert not module._correct(Kernel(lambda *_: None, right.compare))
+    assert not module._correct(Kernel(right.write, lambda *_: 1))
+    assert not module._correct(Kernel(right.write, lambda *_: 0))
 
 
 def test_no_kernel_when_asked(monkeypatch):

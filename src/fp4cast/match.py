@@ -17,7 +17,7 @@ from fp4cast.files import File, Files, scratch
 from fp4cast.formats import Bytes
 from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES, Pair
-from fp4cast.transpose import transpose
+from fp4cast.transpose import is_transpose
 
 __all__ = ["Cast", "compare_bytes", "compare_units", "count_units", "energy_of_units"]
 
@@ -130,7 +130,7 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
     scales = _lines(files, cast.scales, pair, expert, rows, blocks, "scales")
     exponents = _band(files, pair.scales, pair, expert, rows, blocks, "exponents")
     expected = tables.expected(exponents.reshape(-1)).reshape(len(exponents), -1)
-    same_scales = tables.plain(scales) and equal(_turned(expected), scales)
+    same_scales = tables.plain(scales) and is_transpose(expected, scales)
     done = codes.nbytes + scales.nbytes + exponents.nbytes
     width = blocks.stop - blocks.start
     height = max(1, min(BAND_ROWS, BAND_BYTES // (width * BLOCK_BYTES)))
@@ -138,7 +138,7 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
         columns = slice(top - rows.start, bottom - rows.start)
         source_codes = _band(files, pair.codes, pair, expert, slice(top, bottom), blocks, "source")
         done += source_codes.nbytes
-        if same_scales and equal(_turned(source_codes), codes[:, columns]):
+        if same_scales and is_transpose(source_codes, codes[:, columns]):
             found.verbatim += 2 * width * (bottom - top)
             continue
         origin = (expert * pair.rows + top) * pair.row_blocks + blocks.start
@@ -151,12 +151,6 @@ def _compare_tile(cast: Cast, unit: int, tables: ScaleTables, files: Files, foun
         )
         compare_blocks(part, tables, found)
     return done
-
-
-def _turned(matrix: Bytes) -> Bytes:
-    out = scratch("turned", matrix.shape[1], matrix.shape[0])
-    transpose(matrix, out)
-    return out
 
 
 def _read(files: Files, tensor: Tensor, start: int, nbytes: int, slot: str) -> Bytes:

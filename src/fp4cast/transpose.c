@@ -19,11 +19,10 @@ static inline void riffle(const Line *from, Line *to) {
 }
 
 // Position 16 r + c has eight bits, a riffle rotates them by one, and four of them exchange r and c.
-static inline void turn_square(const uint8_t *from, size_t from_stride, uint8_t *to, size_t to_stride) {
-  Line a[SIDE], b[SIDE];
-  for (int i = 0; i < SIDE; i++) memcpy(&a[i], from + i * from_stride, SIDE);
-  riffle(a, b), riffle(b, a), riffle(a, b), riffle(b, a);
-  for (int i = 0; i < SIDE; i++) memcpy(to + i * to_stride, &a[i], SIDE);
+static inline void load_turned(const uint8_t *from, size_t stride, Line *lines) {
+  Line other[SIDE];
+  for (int i = 0; i < SIDE; i++) memcpy(&lines[i], from + i * stride, SIDE);
+  riffle(lines, other), riffle(other, lines), riffle(lines, other), riffle(other, lines);
 }
 
 static void turn_bytes(const uint8_t *from, size_t rows, size_t columns, size_t from_stride, uint8_t *to,
@@ -32,14 +31,47 @@ static void turn_bytes(const uint8_t *from, size_t rows, size_t columns, size_t 
     for (size_t c = 0; c < columns; c++) to[c * to_stride + r] = from[r * from_stride + c];
 }
 
+static int same_bytes(const uint8_t *from, size_t rows, size_t columns, size_t from_stride, const uint8_t *to,
+                      size_t to_stride) {
+  for (size_t r = 0; r < rows; r++)
+    for (size_t c = 0; c < columns; c++)
+      if (to[c * to_stride + r] != from[r * from_stride + c]) return 0;
+  return 1;
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for all r < rows and c < columns.
 void fp4cast_transpose(const uint8_t *from, size_t rows, size_t columns, size_t from_stride, uint8_t *to,
                        size_t to_stride) {
   size_t whole_rows = rows / SIDE * SIDE, whole_columns = columns / SIDE * SIDE;
   for (size_t c = 0; c < whole_columns; c += SIDE)
-    for (size_t r = 0; r < whole_rows; r += SIDE)
-      turn_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    for (size_t r = 0; r < whole_rows; r += SIDE) {
+      Line lines[SIDE];
+      load_turned(from + r * from_stride + c, from_stride, lines);
+      for (int i = 0; i < SIDE; i++) memcpy(to + (c + i) * to_stride + r, &lines[i], SIDE);
+    }
   turn_bytes(from + whole_rows * from_stride, rows - whole_rows, columns, from_stride, to + whole_rows, to_stride);
   turn_bytes(from + whole_columns, whole_rows, columns - whole_columns, from_stride,
              to + whole_columns * to_stride, to_stride);
+}
+
+// Whether that is what `to` holds already: 1 or 0.
+int fp4cast_is_transpose(const uint8_t *from, size_t rows, size_t columns, size_t from_stride, const uint8_t *to,
+                         size_t to_stride) {
+  size_t whole_rows = rows / SIDE * SIDE, whole_columns = columns / SIDE * SIDE;
+  for (size_t c = 0; c < whole_columns; c += SIDE) {
+    Line differs = {0};
+    for (size_t r = 0; r < whole_rows; r += SIDE) {
+      Line lines[SIDE], there;
+      load_turned(from + r * from_stride + c, from_stride, lines);
+      for (int i = 0; i < SIDE; i++) {
+        memcpy(&there, to + (c + i) * to_stride + r, SIDE);
+        differs |= lines[i] ^ there;
+      }
+    }
+    for (int i = 0; i < SIDE; i++)
+      if (differs[i]) return 0;
+  }
+  return same_bytes(from + whole_rows * from_stride, rows - whole_rows, columns, from_stride, to + whole_rows, to_stride) &&
+         same_bytes(from + whole_columns, whole_rows, columns - whole_columns, from_stride,
+                    to + whole_columns * to_stride, to_stride);
 }

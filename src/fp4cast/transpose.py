@@ -8,17 +8,26 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fp4cast.formats import Bytes
 
-__all__ = ["LIBRARY", "compiled", "transpose"]
+__all__ = ["LIBRARY", "compiled", "is_transpose", "transpose"]
 
 LIBRARY = Path(__file__).with_name("_transpose.so")  # made by hatch_build.py from transpose.c
 
-Kernel = Callable[[int | None, int, int, int, int | None, int], None]
+Call = Callable[[int | None, int, int, int, int | None, int], int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The functions of transpose.c."""
+
+    write: Call
+    compare: Call
 
 
 def transpose(matrix: Bytes, out: Bytes) -> None:
@@ -31,12 +40,17 @@ def transpose(matrix: Bytes, out: Bytes) -> None:
     Raises:
         ValueError: the shapes do not belong together.
     """
-    if out.shape != matrix.shape[::-1]:
-        raise ValueError(f"the transpose of {matrix.shape} has the shape {matrix.shape[::-1]}, not {out.shape}")
-    if _KERNEL is None or not (_lined(matrix) and _lined(out)):
-        out[:] = matrix.T
+    if _fits(matrix, out) and _KERNEL is not None:
+        _call(_KERNEL.write, matrix, out)
     else:
-        _turn(_KERNEL, matrix, out)
+        out[:] = matrix.T
+
+
+def is_transpose(matrix: Bytes, other: Bytes) -> bool:
+    """Whether a matrix uint8 [columns, rows] is the transpose of another; arguments and errors as of `transpose`."""
+    if _fits(matrix, other) and _KERNEL is not None:
+        return bool(_call(_KERNEL.compare, matrix, other))
+    return np.array_equal(matrix.T, other)
 
 
 def compiled() -> bool:
@@ -44,23 +58,34 @@ def compiled() -> bool:
     return _KERNEL is not None
 
 
-def _lined(matrix: Bytes) -> bool:
-    return matrix.dtype == np.uint8 and matrix.strides[1] == 1 and matrix.strides[0] >= matrix.shape[1]
+def _fits(matrix: Bytes, other: Bytes) -> bool:
+    """Whether the kernel takes these."""
+    if other.shape != matrix.shape[::-1]:
+        raise ValueError(f"the transpose of {matrix.shape} has the shape {matrix.shape[::-1]}, not {other.shape}")
+    return all(
+        each.dtype == np.uint8 and each.strides[1] == 1 and each.strides[0] >= each.shape[1] for each in (matrix, other)
+    )
 
 
-def _turn(kernel: Kernel, matrix: Bytes, out: Bytes) -> None:
+def _call(function: Call, matrix: Bytes, other: Bytes) -> int:
     rows, columns = matrix.shape
-    kernel(matrix.ctypes.data, rows, columns, matrix.strides[0], out.ctypes.data, out.strides[0])
+    return function(matrix.ctypes.data, rows, columns, matrix.strides[0], other.ctypes.data, other.strides[0])
 
 
 def _correct(kernel: Kernel) -> bool:
-    """Whether the kernel turns a matrix of squares and remainders as NumPy does: twice, so that no two bytes agree."""
+    """Whether the kernel agrees with NumPy on squares and remainders: twice, so that no two positions look alike."""
     index = np.arange(53 * 83).reshape(53, 83)
     for digit in (index % 251, index // 251):
-        matrix, out = digit.astype(np.uint8), np.zeros((83, 60), np.uint8)
-        _turn(kernel, matrix, out[:, :53])
-        if not np.array_equal(out[:, :53], matrix.T) or out[:, 53:].any():
+        matrix, whole = digit.astype(np.uint8), np.zeros((83, 60), np.uint8)
+        out = whole[:, :53]
+        _call(kernel.write, matrix, out)
+        if not np.array_equal(out, matrix.T) or whole[:, 53:].any() or not _call(kernel.compare, matrix, out):
             return False
+        for row, column in ((0, 0), (31, 17), (47, 79), (52, 5), (20, 82)):  # squares, both edges
+            out[column, row] ^= 1
+            if _call(kernel.compare, matrix, out):
+                return False
+            out[column, row] ^= 1
     return True
 
 
@@ -69,11 +94,13 @@ def _load() -> Kernel | None:
     if os.environ.get("FP4CAST_NO_KERNEL"):
         return None
     try:
-        kernel = ctypes.CDLL(str(LIBRARY)).fp4cast_transpose
+        library = ctypes.CDLL(str(LIBRARY))
+        kernel = Kernel(library.fp4cast_transpose, library.fp4cast_is_transpose)
     except (OSError, AttributeError):
         return None
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    kernel.argtypes, kernel.restype = [pointer, size, size, size, pointer, size], None
+    for function, result in ((kernel.write, None), (kernel.compare, ctypes.c_int)):
+        function.argtypes, function.restype = [pointer, size, size, size, pointer, size], result  # type: ignore[attr-defined]
     return kernel if _correct(kernel) else None
 
 
