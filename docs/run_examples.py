@@ -1,4 +1,4 @@
-"""Run the examples of the README: every `console` command with its output, every `python` block.
+"""Run the examples of the pages: every `console` command with its output, every `python` block.
 
 In a console block, lines after `$ ` are commands; the lines below are the output, where a line `...` stands for any
 number of lines. Commands run one after another in one empty directory.
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/exactness.md")
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +45,7 @@ def main() -> int:
         "COLUMNS": "80",
     }
     with tempfile.TemporaryDirectory() as scratch:
-        for command, expected in examples((ROOT / "README.md").read_text()):
+        for command, expected in [example for page in PAGES for example in examples((ROOT / page).read_text())]:
             done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
             good = done.returncode == 0 and (expected is None or matches(expected, done.stdout.splitlines()))
             print("ok" if good else "FAILED", " ".join(command)[:100].split("\n")[0])

@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -20,8 +19,21 @@ from rich.markup import escape
 import fp4cast
 from fp4cast import parts
 from fp4cast.demo import run_demo
-from fp4cast.display import Meter, printable, show_demo, show_inspection, show_part, show_report
+from fp4cast.display import Meter, Steps, printable, show_demo, show_inspection, show_part, show_report
 from fp4cast.errors import Fp4CastError, UsageError
+from fp4cast.options import (
+    Activations,
+    Engine,
+    Finish,
+    Inexact,
+    InputScales,
+    Jobs,
+    Json,
+    Layout,
+    Shards,
+    Source,
+    Where,
+)
 
 __all__ = ["app", "main"]
 
@@ -37,65 +49,6 @@ app = typer.Typer(
 T = TypeVar("T")
 
 
-class Layout(StrEnum):
-    """Values of --layout."""
-
-    modelopt = "modelopt"
-    compressed_tensors = "compressed-tensors"
-
-
-class Activations(StrEnum):
-    """Values of --activations."""
-
-    w4a16 = "w4a16"
-    w4a4 = "w4a4"
-
-
-class Inexact(StrEnum):
-    """Values of --inexact."""
-
-    fail = "fail"
-    nearest = "nearest"
-
-
-class Engine(StrEnum):
-    """Values of --engine."""
-
-    local = "local"
-    ray = "ray"
-
-
-Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
-Jobs = Annotated[
-    int | None,
-    typer.Option(
-        "--jobs",
-        "-j",
-        min=1,
-        help="Worker threads; 1 works inline.",
-        show_default="one a core, 16 at most",
-        metavar="N",
-    ),
-]
-Where = Annotated[Engine, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster, N threads each.")]
-
-
-InputScales = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NUMBER|FILE",
-        help="For w4a4: the input_scale of every projection, or a JSON or safetensors file "
-        "of projection name -> amax of its input.",
-    ),
-]
-Shards = Annotated[
-    str | None,
-    typer.Option(metavar="I/N", help="Write only the I-th of N parts of the shards, as a task of a job array does."),
-]
-Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them, let DST appear.")]
-
-
 def _say(as_json: bool) -> Console:
     """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
     return Console(stderr=as_json, highlight=False)
@@ -109,10 +62,10 @@ def _fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _guarded(as_json: bool, work: Callable[[Meter], T]) -> T:
+def _guarded(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
-        with Meter(Console(stderr=True, highlight=False)) as meter:
+        with meter_of(Console(stderr=True, highlight=False)) as meter:
             return work(meter)
     except UsageError as error:
         _fail(error, as_json, 2)
@@ -271,6 +224,30 @@ def demo(
         show_demo(_say(as_json), rows)
     if not exact:
         raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the page there: index.md, index.html, pictures, study.json."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only tensors of up to a million weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare every algorithm on every scenario: what is exact, what is lost, which claims hold. A minute or two."""
+    from fp4cast.study import page, show, survey
+
+    def work(steps: Steps) -> dict[str, Any]:
+        if out is not None:
+            page.check(out)
+        document = survey.study(quick, steps)
+        if out is not None:
+            page.write(document, out)
+        return document
+
+    document = _guarded(as_json, work, Steps)
+    _print_json(document) if as_json else show.show(_say(as_json), document, out)
 
 
 def main() -> None:

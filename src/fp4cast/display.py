@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -94,6 +95,31 @@ class Meter:
         left = (total - done) / rate if rate else 0.0
         sizes = f"{gigabytes(done)} of {gigabytes(total)}, {gigabytes(rate)}/s"
         self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")
+
+
+class Steps:
+    """Progress of work that is counted in steps, like `Meter`."""
+
+    def __init__(self, console: Console, every: float = 10.0) -> None:
+        self.console, self.every, self.last, self.done = console, every, time.monotonic(), 0
+        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = self.progress.add_task("working", total=None)
+
+    def __enter__(self) -> Steps:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, steps: int, total: int) -> None:
+        """Count steps just done."""
+        self.done += steps
+        self.progress.update(self.bar, completed=self.done, total=total)
+        if not self.console.is_terminal and time.monotonic() - self.last >= self.every:
+            self.last = time.monotonic()
+            self.console.print(f"{self.done} of {total} steps")
 
 
 def _show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

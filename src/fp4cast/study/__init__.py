@@ -1,0 +1,1 @@
+"""The numerics study: every algorithm, every scenario, measured on what would be written. It begins in `survey`."""

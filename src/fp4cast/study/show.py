@@ -1,0 +1,40 @@
+"""The study in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fp4cast.study.algorithms import TITLES
+
+__all__ = ["show"]
+
+_STYLES = {"reproduced": "green", "corrected": "yellow", "refuted": "red"}
+
+
+def _snr(result: dict[str, Any]) -> str:
+    return "[green]exact[/]" if result["exact"] else f"{result['snr_db']:.1f}"
+
+
+def show(console: Console, document: dict[str, Any], out: Path | None) -> None:
+    """Signal to noise of every scenario under every algorithm, then the claims."""
+    table = Table(title="signal to noise, dB", title_justify="left", box=None, pad_edge=False)
+    table.add_column("scenario")
+    for column in ("spread", "outside", *TITLES):
+        table.add_column(column, justify="right")
+    for each in document["scenarios"]:
+        results = map(_snr, each["algorithms"].values())
+        table.add_row(each["name"], str(each["spread"]), f"{each['outside']:,}", *results)
+    console.print(table)
+    console.print()
+    for claim in document["claims"]:
+        style = _STYLES[claim["status"]]
+        console.print(f"[{style}]{claim['status']}[/]  {escape(claim['claim'])}\n    [dim]{escape(claim['figure'])}[/]")
+    for name, reason in document["left_out"].items():
+        console.print(f"left out: {name} ({escape(reason)})")
+    if out is not None:
+        console.print(f"\nwrote {escape(str(out / 'index.html'))}")
