@@ -25,6 +25,7 @@ COMMANDS = {
         "--json",
     ],
     "verify": ["--jobs", "--json"],
+    "study": ["--out", "--quick", "--json"],
     "demo": ["--out", "--json"],
 }  # fmt: skip
 
