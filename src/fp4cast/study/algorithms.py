@@ -18,7 +18,19 @@ from fp4cast.formats import E2M1, E4M3, E4M3_MAX, E8M0_BIAS, MX_BLOCK, Bytes, pa
 from fp4cast.nearest import choose_nearest, encode
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
-__all__ = ["ALGORITHMS", "TITLES", "closed_form", "hybrid", "requantize", "sweep", "sweep_errors", "tight", "verbatim"]
+__all__ = [
+    "ALGORITHMS",
+    "TITLES",
+    "closed_form",
+    "hybrid",
+    "midpoint",
+    "requantize",
+    "search",
+    "sweep",
+    "sweep_errors",
+    "tight",
+    "verbatim",
+]
 
 _MAGNITUDES = E2M1.values[:8]
 _SCALES = E4M3.values[:0x7F]  # the non-negative finite ones
@@ -32,7 +44,7 @@ def _standard(b: int, tensor_scale: float, flush: bool = False) -> tuple[Bytes, 
     Args:
         b: the E8M0 byte.
         tensor_scale: S.
-        flush: let a scale below 2^-10 become 0, as early quantizers did, instead of 2^-9.
+        flush: let a scale of 2^-10 and less become 0, and all its codes, as the original did, instead of 2^-9.
 
     Returns:
         By the half-block's largest magnitude code: E4M3 codes uint8 [8], and magnitude codes uint8 [8, 8] by code.
@@ -44,8 +56,9 @@ def _standard(b: int, tensor_scale: float, flush: bool = False) -> tuple[Bytes, 
     if not flush:
         scales = np.maximum(scales, np.uint8(_SMALLEST))
     # Midpoints are multiplied, not values divided: products are exact, and a quotient could hide a tie.
-    codes = [nearest(_MAGNITUDES * (_SCALES[s] * tensor_scale), values) for s in scales]
-    return scales, np.stack(codes)
+    codes = np.stack([nearest(_MAGNITUDES * (_SCALES[s] * tensor_scale), values) for s in scales])
+    codes[scales == 0] = 0
+    return scales, codes
 
 
 def _requantized(source: Mxfp4, blocks: Ints, tensor_scale: float, flush: bool) -> tuple[Bytes, Bytes]:
@@ -85,11 +98,14 @@ def verbatim(source: Mxfp4, m: int) -> Nvfp4:
 
 
 def midpoint(source: Mxfp4) -> Nvfp4:
-    """Algorithm 2, m in the middle of the exact interval; median(k) - centre of the window where there is none."""
+    """Algorithm 2, m in the middle of the exact interval; median(k) + 1, the window's centre, where there is none.
+
+    Halves are rounded up, the median is the lower one, and S stays in FP32.
+    """
     if source.spread <= E_MAX - E_MIN:
-        return verbatim(source, -(-(source.k_max - E_MAX + source.k_min - E_MIN) // 2))
+        return verbatim(source, min(-(-(source.k_max - E_MAX + source.k_min - E_MIN) // 2), 127))
     median = int(np.sort(source.used)[(len(source.used) - 1) // 2]) - E8M0_BIAS
-    return verbatim(source, median - (E_MAX + E_MIN) // 2)
+    return verbatim(source, min(median - (E_MAX + E_MIN) // 2, 127))
 
 
 def _candidates(source: Mxfp4) -> range:
@@ -106,8 +122,8 @@ def search(source: Mxfp4) -> Nvfp4:
         for b in levels
     }
 
-    def error(m: int) -> int:  # in integers, so that equal is equal: powers of two are counted from 2^(k_min - 18)
-        base = source.k_min - 18
+    def error(m: int) -> int:  # in integers, so that equal is equal: powers of two from the smallest that is written
+        base = source.k_min - 18  # the smallest m is k_min - 9, and the smallest scale 2^(m - 9)
         snapped = {k: m + min(max(k - m, E_MIN), E_MAX) for k in weight}
         return sum(a * ((1 << k - base) - (1 << snapped[k] - base)) ** 2 for k, a in weight.items())
 

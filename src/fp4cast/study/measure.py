@@ -1,7 +1,7 @@
 """Errors of an NVFP4 tensor, measured exactly on what would be written: it knows the formats and nothing else.
 
-The error of an element depends on five bytes: its E8M0 byte, its code, the E4M3 byte, the code written, and S, which is
-one for all. Equal elements are counted first, and the squares are added as integers. So errors of two algorithms
+The error of an element depends on its E8M0 byte, its code, the E4M3 byte, the code written, and S, which is one for
+all. Equal elements are counted first, and the squares are added as integers. So errors of two algorithms
 compare without rounding: a tie is a tie.
 """
 
@@ -51,11 +51,11 @@ class Errors:
 
     @property
     def snr_db(self) -> float | None:
-        """Signal to noise in dB; None where nothing is lost, minus infinity where there is no signal."""
+        """Signal to noise in dB; None where nothing is lost."""
         if self.exact:
             return None
         ratio = self.energy / self.squared
-        return 10 * (math.log10(ratio.numerator) - math.log10(ratio.denominator)) if ratio else -math.inf
+        return 10 * (math.log10(ratio.numerator) - math.log10(ratio.denominator))
 
 
 def _count(source: Mxfp4, written: Nvfp4) -> dict[int, int]:

@@ -6,10 +6,9 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
-
-from markdown_it import MarkdownIt
 
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
@@ -19,10 +18,10 @@ from fp4cast.study.plots import PLOTS, draw
 __all__ = ["check", "html", "markdown", "write"]
 
 _CAPTIONS = {
-    "snr": "Signal to noise by scenario and algorithm. Exact results stand in the column at the right.",
+    "snr": "Signal to noise by scenario and algorithm. Exact results stand at the right, beside those over 190 dB.",
     "spread": "Error against the spread of the exponents, uniform for Gaussian blocks. 3-sweep, 3 and 4 coincide.",
     "exactness": "The tight rule: every set of magnitudes that a half-block can hold, at every offset of its exponent.",
-    "landing": "Where the tensor scale lands. Algorithm 3 and 4 agree wherever the exponents fit the window.",
+    "landing": "Where the tensor scale lands, for spreads under 100.",
 }
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem; }
@@ -90,6 +89,13 @@ def _gain(document: Document) -> float:
     return 20 * statistics.median(math.log10(errors["2-search"] / errors["3"]) for errors in wide)
 
 
+def _winners(document: Document) -> str:
+    """How often each set of algorithms shares the least squared error, compared exactly."""
+    counts = Counter(", ".join(each["winners"]) for each in document["scenarios"])
+    rows = [[names, str(count)] for names, count in counts.most_common()]
+    return _table(["algorithms with the least squared error", "scenarios"], rows)
+
+
 def _claims(document: Document) -> str:
     rows = [[each["claim"], f"**{each['status']}**", each["figure"]] for each in document["claims"]]
     return _table(["claim", "", "figure"], rows)
@@ -100,10 +106,7 @@ def _left_out(document: Document) -> str:
     return "".join(["## Left out\n\n", *lines]) if lines else ""
 
 
-def markdown(document: Document) -> str:
-    """The page, with pictures as files beside it."""
-    picture = {name: f"![{caption}]({name}.svg)\n\n*{caption}*\n" for name, caption in _CAPTIONS.items()}
-    command = "fp4cast study --out docs/study" + (" --quick" if document["quick"] else "")
+def _introduction(document: Document) -> str:
     return f"""# MXFP4 to NVFP4: every algorithm, every scenario
 
 When is a cast exact, and what is lost when it is not? Six algorithms, {len(document["scenarios"])} tensors, every error
@@ -113,11 +116,23 @@ are what it lacks. [The proof](../exactness.md) of the rule behind Algorithm 4 i
 
 {_summary(document)}
 A tensor is one scale domain: all of it shares S. *Spread* is the number of binades between its smallest and its largest
-block, blocks of zeros apart; *outside* counts the blocks more than 17 binades below the largest.
+block, blocks of zeros apart; *outside* counts the blocks more than 17 binades below the largest. Names are the
+original's: "spread 17" has bands of rows over 17 binades, and blocks over 19.
 
+"""
+
+
+def markdown(document: Document) -> str:
+    """The page, with pictures as files beside it."""
+    picture = {name: f"![{caption}]({name}.svg)\n\n*{caption}*\n" for name, caption in _CAPTIONS.items()}
+    command = "fp4cast study --out docs/study" + (" --quick" if document["quick"] else "")
+    return f"""{_introduction(document)}
 ## The claims
 
 {_claims(document)}
+## Who errs least
+
+{_winners(document)}
 ## Signal to noise, dB
 
 {picture["snr"]}
@@ -148,13 +163,14 @@ Inside of the window of 18 offsets every half-block keeps its codes. A half-bloc
 {command}
 ```
 
-`study.json` beside this page has the numbers. Random numbers come from seed {document["seed"]}: every run is the same.
+That, at the root of the repository, makes this page; `study.json` beside it has the numbers. Random numbers come from
+seed {document["seed"]}: every run is the same.
 """.replace("\n\n\n", "\n\n")
 
 
 def html(text: str, pictures: dict[str, str]) -> str:
     """The page as one file: styled, the pictures inline."""
-    body = MarkdownIt("commonmark").enable("table").render(text)
+    body: str = require("markdown_it", "study").MarkdownIt("commonmark").enable("table").render(text)
     for name, caption in _CAPTIONS.items():
         svg = re.sub(r"^.*?(?=<svg)", "", pictures[name], flags=re.DOTALL)
         # Ids are the page's now: those of two pictures must not meet.
@@ -175,10 +191,11 @@ def check(directory: Path) -> None:
     """Say now what would fail after minutes of work.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib or markdown-it-py is not installed.
         UsageError: the directory is a file.
     """
-    require("matplotlib", "study")
+    for module in ("matplotlib", "markdown_it"):
+        require(module, "study")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; --out takes a directory")
 
@@ -187,7 +204,7 @@ def write(document: Document, directory: Path) -> list[Path]:
     """Write index.md, index.html, the pictures and study.json; other files there stay.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: matplotlib or markdown-it-py is not installed.
     """
     text, pictures = markdown(document), draw(document)
     files = {f"{name}.svg": pictures[name] for name in PLOTS}

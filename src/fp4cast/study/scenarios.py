@@ -1,8 +1,8 @@
 """The 27 scenarios of the original experiment, on NumPy: what each tensor looks like before it becomes MXFP4.
 
 Shapes and distributions follow the description of NVIDIA Model-Optimizer's pull request 1364; the random numbers differ
-(it drew them on a GPU), so figures agree in kind and not in their digits. Each scenario has a generator of its own:
-leaving one out does not change the others.
+(it drew them on a GPU). Names are the original's: "spread 17" has bands over 17 binades, and exponents over 19. Each
+scenario has a generator of its own: leaving one out does not change the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Scenario:
     extra: tuple[str, ...] = ()
 
     def make(self, seed: int = SEED) -> Mxfp4:
-        """The tensor; another seed makes another of its kind."""
+        """The tensor; another seed makes another of its kind (but for experts, gate and up, and real weights)."""
         return self.build(generator(self.name, seed))
 
 

@@ -17,7 +17,7 @@ from fp4cast.study.brute_force import disagreements, exactness_map
 from fp4cast.study.claims import Facts, claims
 from fp4cast.study.record import examine
 from fp4cast.study.scenarios import LARGE, ORIGINAL, SEED, Scenario
-from fp4cast.study.sweeps import SPREADS, exact_by_seed, outlier_ratios, spread_curve, window_costs
+from fp4cast.study.sweeps import SPREADS, exact_by_seed, gains, outliers, spread_curve, window_costs
 
 __all__ = ["study"]
 
@@ -30,6 +30,10 @@ def _left_out(scenario: Scenario, quick: bool) -> str | None:
     if missing:
         return f"{' and '.join(missing)} not installed: pip install 'fp4cast[study]'"
     return f"{scenario.elements:,} weights; run without --quick" if quick and scenario.elements > LARGE else None
+
+
+def _unjudged(quick: bool) -> dict[str, str]:
+    return {"claims about all of the 27": "run without --quick"} if quick else {}
 
 
 def study(quick: bool = False, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
@@ -59,7 +63,8 @@ def study(quick: bool = False, progress: Callable[[int, int], None] = lambda _do
         records,
         seeds,
         exact_by_seed(seeds),
-        outlier_ratios(4 if quick else 16),
+        outliers(4 if quick else 16),
+        gains(("mixed block scales", "spread 17", "spread 18", "spread 50")),
         window_costs(wide.make()),
         sum(1 for _ in disagreements()),
     )
@@ -69,7 +74,7 @@ def study(quick: bool = False, progress: Callable[[int, int], None] = lambda _do
         "quick": quick,
         "scenarios": [record.to_json() for record in records],
         "claims": [claim.to_json() for claim in claims(facts)],
-        "left_out": {name: reason for name, reason in reasons.items() if reason},
+        "left_out": {name: reason for name, reason in reasons.items() if reason} | _unjudged(quick),
         "spread_curve": curve,
         "exactness_map": exactness_map(),
     }

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from fp4cast.exact import E_MAX
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK
-from fp4cast.study.algorithms import ALGORITHMS, closed_form, hybrid, requantize, tight, verbatim
+from fp4cast.study.algorithms import ALGORITHMS, closed_form, hybrid, requantize, search, tight, verbatim
 from fp4cast.study.measure import measure
 from fp4cast.study.scenarios import LARGE, ORIGINAL, generator, single_outlier
 from fp4cast.study.tensors import Mxfp4, quantize
 
-__all__ = ["SPREADS", "exact_by_seed", "outlier_ratios", "spread_curve", "window_costs"]
+__all__ = ["SPREADS", "Outlier", "exact_by_seed", "gains", "outliers", "spread_curve", "window_costs"]
 
 SPREADS = range(61)
 _BLOCKS = 256
@@ -33,17 +34,59 @@ def spread_curve(spreads: range = SPREADS) -> Iterator[tuple[int, dict[str, floa
         yield spread, {name: math.sqrt(each.squared / each.energy) for name, each in errors.items()}
 
 
-def outlier_ratios(sizes: int) -> dict[str, list[float]]:
-    """Squared error over that of 1 for single outliers over a binade; "3 flushed": 3 and 1 without a smallest scale."""
-    ratios: dict[str, list[float]] = {"3": [], "3 flushed": [], "4": []}
-    for size in range(sizes):
-        source = quantize(single_outlier(generator("single extreme outlier"), 1e4 * 2 ** (size / sizes)))
-        standard = measure(source, requantize(source)).squared
-        ratios["3"].append(float(measure(source, closed_form(source)).squared / standard))
-        ratios["4"].append(float(measure(source, tight(source)).squared / standard))
-        flushed = measure(source, hybrid(source, source.k_max - E_MAX, flush=True)).squared
-        ratios["3 flushed"].append(float(flushed / measure(source, requantize(source, flush=True)).squared))
-    return ratios
+@dataclass(frozen=True)
+class Outlier:
+    """A single outlier under Algorithms 1, 3 and 4.
+
+    Attributes:
+        clamped: squared error of 3 over that of 1.
+        flushed: the same where block scales of 2^-10 and less become zero.
+        clamped_worse: whether 3 errs more than 1, compared exactly.
+        flushed_worse: the same, flushed.
+        ours_worse: whether 4 errs more than 1.
+        continuous: whether 4 took a tensor scale that is no power of two.
+    """
+
+    clamped: float
+    flushed: float
+    clamped_worse: bool
+    flushed_worse: bool
+    ours_worse: bool
+    continuous: bool
+
+
+def outliers(sizes: int) -> list[Outlier]:
+    """So many outliers, evenly over one binade from that of the scenario up."""
+    return [_outlier(1e4 * 2 ** (size / sizes)) for size in range(sizes)]
+
+
+def _outlier(value: float) -> Outlier:
+    source = quantize(single_outlier(generator("single extreme outlier"), value))
+    m, ours = source.k_max - E_MAX, tight(source)
+    one, three = measure(source, requantize(source)).squared, measure(source, closed_form(source)).squared
+    one_flushed = measure(source, requantize(source, flush=True)).squared
+    three_flushed = measure(source, hybrid(source, m, flush=True)).squared
+    return Outlier(
+        float(three / one),
+        float(three_flushed / one_flushed),
+        three > one,
+        three_flushed > one_flushed,
+        measure(source, ours).squared > one,
+        ours.m is None,
+    )
+
+
+def gains(names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """SNR of 3 over that of 2-search in dB, by scenario: with block scales clamped, and flushed to zero."""
+    found = {}
+    for scenario in ORIGINAL:
+        if scenario.name in names:
+            source = scenario.make()
+            two = measure(source, search(source)).squared
+            threes = [measure(source, hybrid(source, source.k_max - E_MAX, flush)).squared for flush in (False, True)]
+            clamped, flushed = (10 * math.log10(two / three) for three in threes)
+            found[scenario.name] = clamped, flushed
+    return found
 
 
 def exact_by_seed(seeds: int) -> dict[str, int]:

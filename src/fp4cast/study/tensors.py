@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fp4cast.formats import E2M1, E8M0_BIAS, MX_BLOCK, Bytes, Float64s, pack, unpack
 
-__all__ = ["Mxfp4", "Nvfp4", "Values", "nearest", "quantize"]
+__all__ = ["Mxfp4", "Nvfp4", "Values", "magnitudes", "nearest", "quantize"]
 
 Values = npt.NDArray[np.floating]
 _MAGNITUDES = E2M1.values[:8]
