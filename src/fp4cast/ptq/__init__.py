@@ -1,0 +1,28 @@
+"""Post-training quantization of a model in memory: quantizers, formats, calibration (extra `ptq`)."""
+
+from __future__ import annotations
+
+from fp4cast.extras import require
+
+require("torch", "ptq")
+
+from fp4cast.ptq.calibrate import max_calibrate, set_expert_quantizer_amax  # noqa: E402
+from fp4cast.ptq.modules import attach  # noqa: E402
+from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat  # noqa: E402
+from fp4cast.ptq.quantizer import (  # noqa: E402
+    NVFP4StaticQuantizer,
+    TensorQuantizer,
+    promote_nvfp4_static_quantizers,
+)
+
+__all__ = [
+    "QFORMATS",
+    "NVFP4StaticQuantizer",
+    "QFormat",
+    "TensorQuantizer",
+    "attach",
+    "find_qformat",
+    "max_calibrate",
+    "promote_nvfp4_static_quantizers",
+    "set_expert_quantizer_amax",
+]

@@ -1,0 +1,169 @@
+"""Quantizers: modules that round what passes through them to NVFP4, or look at it to learn how.
+
+Names and meaning are ModelOpt's: `amax` is the largest magnitude, of each block of 16 (`static`: learned once, for
+weights) or of the tensor (its blocks are then measured on every call, as engines do with activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4cast.errors import ShapeError
+from fp4cast.formats import NV_BLOCK
+from fp4cast.kernels import dynamic_fp4_fake_quant, static_blockwise_fp4_fake_quant
+
+__all__ = ["NVFP4StaticQuantizer", "TensorQuantizer", "promote_nvfp4_static_quantizers"]
+
+
+class TensorQuantizer(nn.Module):
+    """Rounds a tensor to NVFP4 along its last axis.
+
+    Args:
+        static: keep the amax of each block of a weight; otherwise one amax for the tensor, from which S follows.
+        enabled: whether it does anything.
+
+    Attributes:
+        is_enabled: whether it does anything.
+        calibrating: whether it looks at what passes instead of rounding it.
+    """
+
+    def __init__(self, static: bool = False, enabled: bool = True) -> None:
+        super().__init__()
+        self.static = static
+        self.is_enabled = enabled
+        self.calibrating = False
+        self.register_buffer("_amax", None)
+
+    @property
+    def amax(self) -> Tensor | None:
+        """float32: [blocks, 1] if static, else []; None before calibration."""
+        found: Tensor | None = self._amax
+        return found
+
+    @amax.setter
+    def amax(self, value: Tensor) -> None:
+        self._amax = value.detach().float()
+
+    def enable(self) -> None:
+        """Round, or calibrate, again."""
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        """Let everything pass unchanged."""
+        self.is_enabled = False
+
+    def enable_calib(self) -> None:
+        """Look at what passes: its amax is remembered, and it is not rounded."""
+        self.calibrating = True
+
+    def disable_calib(self) -> None:
+        """Round again."""
+        self.calibrating = False
+
+    def reset_amax(self) -> None:
+        """Forget what was seen."""
+        self._buffers["_amax"] = None
+
+    def collect(self, x: Tensor) -> None:
+        """Widen amax by a tensor.
+
+        Raises:
+            ShapeError: the tensor has other blocks than the ones before, or a last axis that is no multiple of 16.
+        """
+        if x.numel() == 0:
+            return
+        if self.static:
+            if x.shape[-1] % NV_BLOCK:
+                raise ShapeError(f"x {tuple(x.shape)}: expected a last axis of whole blocks of {NV_BLOCK}")
+            seen = x.detach().reshape(-1, NV_BLOCK).abs().amax(dim=1, keepdim=True).float()
+        else:
+            seen = x.detach().abs().amax().float()
+        if self._amax is not None and self._amax.shape != seen.shape:
+            raise ShapeError(f"blocks {tuple(seen.shape)}: expected {tuple(self._amax.shape)}, as calibrated before")
+        self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What NVFP4 would hold, in the dtype of x."""
+        if not self.is_enabled:
+            return x
+        if self.calibrating:
+            self.collect(x)
+            return x
+        return self.fake_quant(x)
+
+    def fake_quant(self, x: Tensor) -> Tensor:
+        """Round; an uncalibrated quantizer takes the tensor's own amax."""
+        if self.static and self._amax is not None:
+            return static_blockwise_fp4_fake_quant(x, self._amax)
+        return dynamic_fp4_fake_quant(x, self._amax if not self.static else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
+        """`.to()` and its kind move the amax and leave it float32: BF16 would change the scales."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Buffers that calibration would have made are made when a state dict has them."""
+        for name in self._buffers:
+            if (value := state_dict.get(prefix + name)) is not None:
+                self._buffers[name] = torch.empty_like(value, dtype=torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        shape = None if self._amax is None else tuple(self._amax.shape)
+        return f"static={self.static}, enabled={self.is_enabled}, amax={shape}"
+
+
+class NVFP4StaticQuantizer(TensorQuantizer):
+    """A weight's quantizer whose block amax and global amax are fixed: what the cast sets and the export writes."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__(static=True, enabled=enabled)
+        self.register_buffer("_global_amax", None)
+
+    @classmethod
+    def promote(cls, quantizer: TensorQuantizer) -> NVFP4StaticQuantizer:
+        """Turn a calibrated static quantizer into one of these, in place."""
+        if quantizer.amax is None:
+            raise ShapeError("a quantizer without amax cannot be promoted: calibrate first")
+        quantizer.__class__ = cls
+        quantizer.register_buffer("_global_amax", quantizer.amax.amax().reshape(()))
+        return quantizer  # type: ignore[return-value]
+
+    @property
+    def global_amax(self) -> Tensor | None:
+        """float32 []: 6 * 448 times the tensor scale."""
+        found: Tensor | None = self._global_amax
+        return found
+
+    @global_amax.setter
+    def global_amax(self, value: Tensor) -> None:
+        if value.numel() != 1:
+            raise ShapeError(f"global_amax {tuple(value.shape)}: expected one number")
+        self._global_amax = value.detach().float().reshape(())
+
+    def fake_quant(self, x: Tensor) -> Tensor:
+        """Round under the fixed scales."""
+        if self._amax is None:
+            return super().fake_quant(x)
+        return static_blockwise_fp4_fake_quant(x, self._amax, self._global_amax)
+
+
+def promote_nvfp4_static_quantizers(model: nn.Module) -> int:
+    """Promote every enabled, calibrated, static quantizer that is not one yet; returns how many were."""
+    found = [
+        module
+        for module in model.modules()
+        if type(module) is TensorQuantizer and module.static and module.is_enabled and module.amax is not None
+    ]
+    for quantizer in found:
+        NVFP4StaticQuantizer.promote(quantizer)
+    return len(found)
