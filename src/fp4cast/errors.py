@@ -14,6 +14,7 @@ Every one of them says which file and tensor, what was expected, what was found,
      ├── InexactError            no tensor scale makes a domain exact, and `nearest` was not asked for
      ├── InputScaleError         W4A4 without usable activation scales
      ├── DestinationError        the destination exists, is locked, or belongs to another conversion
+     ├── QuantizerError          a model whose quantizers do not belong to the checkpoint
      ├── EngineError             a cluster that cannot do the work, or lost it too often
      ├── MissingExtraError       a package that is only installed on request
      └── VerificationError       what was written does not hold the source's values
@@ -32,6 +33,7 @@ __all__ = [
     "InputScaleError",
     "MissingExtraError",
     "PartnerError",
+    "QuantizerError",
     "ScaleError",
     "ShapeError",
     "UnsupportedError",
@@ -86,6 +88,10 @@ class InputScaleError(Fp4CastError):
 
 class DestinationError(Fp4CastError):
     """The destination exists, is locked by another writer, or belongs to another conversion."""
+
+
+class QuantizerError(Fp4CastError):
+    """A model whose quantizers do not belong to the checkpoint that is to be cast into it."""
 
 
 class EngineError(Fp4CastError):

@@ -8,7 +8,7 @@ the continuous S = max|v| / (6 * 448) of the standard recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,7 +30,7 @@ from fp4cast.exact import (
 )
 from fp4cast.formats import E2M1, E4M3, E4M3_MAX, E8M0_BIAS, Bytes, Float64s, pack, unpack
 
-__all__ = ["Encoded", "choose_nearest", "encode", "squared_error"]
+__all__ = ["Encoded", "block_scale_bytes", "choose_nearest", "encode", "squared_error"]
 
 _MAGNITUDES = E2M1.values[:8]
 _MIDPOINTS = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
@@ -38,6 +38,7 @@ _FIRST, _LAST = 0x01, 0x7E  # the positive finite E4M3 codes
 _SCALES = E4M3.values[_FIRST : _LAST + 1]
 _BATCH = 2048  # half-blocks whose 126 candidates are weighed together: 2 MB of float64
 _CHUNK = 1 << 11  # blocks weighed between two looks at `stop`
+_READ = 1 << 15  # blocks whose codes are read together
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,29 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
         float((difference**2).sum()),
         float(difference.max(initial=0.0)),
     )
+
+
+def block_scale_bytes(exponents: Bytes, scaling: Scaling, bias: int, read_codes: Callable[[Ints], Bytes]) -> Bytes:
+    """The E4M3 bytes of some blocks, without their codes wherever exponents say enough.
+
+    Args:
+        exponents: E8M0 uint8 [n], none of them 255.
+        scaling: of their domain.
+        bias: exponent bias of the E8M0 bytes.
+        read_codes: packed codes uint8 [m, 16] of the blocks with the given indices; called for those outside of the
+            window of a domain that is not verbatim only.
+
+    Returns:
+        uint8 [2n], those of a block's halves side by side.
+    """
+    out = halve(exponents, scale_table(scaling.m if scaling.m is not None else 0, bias))
+    if scaling.verbatim:
+        return out
+    outside = outside_window(exponents.astype(np.int64) - bias, scaling.m)
+    for first in range(0, len(outside), _READ):
+        odd = outside[first : first + _READ]
+        out.reshape(-1, 2)[odd] = encode(read_codes(odd), exponents[odd], scaling, bias).block_scales
+    return out
 
 
 def _half_values(codes: Bytes, scales: Float64s) -> Float64s:

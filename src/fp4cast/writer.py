@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fp4cast.batches import spans
-from fp4cast.exact import Ints, halve, outside_window, scale_table
+from fp4cast.exact import Ints
 from fp4cast.files import Files, copy_range, scratch, write_all
 from fp4cast.formats import E2M1, Bytes
-from fp4cast.nearest import Encoded, encode
+from fp4cast.nearest import Encoded, block_scale_bytes, encode
 from fp4cast.pieces import Computed, Copied, Known, Piece, Tile, Tiling
 from fp4cast.plan import Codes, Scales
 from fp4cast.shards import Tensor
@@ -172,17 +172,12 @@ class Writer:
 
     def _block_scales(self, step: Codes | Scales, exponents: Bytes, position: Callable[[Ints], Ints]) -> Bytes:
         """E4M3 bytes [2n] of some blocks; codes are read, at their position, only outside of the window."""
-        m, bias = step.scaling.m, step.pair.bias
-        out = halve(exponents, scale_table(m if m is not None else 0, bias))
-        if step.scaling.verbatim:
-            return out
-        outside = outside_window(exponents.astype(np.int64) - bias, m)
         codes = step.pair.codes
-        for first, last in spans(0, len(outside), ENCODE_BLOCKS):
-            odd = outside[first:last]
-            blocks = self.files[codes.path].gather(codes.start, position(odd), BLOCK_BYTES)
-            out.reshape(-1, 2)[odd] = encode(blocks, exponents[odd], step.scaling, bias).block_scales
-        return out
+
+        def read(blocks: Ints) -> Bytes:
+            return self.files[codes.path].gather(codes.start, position(blocks), BLOCK_BYTES)
+
+        return block_scale_bytes(exponents, step.scaling, step.pair.bias, read)
 
     def _encode(self, step: Codes | Scales, codes: Bytes, exponents: Bytes) -> Bytes:
         blocks, bias = codes.reshape(-1, BLOCK_BYTES), step.pair.bias

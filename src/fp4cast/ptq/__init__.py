@@ -7,6 +7,13 @@ from fp4cast.extras import require
 require("torch", "ptq")
 
 from fp4cast.ptq.calibrate import max_calibrate, set_expert_quantizer_amax  # noqa: E402
+from fp4cast.ptq.cast import (  # noqa: E402
+    apply_to_model,
+    build_amax_map,
+    compute_global_amax_for_scales,
+    compute_per_block_amax_for_mxfp4,
+    quantizer_name_from_blocks_key,
+)
 from fp4cast.ptq.modules import attach  # noqa: E402
 from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat  # noqa: E402
 from fp4cast.ptq.quantizer import (  # noqa: E402
@@ -20,9 +27,14 @@ __all__ = [
     "NVFP4StaticQuantizer",
     "QFormat",
     "TensorQuantizer",
+    "apply_to_model",
     "attach",
+    "build_amax_map",
+    "compute_global_amax_for_scales",
+    "compute_per_block_amax_for_mxfp4",
     "find_qformat",
     "max_calibrate",
     "promote_nvfp4_static_quantizers",
+    "quantizer_name_from_blocks_key",
     "set_expert_quantizer_amax",
 ]
