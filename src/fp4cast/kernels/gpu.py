@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["fake_quant", "fits", "quantize"]
+__all__ = ["fake_quant", "fits", "powers", "quantize"]
 
 # Values that a program takes and its warps, measured on an H100 (benchmarks/kernels.py --tune).
 _FAKE_QUANT, _QUANTIZE = (8192, 8), (4096, 2)
@@ -172,6 +172,24 @@ def _divide_codes(x, steps, out, width: tl.constexpr, many: tl.constexpr):
 def divide_codes(x: Tensor, steps: Tensor, out: Tensor) -> None:
     """For the tests: codes of x [128 n, 64] / steps [128 n] by the quick division, into out int32."""
     _divide_codes[(len(steps) // 128,)](x, steps, out, x.shape[1], 128, num_warps=8)
+
+
+@triton.jit
+def _powers(exponents, out, count, bias, many: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
+    e = tl.load(exponents + at, mask=at < count, other=0).to(tl.int32) - bias
+    subnormal = tl.where(e == -7, 4, tl.where(e == -8, 2, 1))
+    code = tl.where(e >= -6, (e + 7) << 3, subnormal)
+    tl.store(out + at, (code * 0x0101).to(tl.int16), mask=at < count)
+
+
+def powers(exponents: Tensor, bias: int) -> Tensor:
+    """E4M3 codes of 2^(byte - bias), each twice: uint8 [..., n] -> uint8 [..., 2n]; the exponents are -9 to 8."""
+    exponents = exponents.contiguous()
+    out = torch.empty(exponents.shape, dtype=torch.int16, device=exponents.device)
+    grid = (triton.cdiv(exponents.numel(), 4096),)
+    _powers[grid](exponents, out, exponents.numel(), bias, 4096, num_warps=4)
+    return out.view(torch.uint8)
 
 
 def fits(block: int) -> bool:
