@@ -18,6 +18,7 @@ from fp4cast.errors import UsageError
 __all__ = ["Stopped", "Workers", "cores", "workers"]
 
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
+_LOOK_SECONDS = 0.5  # between two looks whether Ctrl-C was pressed
 _MANY = 100  # tasks of a piece that are too small for threads
 
 Item = TypeVar("Item")
@@ -137,6 +138,9 @@ class Workers:
 
     def _result(self, future: Future[Result]) -> Result:
         try:
+            # A signal that the kernel hands to another thread does not wake this one: it looks for itself.
+            while not wait([future], timeout=_LOOK_SECONDS).done:
+                pass
             return future.result()
         except Stopped:
             raise self._error or Stopped from None
