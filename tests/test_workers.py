@@ -15,8 +15,9 @@ from fp4cast import pieces as cut
 from fp4cast import workers as module
 from fp4cast.errors import MissingExtraError, UsageError
 from fp4cast.files import scratch
+from fp4cast.outputs import Codes
 from fp4cast.pieces import Computed, Copied, Known, Tiling, pieces
-from fp4cast.plan import Codes, make_plan
+from fp4cast.plan import make_plan
 from fp4cast.shards import Tensor
 from fp4cast.sources import Pair
 from fp4cast.workers import Stopped, Workers, workers

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp4cast import __version__
@@ -18,7 +19,7 @@ from fp4cast.staging import Staging
 from fp4cast.verify import verify_checkpoint
 from fp4cast.writer import Tallies
 
-__all__ = ["Progress", "complete"]
+__all__ = ["Progress", "complete", "write_documents"]
 
 Progress = Callable[[str, int, int], None]  # (phase, bytes just done, bytes in all)
 
@@ -50,7 +51,7 @@ def complete(
         VerificationError: a value differs; nothing appears, and the next run writes every shard again.
     """
     report = _report(plan, destination, tallies)
-    _write_documents(plan, stage)
+    write_documents(stage, plan.documents, plan.companions, plan.source.checkpoint.path)
     _write_receipt(plan, stage, report)
     if verify:
         report = _verified(plan, stage, report, engine, lambda n, of: progress("verify", n, of))
@@ -58,13 +59,22 @@ def complete(
     return report
 
 
-def _write_documents(plan: Plan, stage: Staging) -> None:
-    """Everything beside the shards; config.json waits outside."""
-    for name, data in plan.documents.items():
+def write_documents(
+    stage: Staging, documents: Mapping[str, bytes], companions: Iterable[PurePosixPath], source: Path
+) -> None:
+    """Everything beside the shards; config.json waits outside.
+
+    Args:
+        stage: where.
+        documents: bytes by file name.
+        companions: files to carry along, relative to the source.
+        source: its directory.
+    """
+    for name, data in documents.items():
         (stage.out / (stage.config if name == CONFIG else name)).write_bytes(data)
-    for companion in plan.companions:
+    for companion in companions:
         (stage.out / companion).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.source.checkpoint.path / companion, stage.out / companion)
+        shutil.copyfile(source / companion, stage.out / companion)
 
 
 def _write_receipt(plan: Plan, stage: Staging, report: Report) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from fp4cast.checkpoint import CONFIG, QUANT_CONFIG
+from fp4cast.checkpoint import CONFIG, QUANT_CONFIG, Checkpoint
 from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.manifest import drop_manifests, manifest
 from fp4cast.shards import Tensor
-from fp4cast.sources import UNQUANTIZED, Pair, Source
+from fp4cast.sources import UNQUANTIZED
 from fp4cast.targets import Target
 
 __all__ = ["documents", "to_bytes"]
@@ -37,30 +37,32 @@ def index_bytes(total: int, weight_map: Mapping[str, str]) -> bytes:
     ).encode()
 
 
-def documents(source: Source, target: Target, cast: Sequence[Pair], version: str) -> dict[str, dict[str, Any]]:
+def documents(
+    checkpoint: Checkpoint, target: Target, modules: Sequence[str], replaced: Collection[str], version: str
+) -> dict[str, dict[str, Any]]:
     """The config files of the destination by name.
 
     Args:
-        source: the source checkpoint.
+        checkpoint: the source.
         target: the layout.
-        cast: the pairs that are cast; everything else stays as it is.
+        modules: what becomes NVFP4; everything else stays as it is.
+        replaced: the source tensors that they were made from.
         version: of fp4cast, for the `producer` field.
     """
     try:
-        config = copy.deepcopy(dict(source.checkpoint.config))
+        config = copy.deepcopy(dict(checkpoint.config))
     except RecursionError as error:
-        raise CheckpointError(f"{source.checkpoint.path / CONFIG}: is nested too deeply") from error
-    modules = [pair.module for pair in cast]
-    kept = _kept_modules(source, cast)
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: is nested too deeply") from error
+    kept = _kept_modules(checkpoint, replaced)
     producer = {"name": "fp4cast", "version": version}
     if target.layout == "compressed-tensors":
-        _replace_manifest(config, _compressed(config, target, _plain_modules(source, kept)))
+        _replace_manifest(config, _compressed(config, target, _plain_modules(checkpoint, kept)))
         return {CONFIG: config}
     if target.family == "deepseek-v4":
         section, quantization = _hybrid(manifest(config)[1], target, _banks(modules), producer)
         _replace_manifest(config, section)
     else:
-        section, quantization = _modelopt(source, target, modules, kept)
+        section, quantization = _modelopt(checkpoint, target, modules, kept)
         drop_manifests(config)
         config["quantization_config"] = section | {"producer": producer}
     return {CONFIG: config, QUANT_CONFIG: {"producer": producer, "quantization": quantization}}
@@ -76,20 +78,19 @@ def _replace_manifest(config: dict[str, Any], section: dict[str, Any]) -> None:
     scope[path[-1]] = section
 
 
-def _plain_modules(source: Source, kept: Sequence[str]) -> list[str]:
+def _plain_modules(checkpoint: Checkpoint, kept: Sequence[str]) -> list[str]:
     """Of the modules that are not cast, those that are not quantized at all."""
-    tensors = source.checkpoint.tensors
+    tensors = checkpoint.tensors
     return [name for name in kept if f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype in UNQUANTIZED]
 
 
-def _kept_modules(source: Source, cast: Sequence[Pair]) -> list[str]:
+def _kept_modules(checkpoint: Checkpoint, replaced: Collection[str]) -> list[str]:
     """Modules with a weight matrix that is not cast: an engine must be told so about each of them."""
-    parts = {tensor.name for pair in cast for tensor in (pair.codes, pair.scales)}
 
     def is_matrix(tensor: Tensor) -> bool:
-        return tensor.name not in parts and len(tensor.shape) >= 2
+        return tensor.name not in replaced and len(tensor.shape) >= 2
 
-    names = (name for name, tensor in source.checkpoint.tensors.items() if is_matrix(tensor))
+    names = (name for name, tensor in checkpoint.tensors.items() if is_matrix(tensor))
     suffixes = (".weight", ".weight_packed")
     return sorted({name.removesuffix(s) for name in names for s in suffixes if name.endswith(s)})
 
@@ -121,19 +122,19 @@ def _layers(target: Target, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _modelopt(
-    source: Source, target: Target, modules: Sequence[str], kept: Sequence[str]
+    checkpoint: Checkpoint, target: Target, modules: Sequence[str], kept: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(quantization_config without producer, `quantization` of hf_quant_config.json)."""
-    _refuse_other_groups(source, kept)
-    ignore = _gpt_oss_ignore(kept) if source.family.blocked else list(kept)
-    if _is_plain(source, modules, ignore):
+    _refuse_other_groups(checkpoint, kept)
+    ignore = _short_ignore(modules, kept) if target.transposed else list(kept)
+    if target.transposed or _is_plain(modules, ignore):
         section: dict[str, Any] = {
             "config_groups": {"group_0": _group(target, ["Linear"])},
             "ignore": ignore,
             "quant_algo": target.algorithm,
             "quant_method": "modelopt",
         }
-        if not source.family.blocked:  # ModelOpt's own gpt-oss export has no such key here
+        if not target.transposed:  # ModelOpt's own gpt-oss export has no such key here
             section["group_size"] = GROUP_SIZE
         return section, _quantization(target.algorithm, ignore)
     names = sorted({name for bank in _banks(modules) for name in _spellings(bank)})
@@ -149,14 +150,14 @@ def _modelopt(
     return section, _quantization("MIXED_PRECISION", [], layers)
 
 
-def _refuse_other_groups(source: Source, kept: Sequence[str]) -> None:
+def _refuse_other_groups(checkpoint: Checkpoint, kept: Sequence[str]) -> None:
     """ModelOpt's configs could not say how a source's other quantized groups (FP8 attention, say) are stored."""
-    tensors = source.checkpoint.tensors
+    tensors = checkpoint.tensors
     for module in kept:
         weight = tensors.get(f"{module}.weight") or tensors[f"{module}.weight_packed"]
         if weight.dtype not in UNQUANTIZED:
             raise UsageError(
-                f"{source.checkpoint.path}: {weight} is quantized in another way than MXFP4, which the modelopt layout "
+                f"{checkpoint.path}: {weight} is quantized in another way than MXFP4, which the modelopt layout "
                 "of this family cannot say; use --layout compressed-tensors, which keeps the other groups as they are"
             )
 
@@ -173,14 +174,12 @@ def _quantization(
     }
 
 
-def _is_plain(source: Source, modules: Sequence[str], ignore: Sequence[str]) -> bool:
-    """Whether one algorithm and a list of exceptions says it all: for fused experts and for dense models.
+def _is_plain(modules: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Whether one algorithm and a list of exceptions says it all, as for dense models.
 
     vLLM also matches exceptions as substrings, so an exception that is part of a cast module's name (a router `gate`
     beside `gate_proj`) needs the explicit list of `MIXED_PRECISION` instead.
     """
-    if source.family.blocked:
-        return True
     if any(_EXPERT.match(module) for module in modules):
         return False
     text = "\n".join(modules)
@@ -191,9 +190,15 @@ def _is_plain(source: Source, modules: Sequence[str], ignore: Sequence[str]) -> 
 _FUSED_NAMES = ("gate_up_proj", "qkv_proj", "fused_qkv_a_proj")
 
 
-def _gpt_oss_ignore(kept: Sequence[str]) -> list[str]:
-    """What ModelOpt's export lists: whole attention modules as a pattern, the rest by name."""
-    return sorted({re.sub(r"\.self_attn\..*", ".self_attn*", module) for module in kept})
+def _short_ignore(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """What ModelOpt's gpt-oss export lists: attention modules as a pattern where all of one stays, the rest by name."""
+    touched = {module.partition(".self_attn.")[0] for module in modules if ".self_attn." in module}
+
+    def entry(module: str) -> str:
+        layer, attention, _ = module.partition(".self_attn.")
+        return f"{layer}.self_attn*" if attention and layer not in touched else module
+
+    return sorted({entry(module) for module in kept})
 
 
 def _hybrid(

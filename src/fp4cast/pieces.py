@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4cast.batches import grouped, spans
-from fp4cast.plan import Codes, Constant, Copy, Output, OutputShard, Scales
+from fp4cast.outputs import Codes, Constant, Copy, Made, Output, OutputShard, Scales
 from fp4cast.sources import BLOCK_BYTES, Pair
 
-__all__ = ["Computed", "Copied", "Known", "Piece", "Tile", "Tiling", "pieces"]
+__all__ = ["Computed", "Copied", "Known", "Piece", "Supplied", "Tile", "Tiling", "pieces"]
 
 PIECE_BYTES = 32 << 20  # what a piece writes, about: enough to forget what starting it costs
 TILE_BYTES = 16 << 20  # codes of one tile of a transposed bank: a whole expert, for gpt-oss
@@ -59,7 +59,21 @@ class Computed:
     nbytes: int
 
 
-Task = Copied | Known | Computed
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """One part of a tensor that is in memory."""
+
+    offset: int
+    step: Made
+    part: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of this part."""
+        return self.step.nbytes
+
+
+Task = Copied | Known | Computed | Supplied
 Piece = Sequence[Task]
 
 
@@ -149,6 +163,9 @@ def _tasks(shard: OutputShard) -> Iterator[Task]:
                     yield Copied(offset + first, tensor.path, tensor.start + first, last - first)
             case Constant():
                 yield Known(offset, b"".join(output.step.data for output in run if isinstance(output.step, Constant)))
+            case Made() as made:
+                for part in range(made.parts):
+                    yield Supplied(offset + part * made.nbytes, made, part)
             case Codes() | Scales() as step:
                 yield from _computed(offset, step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -13,71 +12,16 @@ import numpy as np
 
 from fp4cast import __version__
 from fp4cast.bulk import many_objects
-from fp4cast.checkpoint import INDEX, SINGLE, open_checkpoint
-from fp4cast.configs import documents, index_bytes, to_bytes
+from fp4cast.checkpoint import Checkpoint, open_checkpoint
+from fp4cast.configs import documents, to_bytes
 from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
-from fp4cast.exact import Scaling
 from fp4cast.inputs import InputScales, InputScalesLike, load_input_scales
+from fp4cast.outputs import Codes, Constant, Copy, Output, OutputShard, Scales, index, place
 from fp4cast.scan import Domain, scan
-from fp4cast.shards import Layout, Shard, Tensor, layout
 from fp4cast.sources import Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
 
-__all__ = ["Codes", "Constant", "Copy", "Output", "OutputShard", "Plan", "Scales", "check_unchanged", "make_plan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The bytes of a source tensor as they are: everything that is not cast, and codes that keep their order."""
-
-    tensor: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """A pair's codes where they change place (a transposed bank) or value (shifted and rounded half-blocks)."""
-
-    pair: Pair
-    scaling: Scaling
-    transposed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Scales:
-    """A pair's E4M3 block scales, two for each E8M0 byte."""
-
-    pair: Pair
-    scaling: Scaling
-    transposed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """Bytes known beforehand: tensor scales and input scales."""
-
-    data: bytes
-
-
-Step = Copy | Codes | Scales | Constant
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One tensor of the destination and how it comes to be."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class OutputShard:
-    """One file of the destination, every offset known."""
-
-    file: str
-    outputs: tuple[Output, ...]
-    layout: Layout
+__all__ = ["Plan", "check_unchanged", "make_plan", "stamp"]
 
 
 @dataclass(frozen=True)
@@ -136,9 +80,9 @@ class Plan:
         return digest.hexdigest()
 
 
-def stamp(source: Source) -> tuple[tuple[str, int, int], ...]:
+def stamp(checkpoint: Checkpoint) -> tuple[tuple[str, int, int], ...]:
     """What tells whether a source shard has changed: (name, size, modification time in ns) of each."""
-    stats = ((file, shard.path.stat()) for file, shard in source.checkpoint.shards.items())
+    stats = ((file, shard.path.stat()) for file, shard in checkpoint.shards.items())
     return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
@@ -149,7 +93,7 @@ def check_unchanged(plan: Plan) -> None:
         CheckpointError: it is not.
     """
     try:
-        now: object = stamp(plan.source)
+        now: object = stamp(plan.source.checkpoint)
     except OSError as error:
         now = error
     if now != plan.stamps:
@@ -181,19 +125,24 @@ def make_plan(
     if inexact not in ("fail", "nearest"):
         raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
     source = read_source(open_checkpoint(path))
-    stamps = stamp(source)
+    stamps = stamp(source.checkpoint)
     target = choose_target(source.family, layout, activations)
     cast = castable(source, target)
     amax = _activation_scales(target, input_scales, cast)
     domains = tuple(_storable(d, target) for d in scan(cast, inexact=inexact, jobs=jobs, progress=progress))
-    shards = tuple(_shards(source, target, domains, amax))
-    files = documents(source, target, cast, __version__)
+    new: dict[str, list[Output]] = {}
+    for domain in domains:
+        for pair in domain.pairs:
+            new |= _outputs(pair, domain, target, amax)
+    shards = tuple(place(source.checkpoint, new))
+    replaced = {tensor.name for pair in cast for tensor in (pair.codes, pair.scales)}
+    files = documents(source.checkpoint, target, [pair.module for pair in cast], replaced, __version__)
     return Plan(
         source=source,
         target=target,
         domains=domains,
         shards=shards,
-        documents=_index(shards) | {name: to_bytes(document) for name, document in files.items()},
+        documents=index(shards) | {name: to_bytes(document) for name, document in files.items()},
         companions=tuple(source.checkpoint.companions()),
         copied=len(source.checkpoint.tensors) - 2 * len(cast),
         stamps=stamps,
@@ -258,40 +207,3 @@ def _outputs(pair: Pair, domain: Domain, target: Target, amax: InputScales | Non
         names.block_scale, "F8_E4M3", target.block_scale_shape(pair), Scales(pair, scaling, target.transposed)
     )
     return {pair.codes.name: home, pair.scales.name: [scales]}
-
-
-def _shards(
-    source: Source, target: Target, domains: Iterable[Domain], amax: InputScales | None
-) -> Iterable[OutputShard]:
-    """Every source shard's counterpart: the same tensors in the same order, pairs replaced by what they become."""
-    new: dict[str, list[Output]] = {}
-    for domain in domains:
-        for pair in domain.pairs:
-            new |= _outputs(pair, domain, target, amax)
-    for file, shard in source.checkpoint.shards.items():
-        outputs = [
-            output
-            for tensor in shard.tensors.values()
-            for output in new.get(tensor.name) or [Output(tensor.name, tensor.dtype, tensor.shape, Copy(tensor))]
-        ]
-        yield _place(file, shard, outputs)
-
-
-def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
-    # transformers refuses a file that does not say which framework's names it uses.
-    metadata = {"format": "pt"} | dict(shard.metadata)
-    placed = layout(((output.name, output.dtype, output.shape) for output in outputs), metadata)
-    return OutputShard(file, tuple(sorted(outputs, key=lambda output: placed.offsets[output.name])), placed)
-
-
-def _index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
-    """The index with its true total size; a single `model.safetensors` needs none."""
-    files = list(shards)
-    names = [output.name for shard in files for output in shard.outputs]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UnsupportedError(f"the cast would write {twice[0]!r} beside a source tensor of that name")
-    if [shard.file for shard in files] == [SINGLE]:
-        return {}
-    total = sum(shard.layout.size - len(shard.layout.header) for shard in files)
-    weight_map = {output.name: shard.file for shard in files for output in shard.outputs}
-    return {INDEX: index_bytes(total, dict(sorted(weight_map.items())))}

@@ -19,8 +19,8 @@ import numpy as np
 from fp4cast.engines import Engine
 from fp4cast.errors import DestinationError
 from fp4cast.files import Files, write_all
+from fp4cast.outputs import OutputShard
 from fp4cast.pieces import Piece, pieces
-from fp4cast.plan import OutputShard
 from fp4cast.staging import write_whole
 from fp4cast.workers import Workers
 from fp4cast.writer import Tallies, Tally, Writer

@@ -70,8 +70,12 @@ class Target:
         return self._oriented(pair, pair.row_blocks * 2)
 
     def _oriented(self, pair: Pair, columns: int) -> tuple[int, ...]:
-        matrix = (columns, pair.rows) if self.transposed else (pair.rows, columns)
-        return (pair.experts, *matrix) if len(pair.scales.shape) == 3 else matrix
+        return self.stored_shape((*pair.scales.shape[:-1], columns))
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of something [..., N, columns], as it is stored."""
+        *bank, rows, columns = shape
+        return (*bank, columns, rows) if self.transposed else shape
 
     @property
     def scalar_shape(self) -> tuple[int, ...]:

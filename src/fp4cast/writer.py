@@ -15,8 +15,8 @@ from fp4cast.exact import Ints
 from fp4cast.files import Files, copy_range, scratch, write_all
 from fp4cast.formats import E2M1, Bytes
 from fp4cast.nearest import Encoded, block_scale_bytes, encode
-from fp4cast.pieces import Computed, Copied, Known, Piece, Tile, Tiling
-from fp4cast.plan import Codes, Scales
+from fp4cast.outputs import Codes, Scales
+from fp4cast.pieces import Computed, Copied, Known, Piece, Supplied, Tile, Tiling
 from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES
 from fp4cast.transpose import transpose
@@ -93,6 +93,8 @@ class Writer:
                     copy_range(self.files[path], start, self.target, offset, nbytes, self.progress)
                 case Known(offset, data):
                     self._put(offset, np.frombuffer(data, np.uint8))
+                case Supplied(offset, step, part):
+                    self._put(offset, step.make(part))
                 case Computed(step=step) if step.transposed:
                     self._transposed(task)
                 case Computed(step=Scales()):

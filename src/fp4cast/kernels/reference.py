@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fp4cast.formats import E4M3_MAX
 
-__all__ = ["block_scales", "fake_quant", "quantize", "round_e2m1", "steps", "tensor_scale"]
+__all__ = ["block_scales", "fake_quant", "own_block_scales", "quantize", "round_e2m1", "steps", "tensor_scale"]
 
 E2M1_MAX = 6.0
 SMALLEST_SCALE = 2.0**-9
@@ -18,6 +18,13 @@ def block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
     six = torch.full_like(global_amax, E2M1_MAX)  # not a number: torch multiplies by a number's reciprocal on a GPU
     top = _positive(global_amax, E2M1_MAX * E4M3_MAX) / six
     wanted = _positive(amax.float(), E2M1_MAX) / six * E4M3_MAX / top
+    return wanted.clamp(SMALLEST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def own_block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
+    """The same as ModelOpt's exporter computes them from a weight whose amax was not kept: amax / (6 * S), 0 as 1."""
+    wanted = amax.float() / (E2M1_MAX * tensor_scale(global_amax))
+    wanted = torch.where(wanted == 0, torch.ones_like(wanted), wanted)
     return wanted.clamp(SMALLEST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
 
 

@@ -14,6 +14,7 @@ from fp4cast.ptq.cast import (  # noqa: E402
     compute_per_block_amax_for_mxfp4,
     quantizer_name_from_blocks_key,
 )
+from fp4cast.ptq.export import Exported, export  # noqa: E402
 from fp4cast.ptq.modules import attach  # noqa: E402
 from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat  # noqa: E402
 from fp4cast.ptq.quantizer import (  # noqa: E402
@@ -24,6 +25,7 @@ from fp4cast.ptq.quantizer import (  # noqa: E402
 
 __all__ = [
     "QFORMATS",
+    "Exported",
     "NVFP4StaticQuantizer",
     "QFormat",
     "TensorQuantizer",
@@ -32,6 +34,7 @@ __all__ = [
     "build_amax_map",
     "compute_global_amax_for_scales",
     "compute_per_block_amax_for_mxfp4",
+    "export",
     "find_qformat",
     "max_calibrate",
     "promote_nvfp4_static_quantizers",

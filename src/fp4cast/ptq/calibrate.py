@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fp4cast.errors import UnsupportedError
-from fp4cast.ptq.modules import quantized_weights, weight_quantizers
-from fp4cast.ptq.quantizer import NVFP4StaticQuantizer, TensorQuantizer, promote_nvfp4_static_quantizers
+from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
+from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
+from fp4cast.sources import fused_group
 
 __all__ = ["max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
 
-# Projections that engines fuse: one tensor scale for the weights of each group.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_EXPERT = re.compile(r"(?P<bank>.*\.experts)\.\d+\.(?P<leaf>.+)")
 
 
 def max_calibrate(
@@ -46,6 +47,7 @@ def max_calibrate(
             _calibrate_weights(model)
             if forward_loop is not None:
                 _calibrate_inputs(model, inputs, forward_loop)
+                _fill_idle_experts(model)
             if distributed_sync and distributed.is_available() and distributed.is_initialized():
                 _take_largest(model)
     finally:
@@ -95,17 +97,27 @@ def _take_largest(model: nn.Module) -> None:
 
 def share_global_amax(model: nn.Module) -> None:
     """Weights that engines fuse get the largest global amax of their group: they will share one tensor scale."""
-    groups: dict[tuple[str, tuple[str, ...]], list[NVFP4StaticQuantizer]] = defaultdict(list)
+    groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
     for name, quantizer, _ in quantized_weights(model):
-        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for siblings in SIBLINGS:
-            if leaf in siblings and isinstance(quantizer, NVFP4StaticQuantizer):
-                groups[parent, siblings].append(quantizer)
-    for members in groups.values():
-        known = [quantizer.global_amax for quantizer in members if quantizer.global_amax is not None]
-        largest = torch.stack([each.cpu() for each in known]).amax()
-        for quantizer in members:
-            quantizer.global_amax = largest.to(known[0].device)
+        group, members = fused_group(name.removesuffix(".weight"))
+        if len(members) > 1:
+            groups[group].append(quantizer)
+    for quantizers in groups.values():
+        known = [amax for quantizer in quantizers if (amax := quantizer.tensor_amax) is not None]
+        if known:
+            largest = torch.stack([amax.cpu() for amax in known]).amax()
+            for quantizer in quantizers:
+                quantizer.tensor_amax = largest.to(known[0].device)
+
+
+def _fill_idle_experts(model: nn.Module) -> None:
+    """Give the experts of a list that saw no token what the others of their layer saw."""
+    groups: dict[tuple[str, str], list[nn.Module]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if (found := _EXPERT.fullmatch(name)) and isinstance(module, QuantLinear):
+            groups[found["bank"], found["leaf"]].append(module)
+    for experts in groups.values():
+        set_expert_quantizer_amax(experts)
 
 
 def set_expert_quantizer_amax(experts: Iterable[nn.Module], quantizer: str = "input_quantizer") -> Tensor | None:

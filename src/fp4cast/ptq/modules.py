@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp4cast.errors import UnsupportedError
+from fp4cast.errors import QuantizerError, UnsupportedError
 from fp4cast.ptq.qformats import QFormat
 from fp4cast.ptq.quantizer import TensorQuantizer
 
-__all__ = ["attach", "block_rows", "quantized_weights", "weight_quantizers"]
+__all__ = ["QuantLinear", "attach", "block_rows", "input_quantizer", "quantized_weights", "weight_quantizers"]
 
 _BATCHED = ("gate_up_proj", "down_proj")
 
@@ -160,3 +160,13 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer, 
         for attribute, quantizer, weight in weight_quantizers(module):
             if quantizer.is_enabled:
                 yield f"{name}.{attribute}" if name else attribute, quantizer, weight
+
+
+def input_quantizer(model: nn.Module, weight: str) -> TensorQuantizer:
+    """What quantizes the input that a weight of `quantized_weights` is multiplied with."""
+    linear = weight.removesuffix(".weight")
+    name = f"{weight}_input_quantizer" if linear == weight else f"{linear}.input_quantizer"
+    quantizer = model.get_submodule(name)
+    if not isinstance(quantizer, TensorQuantizer):
+        raise QuantizerError(f"{name}: expected a TensorQuantizer, got {type(quantizer).__name__}")
+    return quantizer

@@ -48,6 +48,15 @@ class TensorQuantizer(nn.Module):
     def amax(self, value: Tensor) -> None:
         self._amax = value.detach().float()
 
+    @property
+    def tensor_amax(self) -> Tensor | None:
+        """float32 []: 6 * 448 times the tensor scale; None before calibration."""
+        return None if self._amax is None else self._amax.amax().reshape(())
+
+    @tensor_amax.setter
+    def tensor_amax(self, value: Tensor) -> None:
+        self.amax = value.reshape(())
+
     def enable(self) -> None:
         """Round, or calibrate, again."""
         self.is_enabled = True
@@ -149,6 +158,15 @@ class NVFP4StaticQuantizer(TensorQuantizer):
         if value.numel() != 1:
             raise ShapeError(f"global_amax {tuple(value.shape)}: expected one number")
         self._global_amax = value.detach().float().reshape(())
+
+    @property
+    def tensor_amax(self) -> Tensor | None:
+        """The global amax."""
+        return self.global_amax
+
+    @tensor_amax.setter
+    def tensor_amax(self, value: Tensor) -> None:
+        self.global_amax = value
 
     def fake_quant(self, x: Tensor) -> Tensor:
         """Round under the fixed scales."""

@@ -1,0 +1,213 @@
+"""From a quantized model in memory to a Hugging Face directory, by the targets and the writer of `convert`.
+
+Quantized weights come from the model, everything else byte for byte from the checkpoint that it was loaded from: no
+tensor that transformers does not know is lost, and none changes its dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fp4cast import __version__
+from fp4cast.checkpoint import Checkpoint, open_checkpoint
+from fp4cast.completion import Progress, write_documents
+from fp4cast.configs import documents, to_bytes
+from fp4cast.conversion import real_path
+from fp4cast.engines import Engine, make_engine
+from fp4cast.errors import CheckpointError, UsageError, VerificationError
+from fp4cast.hub import resolve
+from fp4cast.outputs import Constant, Made, Output, OutputShard, index, place
+from fp4cast.plan import stamp
+from fp4cast.ptq.held import Weight, check_untouched, held_weights
+from fp4cast.ptq.measure import measure
+from fp4cast.report import InexactTensor
+from fp4cast.run import run
+from fp4cast.staging import Staging, check_destination, staging
+
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        source: the directory that the model was loaded from.
+        destination: the new directory.
+        layout: as of `fp4cast.convert`.
+        activations: "w4a16" or "w4a4".
+        tensors: counts of weights "quantized", of those from MXFP4 "exact" and "inexact", and of tensors "copied".
+        inexact: weights from MXFP4 whose values are not the source's, as measured on what was written.
+        bytes: "read" from the source's files, and "written".
+        seconds: wall time.
+        served: where the result can be served, in words.
+    """
+
+    source: str
+    destination: str
+    layout: str
+    activations: str
+    tensors: Mapping[str, int]
+    inexact: Sequence[InexactTensor]
+    bytes: Mapping[str, int]
+    seconds: float
+    served: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "source": self.source,
+            "destination": self.destination,
+            "layout": self.layout,
+            "activations": self.activations,
+            "tensors": dict(self.tensors),
+            "inexact": [tensor.to_json() for tensor in self.inexact],
+            "bytes": dict(self.bytes),
+            "seconds": round(self.seconds, 3),
+            "served": self.served,
+        }
+
+
+def export(
+    model: nn.Module,
+    destination: str | Path,
+    source: str | Path,
+    *,
+    layout: str = "modelopt",
+    lossless: Collection[str] = (),
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress = lambda *_: None,
+) -> Exported:
+    """Write a quantized model as an NVFP4 checkpoint.
+
+    Args:
+        model: calibrated, as `max_calibrate` or `apply_to_model` leave it.
+        destination: the directory to make; it appears when it is complete.
+        source: the checkpoint that the model was loaded from: a directory or a model id.
+        layout: "modelopt", or "compressed-tensors" for models without batched experts.
+        lossless: modules whose written weights must equal the source's MXFP4 ones.
+        overwrite: replace an existing `destination`, once the new one is complete.
+        jobs: threads; None for one a core.
+        progress: called, from worker threads, with (phase, bytes just done, bytes in all).
+
+    Raises:
+        QuantizerError: a quantizer is not calibrated, or a weight is not one of the source's.
+        CheckpointError: a parameter that is not quantized differs from the source's.
+        VerificationError: a weight in `lossless` is not; nothing appears.
+        DestinationError: `destination` cannot be written.
+    """
+    begin = time.monotonic()
+    checkpoint, target_path = open_checkpoint(resolve(source)), real_path(destination)
+    check_destination(checkpoint.path, target_path, overwrite=overwrite)
+    weights = held_weights(model, checkpoint, layout)
+    replaced = {tensor.name for weight in weights for tensor in weight.replaces}
+    check_untouched(model, checkpoint, replaced)
+    stamps, engine = stamp(checkpoint), make_engine("local", jobs)
+    shards = list(place(checkpoint, _outputs(weights)))
+    with staging(checkpoint.path, target_path, overwrite=overwrite) as stage:
+        total = _write(shards, stage, engine, progress)
+        if stamp(checkpoint) != stamps:
+            raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was exported; export it again")
+        _write_documents(checkpoint, weights, replaced, shards, stage)
+        inexact = measure(weights, stage, engine, progress)
+        _check_lossless(inexact, lossless, destination)
+        stage.publish(overwrite=overwrite)
+    cast = sum(weight.pair is not None for weight in weights)
+    return Exported(
+        source=str(checkpoint.path),
+        destination=str(destination),
+        layout=layout,
+        activations=weights[0].target.activations,
+        tensors={
+            "quantized": len(weights),
+            "exact": cast - len(inexact),
+            "inexact": len(inexact),
+            "copied": len(checkpoint.tensors) - len(replaced),
+        },
+        inexact=inexact,
+        bytes={"read": sum(shard.size for shard in checkpoint.shards.values()), "written": total},
+        seconds=time.monotonic() - begin,
+        served=_main(weights).target.served,
+    )
+
+
+def _write(shards: Sequence[OutputShard], stage: Staging, engine: Engine, progress: Progress) -> int:
+    """Write all shards; how many bytes they have."""
+    fingerprint = os.urandom(16).hex()  # of this run alone: what a model held cannot be resumed
+    stage.adopt(fingerprint, resume=False)
+    sizes = {shard.file: shard.layout.size for shard in shards}
+    total = sum(sizes.values())
+    stage.check_space(sizes)
+    count: Callable[[int], None] = lambda n: progress("write", n, total)  # noqa: E731
+    run(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
+    return total
+
+
+def _main(weights: Sequence[Weight]) -> Weight:
+    """The weight whose layout the config follows: batched experts, where there are some."""
+    return next((weight for weight in weights if weight.target.transposed), weights[0])
+
+
+def _write_documents(
+    checkpoint: Checkpoint, weights: Sequence[Weight], replaced: set[str], shards: Sequence[OutputShard], stage: Staging
+) -> None:
+    modules = [weight.module for weight in weights]
+    files = documents(checkpoint, _main(weights).target, modules, replaced, __version__)
+    data = index(shards) | {name: to_bytes(document) for name, document in files.items()}
+    write_documents(stage, data, checkpoint.companions(), checkpoint.path)
+
+
+def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:
+    if wrong := [tensor for tensor in inexact if tensor.name in lossless]:
+        first = f"{wrong[0].name} ({wrong[0].rounded_half_blocks} half-blocks, SNR {wrong[0].snr_db:.1f} dB)"
+        raise VerificationError(
+            f"{destination}: {len(wrong)} of {len(lossless)} weights that the cast keeps were written with other "
+            f"values, the first is {first}; nothing was published. Do the quantizers still hold what the cast has set?"
+        )
+
+
+def _outputs(weights: Sequence[Weight]) -> dict[str, list[Output]]:
+    """The weights' new tensors by the source tensor in whose place they stand."""
+    new: dict[str, list[Output]] = {}
+    for weight in weights:
+        names, scalar = weight.target.names(weight.module), weight.target.scalar_shape
+        *lead, width = weight.rows.shape
+        codes, scales = (*lead, width // 2), (*lead, width // 16)
+        home, *rest = weight.replaces
+        new[home.name] = [
+            Output(names.codes, "U8", weight.target.stored_shape(codes), _made(weight, codes, weight.codes)),
+            Output(names.tensor_scale, "F32", scalar, _scalar(weight.tensor_scale, weight.target.reciprocal)),
+        ]
+        if weight.input_scale is not None:
+            step = _scalar(weight.input_scale, weight.target.reciprocal)
+            new[home.name].append(Output(names.input_scale, "F32", scalar, step))
+        step_scales = _made(weight, scales, weight.block_scales)
+        place_of_scales = rest[0].name if rest else home.name
+        new.setdefault(place_of_scales, []).append(
+            Output(names.block_scale, "F8_E4M3", weight.target.stored_shape(scales), step_scales)
+        )
+    _check_twice(new)
+    return new
+
+
+def _check_twice(new: Mapping[str, Sequence[Output]]) -> None:
+    names = [output.name for outputs in new.values() for output in outputs]
+    if len(set(names)) != len(names):
+        raise UsageError(f"two weights of the model would be written as {max(names, key=names.count)}")
+
+
+def _made(weight: Weight, shape: Sequence[int], make: Callable[[int], Any]) -> Made:
+    return Made(weight.parts, int(np.prod(shape)) // weight.parts, make)
+
+
+def _scalar(value: float, reciprocal: bool) -> Constant:
+    return Constant(np.float32(1 / value if reciprocal else value).astype("<f4").tobytes())

@@ -1,0 +1,54 @@
+"""What was written of weights from MXFP4, against the source's values: by the independent witness of `verify`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from fp4cast.checkpoint import open_checkpoint
+from fp4cast.checks import Checks, perform
+from fp4cast.compare import Comparison
+from fp4cast.completion import Progress
+from fp4cast.engines import Engine
+from fp4cast.errors import VerificationError
+from fp4cast.match import Cast
+from fp4cast.ptq.held import Weight
+from fp4cast.report import InexactTensor, inexact_tensor
+from fp4cast.staging import Staging
+
+__all__ = ["measure"]
+
+
+def measure(weights: Sequence[Weight], stage: Staging, engine: Engine, progress: Progress) -> list[InexactTensor]:
+    """The weights whose written values are not those of their MXFP4 tensors, with the errors."""
+    written = open_checkpoint(stage.out, stage.config).tensors
+    table: dict[Path, Checks] = defaultdict(Checks)
+    for weight in weights:
+        if weight.pair is not None:
+            names = weight.target.names(weight.module)
+            codes, scales, scale = (written[name] for name in (names.codes, names.block_scale, names.tensor_scale))
+            target = weight.target
+            cast = Cast(weight.pair, codes, scales, scale, None, target.reciprocal, target.transposed)
+            table[codes.path].casts.append(cast)
+    todo = list(table.values())
+    total = sum(_bytes(cast) for checks in todo for cast in checks.casts)
+    inexact: list[InexactTensor] = []
+    for checks, found in zip(todo, engine.map(perform, todo, lambda n: progress("verify", n, total)), strict=True):
+        for cast, comparison in zip(checks.casts, found.comparisons, strict=True):
+            inexact += _judge(cast, comparison)
+    return inexact
+
+
+def _bytes(cast: Cast) -> int:
+    tensors = (cast.pair.codes, cast.pair.scales, cast.codes, cast.scales, cast.tensor_scale)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _judge(cast: Cast, found: Comparison | None) -> list[InexactTensor]:
+    if found is None:
+        raise VerificationError(
+            f"{cast.tensor_scale.name}: would be no positive normal FP32 number, which engines cannot use"
+        )
+    figures = (found.rounded, cast.pair.elements, found.squared_error, found.max_error, found.energy)
+    return [inexact_tensor(cast.pair.module, *figures)] if found.rounded else []
