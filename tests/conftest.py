@@ -1,10 +1,14 @@
 """Miniatures, made once a session."""
 
+import os
 import signal
 
 import pytest
 
 from fp4cast import miniature
+
+# One thread a test process: two processes on two cores would wait for each other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEEPSEEK = {"deepseek-v4", "deepseek-v4.1"}
 

@@ -25,6 +25,15 @@ COMMANDS = {
         "--json",
     ],
     "verify": ["--jobs", "--json"],
+    "calibrate": [
+        "--out", "--dataset", "--calib_size", "--calib_seq", "--batch_size", "--device", "--trust_remote_code",
+        "--overwrite", "--json",
+    ],
+    "ptq": [
+        "--pyt_ckpt_path", "--qformat", "--export_path", "--cast_mxfp4_to_nvfp4", "--dataset", "--calib_size",
+        "--calib_seq", "--batch_size", "--device", "--layout", "--inexact", "--trust_remote_code", "--jobs",
+        "--overwrite", "--json",
+    ],
     "study": ["--out", "--quick", "--json"],
     "demo": ["--out", "--json"],
 }  # fmt: skip
@@ -241,7 +250,7 @@ def test_a_model_id_is_found_in_the_hub_cache_when_offline(miniatures, tmp_path)
 def test_progress_is_plain_lines_where_there_is_no_terminal():
     from rich.console import Console
 
-    from fp4cast.display import Meter
+    from fp4cast.progress import Meter
 
     console = Console(record=True, force_terminal=False, width=100, file=io.StringIO())
     with Meter(console, every=0.0) as meter:

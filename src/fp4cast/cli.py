@@ -5,22 +5,18 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import fp4cast
-from fp4cast import parts
+from fp4cast import model_commands, parts
+from fp4cast.console import fail, guarded, print_json, say
 from fp4cast.demo import run_demo
-from fp4cast.display import Meter, Steps, printable, show_demo, show_inspection, show_part, show_report
-from fp4cast.errors import Fp4CastError, UsageError
+from fp4cast.display import show_demo, show_inspection, show_part, show_report
+from fp4cast.errors import UsageError
 from fp4cast.options import (
     Activations,
     Engine,
@@ -34,6 +30,7 @@ from fp4cast.options import (
     Source,
     Where,
 )
+from fp4cast.progress import Steps
 
 __all__ = ["app", "main"]
 
@@ -44,47 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn an MXFP4 LLM checkpoint into an NVFP4 one: exactly, at the speed of a file copy, and prove it.",
 )
-
-
-T = TypeVar("T")
-
-
-def _say(as_json: bool) -> Console:
-    """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
-    return Console(stderr=as_json, highlight=False)
-
-
-def _fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
-    message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
-    if as_json:
-        _print_json({"error": {"type": type(error).__name__, "message": message}})
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _guarded(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
-    """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
-    try:
-        with meter_of(Console(stderr=True, highlight=False)) as meter:
-            return work(meter)
-    except UsageError as error:
-        _fail(error, as_json, 2)
-    except Fp4CastError as error:
-        _fail(error, as_json, 1)
-    except OSError as error:
-        _fail(error, as_json, 1)
-    except KeyboardInterrupt:
-        _fail(
-            KeyboardInterrupt(
-                "interrupted; nothing half done is in place (convert: --resume goes on; a part: run it again)"
-            ),
-            as_json,
-            130,
-        )
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def _version(wanted: bool) -> None:
@@ -103,13 +59,13 @@ def root(
 @app.command()
 def inspect(source: Source, jobs: Jobs = None, as_json: Json = False) -> None:
     """Say what SRC is and what a conversion would do: family, spreads, both windows, sizes. Writes nothing."""
-    info = _guarded(
+    info = guarded(
         as_json, lambda meter: fp4cast.inspect(source, jobs=jobs, progress=lambda n, total: meter("scan", n, total))
     )
     if as_json:
-        _print_json(info.to_json())
+        print_json(info.to_json())
     else:
-        show_inspection(_say(as_json), info)
+        show_inspection(say(as_json), info)
 
 
 @app.command()
@@ -144,20 +100,20 @@ def convert(
     }
     _check_parts(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
     if shards is not None:
-        part = _guarded(as_json, lambda meter: _part(source, destination, shards, progress=meter, **options))
-        _print_json(part.to_json()) if as_json else show_part(_say(as_json), part)
+        part = guarded(as_json, lambda meter: _part(source, destination, shards, progress=meter, **options))
+        print_json(part.to_json()) if as_json else show_part(say(as_json), part)
         return
     options |= {"engine": engine.value, "verify": not no_verify}
     if finish:
-        report = _guarded(as_json, lambda meter: parts.finish(source, destination, progress=meter, **options))
+        report = guarded(as_json, lambda meter: parts.finish(source, destination, progress=meter, **options))
     else:
-        report = _guarded(
+        report = guarded(
             as_json, lambda meter: fp4cast.convert(source, destination, resume=resume, progress=meter, **options)
         )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        show_report(_say(as_json), report, "wrote")
+        show_report(say(as_json), report, "wrote")
 
 
 def _part(source: str, destination: Path, shards: str, **options: Any) -> parts.Part:
@@ -169,13 +125,13 @@ def _check_parts(
 ) -> None:
     """Refuse what cannot go together."""
     if shards is not None and no_verify:
-        _fail(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
+        fail(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
     if shards is not None and finish:
-        _fail(UsageError("--shards writes a part, --finish comes when all parts are written: pass one"), as_json, 2)
+        fail(UsageError("--shards writes a part, --finish comes when all parts are written: pass one"), as_json, 2)
     if resume and (shards is not None or finish):
-        _fail(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
+        fail(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
     if shards is not None and engine is Engine.ray:
-        _fail(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
+        fail(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
 
 @app.command()
@@ -187,7 +143,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read SRC and DST and compare every value; say what differs, where and by how much."""
-    report = _guarded(
+    report = guarded(
         as_json,
         lambda meter: fp4cast.verify(
             source,
@@ -198,9 +154,9 @@ def verify(
         ),
     )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        show_report(_say(as_json), report, "verified")
+        show_report(say(as_json), report, "verified")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -214,14 +170,14 @@ def demo(
 ) -> None:
     """Make a miniature of each family, inspect, cast and verify it: seconds, offline."""
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _fail(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
+        fail(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
     with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
-        rows = _guarded(as_json, lambda _: list(run_demo(out or Path(scratch))))
+        rows = guarded(as_json, lambda _: list(run_demo(out or Path(scratch))))
     exact = all(row["exact"] and row["flip_found"] for row in rows)
     if as_json:
-        _print_json({"exact": exact, "families": rows})
+        print_json({"exact": exact, "families": rows})
     else:
-        show_demo(_say(as_json), rows)
+        show_demo(say(as_json), rows)
     if not exact:
         raise typer.Exit(1)
 
@@ -246,8 +202,12 @@ def study(
             page.write(document, out)
         return document
 
-    document = _guarded(as_json, work, Steps)
-    _print_json(document) if as_json else show.show(_say(as_json), document, out)
+    document = guarded(as_json, work, Steps)
+    print_json(document) if as_json else show.show(say(as_json), document, out)
+
+
+app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
+app.command(**model_commands.ANY_SPELLING)(model_commands.ptq)
 
 
 def main() -> None:

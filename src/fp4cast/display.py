@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from fp4cast.exact import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.inspection import Inspection
 from fp4cast.parts import Part
-from fp4cast.report import Report
+from fp4cast.progress import gigabytes
+from fp4cast.report import InexactTensor, Report
 
-__all__ = ["Meter", "printable", "show_demo", "show_inspection", "show_part", "show_report"]
+__all__ = [
+    "printable",
+    "show_demo",
+    "show_facts",
+    "show_inexact",
+    "show_inspection",
+    "show_part",
+    "show_report",
+]
 
 WINDOW = E_MAX - E_MIN
-_PHASES = {"scan": "reading scales", "write": "writing", "verify": "verifying"}
 _SHOWN = 8
-
-
-def gigabytes(nbytes: float) -> str:
-    """A size for people, in powers of 1000 as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def printable(text: str) -> str:
@@ -48,81 +35,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-class Meter:
-    """Progress of long work: bars on a terminal, a line now and then elsewhere. Called from worker threads."""
-
-    def __init__(self, console: Console, every: float = 10.0) -> None:
-        self.console, self.every = console, every
-        self.lock = threading.Lock()
-        self.done: Counter[str] = Counter()
-        self.begin: dict[str, float] = {}
-        self.last = self.latest = time.monotonic()
-        self.bars: dict[str, TaskID] = {}
-        self.progress = Progress(
-            TextColumn("{task.description:>14}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Meter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, phase: str, nbytes: int, total: int) -> None:
-        """Count bytes just done in a phase."""
-        with self.lock:
-            self.begin.setdefault(phase, self.latest)  # what is reported first began when the phase before ended
-            self.latest = time.monotonic()
-            self.done[phase] += nbytes
-            if self.console.is_terminal:
-                if phase not in self.bars:
-                    self.bars[phase] = self.progress.add_task(_PHASES.get(phase, phase), total=total)
-                self.progress.update(self.bars[phase], completed=self.done[phase], total=total)
-            elif time.monotonic() - self.last >= self.every:
-                self.last = time.monotonic()
-                self._line(phase, total)
-
-    def _line(self, phase: str, total: int) -> None:
-        done = self.done[phase]
-        rate = done / max(time.monotonic() - self.begin[phase], 1e-9)
-        left = (total - done) / rate if rate else 0.0
-        sizes = f"{gigabytes(done)} of {gigabytes(total)}, {gigabytes(rate)}/s"
-        self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")
-
-
-class Steps:
-    """Progress of work that is counted in steps, like `Meter`."""
-
-    def __init__(self, console: Console, every: float = 10.0) -> None:
-        self.console, self.every, self.last, self.done = console, every, time.monotonic(), 0
-        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.bar = self.progress.add_task("working", total=None)
-
-    def __enter__(self) -> Steps:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, steps: int, total: int) -> None:
-        """Count steps just done."""
-        self.done += steps
-        self.progress.update(self.bar, completed=self.done, total=total)
-        if not self.console.is_terminal and time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic()
-            self.console.print(f"{self.done} of {total} steps")
-
-
-def _show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A title, and lines of a name and a text."""
     console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
@@ -151,7 +65,7 @@ def show_inspection(console: Console, info: Inspection) -> None:
         layouts.setdefault(target.layout, []).append(target.activations)
     served: dict[str, str] = {target.layout: target.served for target in info.targets}
     rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
-    _show_facts(console, info.source, rows)
+    show_facts(console, info.source, rows)
     console.print()
     console.print(_spreads(info))
     if inexact:
@@ -216,9 +130,9 @@ def show_report(console: Console, report: Report, verb: str) -> None:
             f"{gigabytes(report.bytes['written'])} written, {gigabytes(moved / max(report.seconds, 1e-9))}/s",
         ),
     ]
-    _show_facts(console, f"{verb} {report.destination}", rows)
+    show_facts(console, f"{verb} {report.destination}", rows)
     if report.inexact:
-        console.print(_inexact(report))
+        console.print(show_inexact(report.inexact))
     for difference in report.differences[:_SHOWN]:
         console.print(f"[red]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
     if len(report.differences) > _SHOWN:
@@ -234,11 +148,12 @@ def _weights_sentence(report: Report) -> str:
     return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"
 
 
-def _inexact(report: Report) -> Table:
+def show_inexact(inexact: Sequence[InexactTensor]) -> Table:
+    """The tensors that are not exact, worst first."""
     table = Table(title="rounded tensors", title_justify="left", box=None, pad_edge=False)
     for column in ("tensor", "half-blocks", "max |error|", "MSE", "SNR"):
         table.add_column(column, justify="left" if column == "tensor" else "right")
-    for tensor in sorted(report.inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
+    for tensor in sorted(inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
         table.add_row(
             escape(printable(tensor.name)),
             f"{tensor.rounded_half_blocks:,}",
@@ -280,4 +195,4 @@ def show_part(console: Console, part: Part) -> None:
         ("shards", f"{len(part.shards)}, {gigabytes(part.bytes)} in {part.seconds:.1f} s"),
         ("next", "when all parts are written, the same command with --finish instead of --shards"),
     ]
-    _show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)
+    show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)

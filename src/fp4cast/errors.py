@@ -13,6 +13,7 @@ Every one of them says which file and tensor, what was expected, what was found,
      │    └── UnsupportedError   a checkpoint that is not MXFP4, or a layout that is refused
      ├── InexactError            no tensor scale makes a domain exact, and `nearest` was not asked for
      ├── InputScaleError         W4A4 without usable activation scales
+     ├── DatasetError            calibration data that cannot be read, or holds no text
      ├── DestinationError        the destination exists, is locked, or belongs to another conversion
      ├── QuantizerError          a model whose quantizers do not belong to the checkpoint
      ├── EngineError             a cluster that cannot do the work, or lost it too often
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "DatasetError",
     "DestinationError",
     "EngineError",
     "Fp4CastError",
@@ -84,6 +86,10 @@ class InexactError(Fp4CastError):
 
 class InputScaleError(Fp4CastError):
     """W4A4 without usable activation scales."""
+
+
+class DatasetError(Fp4CastError):
+    """Calibration data that cannot be read, or holds no text."""
 
 
 class DestinationError(Fp4CastError):

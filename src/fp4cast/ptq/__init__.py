@@ -15,6 +15,7 @@ from fp4cast.ptq.cast import (  # noqa: E402
     quantizer_name_from_blocks_key,
 )
 from fp4cast.ptq.export import Exported, export  # noqa: E402
+from fp4cast.ptq.flow import Options, Quantized, quantize  # noqa: E402
 from fp4cast.ptq.modules import attach  # noqa: E402
 from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat  # noqa: E402
 from fp4cast.ptq.quantizer import (  # noqa: E402
@@ -27,7 +28,9 @@ __all__ = [
     "QFORMATS",
     "Exported",
     "NVFP4StaticQuantizer",
+    "Options",
     "QFormat",
+    "Quantized",
     "TensorQuantizer",
     "apply_to_model",
     "attach",
@@ -38,6 +41,7 @@ __all__ = [
     "find_qformat",
     "max_calibrate",
     "promote_nvfp4_static_quantizers",
+    "quantize",
     "quantizer_name_from_blocks_key",
     "set_expert_quantizer_amax",
 ]

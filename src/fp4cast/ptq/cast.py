@@ -30,6 +30,7 @@ from fp4cast.targets import choose_target
 __all__ = [
     "apply_to_model",
     "build_amax_map",
+    "cast_domains",
     "compute_global_amax_for_scales",
     "compute_per_block_amax_for_mxfp4",
     "quantizer_name_from_blocks_key",
@@ -133,7 +134,7 @@ def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> i
     return pair.blocks - int((before != after).any(axis=1).sum())
 
 
-def _domains(directory: Path, inexact: str) -> Iterator[tuple[str, Pair, Scaling]]:
+def cast_domains(directory: Path, inexact: str) -> Iterator[tuple[str, Pair, Scaling]]:
     """(quantizer's name, tensor, scaling) for every MXFP4 tensor of a checkpoint."""
     source = read_source(open_checkpoint(directory))
     for domain in scan(castable(source, choose_target(source.family, activations="w4a4")), inexact=inexact):
@@ -168,7 +169,7 @@ def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict
     with Files() as files:
         return {
             name: _facts(pair, scaling, _exponents(pair, files), files)
-            for name, pair, scaling in _domains(Path(checkpoint_dir), inexact)
+            for name, pair, scaling in cast_domains(Path(checkpoint_dir), inexact)
         }
 
 
@@ -187,7 +188,7 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
         QuantizerError: a quantizer is missing, of another kind, or of another size; nothing is changed then.
         InexactError: some tensor cannot be exact and `inexact` is "fail".
     """
-    found = list(_domains(Path(checkpoint_dir), inexact))
+    found = list(cast_domains(Path(checkpoint_dir), inexact))
     quantizers = {name: _find(model, name, pair) for name, pair, _ in found}
     applied = {}
     with Files() as files, torch.no_grad():

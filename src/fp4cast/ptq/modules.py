@@ -57,7 +57,7 @@ def _gpt_oss_forward(
     routed = []
     for expert in sorted(set(router_indices.flatten().tolist())):
         if expert < self.num_experts:
-            token, slot = torch.where(router_indices == expert)
+            slot, token = torch.where(expert == router_indices.T)  # in transformers' order: rows that round alike
             gate_up = states[token] @ gate_up_proj[expert] + self.gate_up_proj_bias[expert]
             routed.append((expert, token, slot, self._apply_gate(gate_up)))
     if not routed:

@@ -1,0 +1,134 @@
+"""Progress of long work: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+
+__all__ = ["Meter", "Steps", "gigabytes"]
+
+_PHASES = {
+    "scan": "reading scales",
+    "calibrate": "calibrating",
+    "layers": "calibrating",
+    "write": "writing",
+    "verify": "verifying",
+}
+_COUNTED = {"calibrate": "samples", "layers": "layers"}  # phases whose amounts are no bytes
+
+
+def gigabytes(nbytes: float) -> str:
+    """A size for people, in powers of 1000 as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+class _Amount(DownloadColumn):
+    """How much is done: bytes, or what else a phase counts."""
+
+    def render(self, task: Task) -> Text:
+        if unit := task.fields.get("unit"):
+            return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {unit}", style="progress.download")
+        return super().render(task)
+
+
+class _Speed(TransferSpeedColumn):
+    """Bytes a second; nothing where bytes are not what is counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.fields.get("unit") else super().render(task)
+
+
+class Meter:
+    """Progress of long work: bars on a terminal, a line now and then elsewhere. Called from worker threads."""
+
+    def __init__(self, console: Console, every: float = 10.0) -> None:
+        self.console, self.every = console, every
+        self.lock = threading.Lock()
+        self.done: Counter[str] = Counter()
+        self.begin: dict[str, float] = {}
+        self.last = self.latest = time.monotonic()
+        self.bars: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            _Amount(),
+            _Speed(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Meter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, phase: str, nbytes: int, total: int) -> None:
+        """Count bytes just done in a phase."""
+        with self.lock:
+            self.begin.setdefault(phase, self.latest)  # what is reported first began when the phase before ended
+            self.latest = time.monotonic()
+            self.done[phase] += nbytes
+            if self.console.is_terminal:
+                if phase not in self.bars:
+                    title = _PHASES.get(phase, phase)
+                    self.bars[phase] = self.progress.add_task(title, total=total, unit=_COUNTED.get(phase))
+                self.progress.update(self.bars[phase], completed=self.done[phase], total=total)
+            elif time.monotonic() - self.last >= self.every:
+                self.last = time.monotonic()
+                self._line(phase, total)
+
+    def _line(self, phase: str, total: int) -> None:
+        done = self.done[phase]
+        rate = done / max(time.monotonic() - self.begin[phase], 1e-9)
+        left = (total - done) / rate if rate else 0.0
+        sizes = f"{gigabytes(done)} of {gigabytes(total)}, {gigabytes(rate)}/s"
+        if unit := _COUNTED.get(phase):
+            sizes = f"{done} of {total} {unit}"
+        self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")
+
+
+class Steps:
+    """Progress of work that is counted in steps, like `Meter`."""
+
+    def __init__(self, console: Console, every: float = 10.0) -> None:
+        self.console, self.every, self.last, self.done = console, every, time.monotonic(), 0
+        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = self.progress.add_task("working", total=None)
+
+    def __enter__(self) -> Steps:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, steps: int, total: int) -> None:
+        """Count steps just done."""
+        self.done += steps
+        self.progress.update(self.bar, completed=self.done, total=total)
+        if not self.console.is_terminal and time.monotonic() - self.last >= self.every:
+            self.last = time.monotonic()
+            self.console.print(f"{self.done} of {total} steps")

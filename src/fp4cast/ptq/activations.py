@@ -1,0 +1,184 @@
+"""`fp4cast calibrate`: activation amax of a checkpoint's MXFP4 weights, for `convert --activations w4a4`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4cast.checkpoint import open_checkpoint
+from fp4cast.completion import Progress
+from fp4cast.conversion import real_path
+from fp4cast.errors import DestinationError, UnsupportedError, UsageError
+from fp4cast.extras import require
+from fp4cast.hub import resolve
+from fp4cast.inputs import InputScales
+from fp4cast.plan import castable
+from fp4cast.ptq.data import open_dataset, split, tokenize
+from fp4cast.ptq.layerwise import empty_decoder, run_layers
+from fp4cast.ptq.load import choose_device, load_tokenizer
+from fp4cast.ptq.observe import Observer
+from fp4cast.ptq.weights import Weights, expert_leaves
+from fp4cast.sources import Pair, read_source
+from fp4cast.staging import write_whole
+from fp4cast.targets import choose_target
+
+__all__ = ["Calibrated", "calibrate"]
+
+_BATCH = {"cpu": 4, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` found.
+
+    Attributes:
+        source: the checkpoint.
+        out: the file that was written.
+        amax: the largest magnitude of what each MXFP4 weight is multiplied with, by module.
+        idle: experts that saw no token, and have the largest amax of their layer's others.
+        samples: how many were run.
+        tokens: in all of them.
+        seconds: wall time.
+    """
+
+    source: str
+    out: str
+    amax: Mapping[str, float]
+    idle: int
+    samples: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "source": self.source,
+            "out": self.out,
+            "modules": len(self.amax),
+            "amax": {"least": min(self.amax.values()), "most": max(self.amax.values())},
+            "idle": self.idle,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dataset: str,
+    calib_size: int = 512,
+    calib_seq: int = 512,
+    batch_size: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Calibrated:
+    """Run a model layer by layer and write the amax of what its MXFP4 weights are multiplied with.
+
+    One layer is in memory at a time, so a model need not fit on the device, or in memory.
+
+    Args:
+        source: an MXFP4 checkpoint: a directory, or a Hugging Face model id.
+        out: a .json or .safetensors file: module -> amax, as `convert(input_scales=...)` takes it.
+        dataset: a text or .jsonl file, or a data set of the hub.
+        calib_size: samples at most.
+        calib_seq: tokens of a sample at most.
+        batch_size: samples that run together; 0 for 4 on a CPU and 16 on a GPU.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+        trust_remote_code: run model code that the checkpoint brings along.
+        overwrite: replace an existing file.
+        progress: called with ("layers", layers just done, layers in all).
+
+    Raises:
+        UnsupportedError: transformers names the model's tensors in another way than the checkpoint.
+        Fp4CastError: see `fp4cast.errors`.
+    """
+    begin = time.monotonic()
+    for name, number in (("calib_size", calib_size), ("calib_seq", calib_seq), ("batch_size", batch_size + 1)):
+        if number < 1:
+            raise UsageError(f"{name}: expected a positive number, got {number}")
+    path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_dataset(dataset)
+    checkpoint = open_checkpoint(resolve(source))
+    found = read_source(checkpoint)
+    pairs = castable(found, choose_target(found.family, activations="w4a4"))
+    samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
+    batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
+    name, decoder = empty_decoder(checkpoint, trust_remote_code)
+    observer = Observer()
+    run_layers(
+        name,
+        decoder,
+        Weights(checkpoint, found.pairs, chosen),
+        batches,
+        observer,
+        lambda n, total: progress("layers", n, total),
+    )
+    amax, idle = _by_module(observer.amax, pairs)
+    InputScales(None, amax, str(checkpoint.path)).require(amax)
+    _write(path, amax)
+    tokens = sum(sample.numel() for sample in samples)
+    return Calibrated(str(checkpoint.path), str(out), amax, idle, len(samples), tokens, time.monotonic() - begin)
+
+
+def _check_out(out: Path, overwrite: bool) -> Path:
+    if out.suffix not in (".json", ".safetensors"):
+        raise UsageError(f"--out {out}: expected a .json or .safetensors file")
+    path = real_path(out)
+    if not path.parent.is_dir():
+        raise DestinationError(f"{path.parent}: is no directory")
+    if path.exists() and not overwrite:
+        raise DestinationError(f"{path}: exists; pass --overwrite to replace it")
+    return path
+
+
+def _by_module(seen: Mapping[tuple[str, int], Tensor], pairs: Iterable[Pair]) -> tuple[dict[str, float], int]:
+    """(amax by module of the checkpoint, how many experts saw no token)."""
+    modules = {pair.module: pair for pair in pairs}
+    amax: dict[str, float] = {}
+    banks: dict[str, float] = {}  # the largest of a list of experts, by the modules' names without the expert
+    for (name, expert), tensor in seen.items():
+        value = float(tensor)
+        leaves = expert_leaves(name, modules)
+        for leaf in leaves[1] if leaves else ():
+            amax[f"{leaves[0]}.{expert}.{leaf}"] = value  # type: ignore[index]
+            banks[f"{leaves[0]}.*.{leaf}"] = max(value, banks.get(f"{leaves[0]}.*.{leaf}", 0.0))  # type: ignore[index]
+        for module in (name, name.removesuffix(".weight")):
+            if module in modules:
+                amax[module] = max(value, amax.get(module, 0.0))
+    idle = [module for module in modules if module not in amax]
+    for module in idle:
+        amax[module] = _of_the_others(module, banks)
+    return {module: amax[module] for module in modules}, len(idle)
+
+
+def _of_the_others(module: str, banks: Mapping[str, float]) -> float:
+    """What the other experts of a layer saw."""
+    experts, _, rest = module.rpartition(".experts.")
+    value = banks.get(f"{experts}.experts.*.{rest.partition('.')[2]}")
+    if value is None:
+        raise UnsupportedError(
+            f"{module}: the model never multiplied it with anything, so nothing is known of its input"
+        )
+    return value
+
+
+def _write(path: Path, amax: Mapping[str, float]) -> None:
+    if path.suffix == ".json":
+        data = (json.dumps(amax, indent=2) + "\n").encode()
+    else:
+        save = require("safetensors.torch", "ptq").save
+        data = save({module: torch.tensor(value, dtype=torch.float32) for module, value in amax.items()})
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error

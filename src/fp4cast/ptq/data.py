@@ -1,0 +1,155 @@
+"""Calibration data: a text file, a JSON-lines file or a data set of the hub, as batches of token ids.
+
+Samples that share a batch have the same length: nothing is padded, so no quantizer sees what padding would give.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4cast.errors import DatasetError, MissingExtraError
+from fp4cast.extras import require
+
+__all__ = ["Dataset", "open_dataset", "split", "tokenize"]
+
+_KEYS = ("text", "content", "article", "prompt", "question")
+_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where calibration text comes from.
+
+    Attributes:
+        name: as given.
+        path: of a local file; None for a data set of the hub.
+    """
+
+    name: str
+    path: Path | None
+
+    def records(self) -> Iterator[Any]:
+        """Strings, or lists of chat messages, in the order of the data.
+
+        Raises:
+            DatasetError: a line or record that holds no text.
+        """
+        if self.path is None:
+            yield from _hub_records(self.name)
+        elif self.path.suffix in _LINES:
+            with self.path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _record(_json(line, self.path, number), f"{self.path}, line {number}")
+        else:
+            yield self.path.read_text(encoding="utf-8")
+
+    @property
+    def whole(self) -> bool:
+        """One long text that is cut into samples, instead of samples that are cut off."""
+        return self.path is not None and self.path.suffix not in _LINES
+
+
+def open_dataset(name: str) -> Dataset:
+    """A file that exists, or else the id of a data set on the hub.
+
+    Raises:
+        DatasetError: neither can be read.
+        MissingExtraError: a data set of the hub needs `datasets`.
+    """
+    path = Path(name)
+    if path.is_file():
+        if not path.stat().st_size:
+            raise DatasetError(f"{path}: is empty")
+        return Dataset(name, path)
+    if path.suffix or name.count("/") > 1 or name.startswith((".", "~")):
+        raise DatasetError(f"{name}: no such file; expected a text or .jsonl file, or the id of a data set of the hub")
+    require("datasets", "datasets")
+    return Dataset(name, None)
+
+
+def _json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}, line {number}: is not valid JSON: {error}") from error
+
+
+def _record(record: Any, where: str) -> Any:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        if isinstance(messages := record.get("messages"), list) and messages:
+            return messages
+        for key in _KEYS:
+            if isinstance(text := record.get(key), str):
+                return text
+    keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    raise DatasetError(f"{where}: expected one of the keys messages, {', '.join(_KEYS)}; got {keys[:200]}")
+
+
+def _hub_records(name: str) -> Iterator[Any]:
+    datasets = require("datasets", "datasets")
+    try:
+        for number, record in enumerate(datasets.load_dataset(name, split="train", streaming=True)):
+            yield _record(dict(record), f"{name}, record {number}")
+    except (DatasetError, MissingExtraError):
+        raise
+    except Exception as error:  # whatever a hub, a network or a builder raises
+        raise DatasetError(f"{name}: cannot be loaded from the hub: {error}") from error
+
+
+def tokenize(dataset: Dataset, tokenizer: Any, count: int, length: int) -> list[Tensor]:
+    """The first samples of a data set.
+
+    Args:
+        dataset: where from.
+        tokenizer: of transformers.
+        count: how many, at most.
+        length: tokens of a sample, at most.
+
+    Returns:
+        Token ids int64 [1, n] of each, 1 <= n <= length.
+
+    Raises:
+        DatasetError: there is no sample.
+    """
+    samples = list(islice(_samples(dataset, tokenizer, length), count))
+    if not samples:
+        raise DatasetError(f"{dataset.name}: holds no text to calibrate on")
+    return samples
+
+
+def _samples(dataset: Dataset, tokenizer: Any, length: int) -> Iterator[Tensor]:
+    for record in dataset.records():
+        if isinstance(record, list):
+            if not tokenizer.chat_template:
+                raise DatasetError(
+                    f"{dataset.name}: holds chat messages, but the model's tokenizer has no chat template"
+                )
+            record = tokenizer.apply_chat_template(record, tokenize=False)
+        tokens = torch.tensor(tokenizer(record, add_special_tokens=not dataset.whole, verbose=False)["input_ids"])
+        pieces = torch.split(tokens, length) if dataset.whole else (tokens[:length],)
+        yield from (piece[None] for piece in pieces if len(piece))
+
+
+def split(samples: Iterable[Tensor], size: int) -> list[Tensor]:
+    """Batches [n, length] of samples of one length, n up to `size`; lengths in the order in which they first occur."""
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.shape[1]].append(sample)
+    return [torch.cat(list(part)) for group in groups.values() for part in _parts(group, size)]
+
+
+def _parts(group: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    for first in range(0, len(group), size):
+        yield group[first : first + size]

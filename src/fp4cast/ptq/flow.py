@@ -1,0 +1,258 @@
+"""The whole flow: check everything, load, calibrate, cast, export."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4cast.checkpoint import Checkpoint, open_checkpoint
+from fp4cast.completion import Progress
+from fp4cast.conversion import real_path
+from fp4cast.errors import UnsupportedError, UsageError
+from fp4cast.extras import require
+from fp4cast.hub import resolve
+from fp4cast.ptq.calibrate import max_calibrate
+from fp4cast.ptq.cast import apply_to_model, cast_domains
+from fp4cast.ptq.data import open_dataset, split, tokenize
+from fp4cast.ptq.export import Exported, export
+from fp4cast.ptq.load import choose_device, load_model, load_tokenizer
+from fp4cast.ptq.modules import attach
+from fp4cast.ptq.qformats import QFORMATS, find_qformat
+from fp4cast.sources import read_source
+from fp4cast.staging import check_destination
+from fp4cast.targets import choose_target
+
+__all__ = ["Options", "Quantized", "quantize"]
+
+CALIB_SIZE, CALIB_SEQ = 512, 512
+_FIRST_BATCH = {"cpu": 8, "cuda": 64}  # halved until one fits
+_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a data set of the hub), or use --qformat w4a16_nvfp4."
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did.
+
+    Attributes:
+        qformat: by which format.
+        cast: weights set from the MXFP4 checkpoint by closed form; None where that was not asked for.
+        calibration: counts "samples" and "tokens", and the "batch_size".
+        exported: what was written.
+        seconds: wall time of "load", "calibrate", "cast" and "export".
+        peak_memory: bytes of the "host" process and of the "device" (0 on a CPU).
+    """
+
+    qformat: str
+    cast: int | None
+    calibration: Mapping[str, int]
+    exported: Exported
+    seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+
+    @property
+    def exact(self) -> bool:
+        """The weights were cast, and every one equals the source's."""
+        return bool(self.cast) and not self.exported.inexact
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            **self.exported.to_json(),
+            "qformat": self.qformat,
+            "cast": self.cast,
+            "exact": self.exact,
+            "calibration": dict(self.calibration),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "peak_memory": dict(self.peak_memory),
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `quantize` is asked for; the names are those of ModelOpt's script.
+
+    Attributes:
+        pyt_ckpt_path: the model: a directory, or a Hugging Face model id.
+        export_path: the directory to make.
+        qformat: a name in `QFORMATS`.
+        cast_mxfp4_to_nvfp4: keep the weights of an MXFP4 checkpoint bit for bit instead of requantizing them.
+        dataset: for W4A4: a text or .jsonl file, or a data set of the hub, to calibrate activations on.
+        calib_size: samples at most; None for 512.
+        calib_seq: tokens of a sample at most; None for 512.
+        batch_size: samples that run together; 0 for as many as fit.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+        layout: "modelopt", or "compressed-tensors" for models without batched experts.
+        inexact: "fail" or "nearest", for weights that no tensor scale keeps.
+        overwrite: replace an existing `export_path`, once the new one is complete.
+        trust_remote_code: run model code that the checkpoint brings along.
+        jobs: threads that write; None for one a core.
+    """
+
+    pyt_ckpt_path: str | Path
+    export_path: str | Path
+    qformat: str
+    cast_mxfp4_to_nvfp4: bool = False
+    dataset: str | None = None
+    calib_size: int | None = None
+    calib_seq: int | None = None
+    batch_size: int = 0
+    device: str = "auto"
+    layout: str = "modelopt"
+    inexact: str = "fail"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    jobs: int | None = None
+
+
+def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantized:
+    """Quantize a checkpoint by loading it, running it, and writing it again.
+
+    Args:
+        options: what is wanted.
+        progress: called, maybe from threads, with (phase, amount just done, amount in all); "calibrate" counts samples,
+            the other phases bytes.
+
+    Raises:
+        UsageError: options that do not fit together, or not the checkpoint; before anything is loaded.
+        Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
+    """
+    checkpoint, samples = _check(options)
+    device, clock = choose_device(options.device), dict[str, float]()
+    with _timed(clock, "load"):
+        model = load_model(checkpoint, device, options.trust_remote_code)
+    loop = _Loop(samples, options.batch_size, device, progress)
+    with _timed(clock, "calibrate"):
+        attach(model, QFORMATS[options.qformat], static=options.cast_mxfp4_to_nvfp4)
+        max_calibrate(model, loop if samples else None)
+    with _timed(clock, "cast"):
+        cast = options.cast_mxfp4_to_nvfp4
+        applied = apply_to_model(model, checkpoint.path, options.inexact) if cast else None
+    with _timed(clock, "export"):
+        exported = export(
+            model,
+            options.export_path,
+            checkpoint.path,
+            layout=options.layout,
+            lossless=_lossless(applied or {}),
+            overwrite=options.overwrite,
+            jobs=options.jobs,
+            progress=progress,
+        )
+    tokens = sum(sample.numel() for sample in samples)
+    return Quantized(
+        qformat=options.qformat,
+        cast=None if applied is None else len(applied),
+        calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
+        exported=exported,
+        seconds=clock,
+        peak_memory=_peaks(device),
+    )
+
+
+def _lossless(applied: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Modules whose every value the cast keeps, by the names of their quantizers."""
+    kept = [name for name, facts in applied.items() if facts["n_lossless_blocks"] == facts["n_total_blocks"]]
+    return [name.removesuffix("weight_quantizer")[:-1] for name in kept]
+
+
+def _check(options: Options) -> tuple[Checkpoint, list[Tensor]]:
+    """Everything that can be known before a model is loaded: (the source, the calibration samples)."""
+    _check_words(options)
+    choose_device(options.device)
+    data = None if options.dataset is None else open_dataset(options.dataset)
+    require("transformers", "ptq")
+    checkpoint = open_checkpoint(resolve(options.pyt_ckpt_path))
+    _check_source(checkpoint, options)
+    check_destination(checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
+    if data is None:
+        return checkpoint, []
+    tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
+    return checkpoint, tokenize(data, tokenizer, options.calib_size or CALIB_SIZE, options.calib_seq or CALIB_SEQ)
+
+
+def _check_words(options: Options) -> None:
+    """Options that contradict each other, whatever the checkpoint."""
+    qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
+    if options.inexact not in ("fail", "nearest"):
+        raise UsageError(f"inexact must be 'fail' or 'nearest', got {options.inexact!r}")
+    if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
+        raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
+    numbers = {"--calib_size": options.calib_size, "--calib_seq": options.calib_seq, "--batch_size": options.batch_size}
+    for name, number in numbers.items():
+        if number is not None and number < (0 if name == "--batch_size" else 1):
+            raise UsageError(f"{name}: expected a positive number, got {number}")
+    if qformat.activations == "w4a4" and options.dataset is None:
+        raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
+    given = [name for name, value in {"--dataset": options.dataset, **numbers}.items() if value]
+    if qformat.activations == "w4a16" and given:
+        raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")
+
+
+def _check_source(checkpoint: Checkpoint, options: Options) -> None:
+    """Whether the checkpoint is one that the options are for."""
+    try:
+        choose_target(read_source(checkpoint).family, options.layout, "w4a4")
+    except UnsupportedError as error:
+        if options.cast_mxfp4_to_nvfp4:
+            raise UsageError(
+                f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {error} Drop the option to "
+                "quantize a BF16 model."
+            ) from error
+    if options.cast_mxfp4_to_nvfp4:
+        list(cast_domains(checkpoint.path, options.inexact))  # whether every tensor can be kept
+
+
+@dataclass
+class _Loop:
+    """Runs a model on samples, without its head, which no format quantizes."""
+
+    samples: Sequence[Tensor]
+    batch_size: int
+    device: str
+    progress: Progress
+
+    def __call__(self, model: nn.Module) -> None:
+        body: Any = model.base_model
+
+        def run(tokens: Tensor) -> None:
+            body(input_ids=tokens.to(self.device), use_cache=False)
+
+        self.batch_size = self.batch_size or self._fitting(run)
+        for batch in split(self.samples, self.batch_size):
+            run(batch)
+            self.progress("calibrate", len(batch), len(self.samples))
+
+    def _fitting(self, run: Callable[[Tensor], None]) -> int:
+        """The largest number of samples that fits, tried on copies of the longest."""
+        find = require("accelerate.utils", "ptq").find_executable_batch_size
+        longest = max(self.samples, key=lambda sample: sample.shape[1])
+
+        def attempt(batch_size: int) -> int:
+            run(longest.expand(batch_size, -1))
+            return batch_size
+
+        first = min(_FIRST_BATCH[torch.device(self.device).type], len(self.samples))
+        found: int = find(attempt, starting_batch_size=first)()
+        return found
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    clock[name] = time.monotonic() - begin
+
+
+def _peaks(device: str) -> dict[str, int]:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"host": host, "device": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)}

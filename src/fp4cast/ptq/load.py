@@ -1,0 +1,89 @@
+"""Models of transformers, loaded for quantization: MXFP4 experts as BF16, on one device after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4cast.checkpoint import Checkpoint
+from fp4cast.errors import CheckpointError, UsageError
+from fp4cast.extras import require
+from fp4cast.manifest import manifest
+
+__all__ = ["choose_device", "load_model", "load_tokenizer", "loading", "quantization_options"]
+
+
+def choose_device(name: str) -> str:
+    """A device that is there: "auto" is the GPU where there is one.
+
+    Raises:
+        UsageError: torch knows no such device, or it is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: expected cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
+    return name
+
+
+@contextmanager
+def loading(path: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises, as an error with the checkpoint's name."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load the {what}: {error}") from error
+
+
+def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `from_pretrained` must be told so that weights become BF16."""
+    transformers = require("transformers", "ptq")
+    method = manifest(checkpoint.config)[1].get("quant_method")
+    if method == "mxfp4":
+        return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+    if method == "compressed-tensors":
+        return {"quantization_config": transformers.CompressedTensorsConfig(run_compressed=False)}
+    return {}
+
+
+def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model with its weights in BF16 (or the checkpoint's own dtype), for inference.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    transformers = require("transformers", "ptq")
+    require("accelerate", "ptq")
+    with loading(checkpoint.path, "model"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype="auto",
+            device_map=device,
+            trust_remote_code=trust_remote_code,
+            **quantization_options(checkpoint),
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    transformers = require("transformers", "ptq")
+    with loading(checkpoint.path, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)

@@ -1,0 +1,74 @@
+"""Watching products: the largest magnitude of what each weight of a model is multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Observer"]
+
+_PRODUCTS = {
+    functional.linear,
+    torch.bmm,
+    torch.matmul,
+    torch.mm,
+    Tensor.__matmul__,
+    Tensor.bmm,
+    Tensor.matmul,
+    Tensor.mm,
+}
+
+
+class Observer(TorchFunctionMode):
+    """While active, every product of an input with a watched weight, or with one expert of it, is looked at.
+
+    It sees what any model computes, however its modules are written, as long as experts are multiplied one by one or
+    all together (transformers' eager implementation). Nothing is changed.
+
+    Attributes:
+        amax: float32 by (weight's name, expert); expert 0 for a weight of one projection.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amax: dict[tuple[str, int], Tensor] = {}
+        self._watched: dict[int, tuple[str, Tensor]] = {}
+
+    def watch(self, weights: Mapping[str, Tensor]) -> None:
+        """Watch these weights, [N, K] or experts [E, ...], instead of the ones before."""
+        self._watched = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in weights.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _PRODUCTS:
+            given = (*args, *(kwargs or {}).values())
+            if len(given) >= 2 and isinstance(given[0], Tensor) and isinstance(given[1], Tensor):
+                self._see(given[0], given[1])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        found = self._watched.get(weight.untyped_storage().data_ptr())
+        if found is None or not x.numel():
+            return
+        name, whole = found
+        if whole.ndim == 3 and weight.ndim == 3 and weight.shape[0] == whole.shape[0]:
+            for expert, rows in enumerate(x):
+                self._widen(name, expert, rows)
+            return
+        offset = weight.storage_offset() - whole.storage_offset()
+        self._widen(name, offset // whole.stride(0) if whole.ndim == 3 else 0, x)
+
+    def _widen(self, name: str, expert: int, x: Tensor) -> None:
+        seen = x.detach().abs().amax().float()
+        before = self.amax.get((name, expert))
+        self.amax[name, expert] = seen if before is None else torch.maximum(before, seen)

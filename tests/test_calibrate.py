@@ -1,0 +1,257 @@
+"""`fp4cast calibrate`: what it sees layer by layer is what a whole model in memory multiplies."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import save_file  # noqa: E402
+
+import fp4cast  # noqa: E402
+from fp4cast.checkpoint import open_checkpoint  # noqa: E402
+from fp4cast.errors import CheckpointError, DatasetError, DestinationError, UnsupportedError, UsageError  # noqa: E402
+from fp4cast.miniature import make  # noqa: E402
+from fp4cast.ptq import QFORMATS, attach, max_calibrate  # noqa: E402
+from fp4cast.ptq.activations import calibrate  # noqa: E402
+from fp4cast.ptq.data import open_dataset, split, tokenize  # noqa: E402
+from fp4cast.ptq.held import input_amax  # noqa: E402
+from fp4cast.ptq.layerwise import empty_decoder, run_layers  # noqa: E402
+from fp4cast.ptq.load import load_model, load_tokenizer  # noqa: E402
+from fp4cast.ptq.observe import Observer  # noqa: E402
+from fp4cast.ptq.weights import Weights  # noqa: E402
+from fp4cast.sources import read_source  # noqa: E402
+from test_cli import call, plain  # noqa: E402
+
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+FIXTURE = Path(__file__).parent / "fixtures" / "gpt-oss-tiny"
+TEXT = str(FIXTURE / "calibration.txt")
+FEW = {"dataset": TEXT, "calib_size": 10, "calib_seq": 64, "batch_size": 4, "device": "cpu"}
+TINY = {"vocab_size": 1024, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def batches(path=FIXTURE):
+    tokenizer = load_tokenizer(open_checkpoint(path))
+    return split(tokenize(open_dataset(TEXT), tokenizer, FEW["calib_size"], FEW["calib_seq"]), FEW["batch_size"])
+
+
+def mxfp4(weight):
+    """Codes uint8 [N, K/2] and E8M0 [N, K/32] by the OCP rule, and the values that they mean."""
+    blocks = weight.float().unflatten(-1, (-1, 32))
+    exponents = torch.frexp(blocks.abs().amax(-1)).exponent - 3
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    scaled = torch.ldexp(blocks, -exponents[..., None])
+    codes = (scaled.abs()[..., None] - table).abs().argmin(-1)
+    values = torch.ldexp(table[codes].copysign(scaled), exponents[..., None]).flatten(-2)
+    codes = (codes + 8 * scaled.signbit()).to(torch.uint8).flatten(-2)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, (exponents + 127).to(torch.uint8), values
+
+
+def pack(model, path, keep):
+    """Save a model as compressed-tensors would, its matrices in MXFP4; returns their values by name."""
+    model.to(torch.bfloat16).save_pretrained(path / "bf16")
+    (path / "mxfp4").mkdir()
+    tensors, values = {}, {}
+    with __import__("safetensors").safe_open(path / "bf16/model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            if tensor.ndim == 2 and not any(word in name for word in keep):
+                module = name.removesuffix(".weight")
+                packed, scales, values[name] = mxfp4(tensor)
+                tensors |= {f"{module}.weight_packed": packed, f"{module}.weight_scale": scales}
+            else:
+                tensors[name] = tensor
+    save_file(tensors, path / "mxfp4/model.safetensors", {"format": "pt"})
+    save_file(
+        tensors_of(path / "bf16") | {name: v.bfloat16() for name, v in values.items()}, path / "plain.safetensors"
+    )
+    config = json.loads((path / "bf16/config.json").read_text())
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32}}}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": groups, "ignore": [],
+    }  # fmt: skip
+    (path / "mxfp4/config.json").write_text(json.dumps(config))
+    (path / "plain.safetensors").rename(path / "bf16/model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / "mxfp4" / name).write_bytes((FIXTURE / name).read_bytes())
+    return path / "mxfp4"
+
+
+def tensors_of(path):
+    from safetensors.torch import load_file
+
+    return {name: tensor.bfloat16() for name, tensor in load_file(path / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_hidden_layers=3)
+    return pack(transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("dense"), ("embed", "lm_head"))
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    torch.manual_seed(1)
+    config = transformers.Qwen3MoeConfig(
+        **TINY, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_experts=64,
+        num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    keep = ("embed", "lm_head", "self_attn", "mlp.gate.")
+    return pack(transformers.Qwen3MoeForCausalLM(config), tmp_path_factory.mktemp("moe"), keep)
+
+
+# --- what it sees -----------------------------------------------------------------------------------------------------
+
+
+def test_gpt_oss_layer_by_layer_sees_what_the_whole_model_does(tmp_path):
+    model = load_model(open_checkpoint(FIXTURE), "cpu")
+    attach(model, QFORMATS["nvfp4_mlp_only"], static=True)
+    max_calibrate(model, lambda model: [model.base_model(input_ids=batch, use_cache=False) for batch in batches()])
+    found = calibrate(FIXTURE, tmp_path / "amax.json", **FEW)
+    assert found.amax == input_amax(model) == json.loads((tmp_path / "amax.json").read_text())
+    assert found.idle == 0 and found.samples == 10 and found.tokens == 640
+
+
+def test_a_dense_model(dense, tmp_path):
+    """Against hooks on the modules of a model that holds the same values in BF16."""
+    seen = {}
+
+    def look(name):
+        def hook(_, args):
+            seen[name] = max(seen.get(name, 0.0), float(args[0].abs().amax()))
+
+        return hook
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense.parent / "bf16", dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        for batch in batches():
+            model(input_ids=batch)
+    found = calibrate(dense, tmp_path / "amax.safetensors", **FEW)
+    assert found.amax == seen and len(seen) == 21
+    report = fp4cast.convert(dense, tmp_path / "dst", activations="w4a4", input_scales=tmp_path / "amax.safetensors")
+    assert report.exact and fp4cast.verify(dense, tmp_path / "dst").ok
+
+
+def test_experts_one_by_one(moe, tmp_path):
+    """Against the products of a whole model that holds the same values in BF16, expert by expert."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        moe.parent / "bf16", dtype=torch.bfloat16, experts_implementation="eager"
+    )
+    seen = {}
+
+    def record(module, args):
+        hidden, chosen, _ = args
+        for expert in range(module.num_experts):
+            states = hidden[(chosen == expert).any(dim=-1)]
+            if len(states):
+                gate, up = torch.nn.functional.linear(states, module.gate_up_proj[expert]).chunk(2, dim=-1)
+                for leaf, x in (("gate_proj", states), ("up_proj", states), ("down_proj", module.act_fn(gate) * up)):
+                    name = f"{module.name}.{expert}.{leaf}"
+                    seen[name] = max(seen.get(name, 0.0), float(x.abs().amax()))
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.name = name
+            module.register_forward_pre_hook(record)
+    with torch.no_grad():
+        for batch in batches(moe):
+            model(input_ids=batch)
+    found = calibrate(moe, tmp_path / "amax.json", **FEW)
+    assert found.idle == len(found.amax) - len(seen) > 0
+    assert {name: found.amax[name] for name in seen} == pytest.approx(seen, rel=0.02)
+    for name in found.amax.keys() - seen.keys():
+        bank, _, rest = name.partition(".experts.")
+        others = [
+            value for other, value in seen.items() if other.startswith(bank) and other.endswith(rest.split(".")[1])
+        ]
+        assert found.amax[name] == pytest.approx(max(others), rel=0.02)
+    assert fp4cast.convert(moe, tmp_path / "dst", activations="w4a4", input_scales=found.amax).exact
+
+
+def test_one_layer_at_a_time_is_in_memory():
+    checkpoint = open_checkpoint(FIXTURE)
+    name, decoder = empty_decoder(checkpoint)
+    real = []
+
+    def count(layer):
+        def hook(*_):
+            there = [i for i, each in enumerate(decoder.layers) if not next(each.parameters()).is_meta]
+            real.append((layer, there))
+
+        return hook
+
+    for i, layer in enumerate(decoder.layers):
+        layer.self_attn.register_forward_pre_hook(count(i))
+    steps = []
+    weights = Weights(checkpoint, read_source(checkpoint).pairs, "cpu")
+    run_layers(name, decoder, weights, batches(), Observer(), lambda *step: steps.append(step))
+    assert {(layer, tuple(there)) for layer, there in real} == {(i, (i,)) for i in range(4)}
+    assert len(real) == 4 * len(batches()) and steps == [(1, 4)] * 4
+    assert all(parameter.is_meta for parameter in decoder.parameters())
+
+
+def test_weights_are_those_that_transformers_loads():
+    model = load_model(open_checkpoint(FIXTURE), "cpu")
+    checkpoint = open_checkpoint(FIXTURE)
+    weights = Weights(checkpoint, read_source(checkpoint).pairs, "cpu")
+    for name, parameter in model.named_parameters():
+        found = weights.read(name, parameter.shape, torch.bfloat16)
+        assert torch.equal(found.view(torch.int16), parameter.view(torch.int16)), name
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_what_it_says_to_do_next(tmp_path):
+    args = [
+        "calibrate",
+        FIXTURE,
+        "--out",
+        tmp_path / "amax.json",
+        "--dataset",
+        TEXT,
+        "--calib-size",
+        3,
+        "--calib_seq",
+        32,
+    ]
+    result = call(*args)
+    assert result.exit_code == 0, result.stderr
+    assert "8, with an amax from" in plain(result.stdout) and "3 samples, 96 tokens" in plain(result.stdout)
+    assert "--activations w4a4 --input-scales" in plain(result.stdout)
+    assert call(*args).exit_code == 1
+    document = json.loads(call(*args, "--overwrite", "--json").stdout)
+    assert document["modules"] == 8 and document["idle"] == 0 and document["tokens"] == 96
+    options = ["--activations", "w4a4", "--input-scales", tmp_path / "amax.json"]
+    assert call("convert", FIXTURE, tmp_path / "dst", *options).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"out": "amax.txt"}, UsageError, "expected a .json or .safetensors file"),
+        ({"out": "none/amax.json"}, DestinationError, "is no directory"),
+        ({"calib_size": 0}, UsageError, "calib_size: expected a positive number, got 0"),
+        ({"dataset": "nothing.txt"}, DatasetError, "no such file"),
+        ({"device": "tpu"}, UsageError, "expected cpu, cuda"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, error, words):
+    out = tmp_path / options.pop("out", "amax.json")
+    with pytest.raises(error, match=words):
+        calibrate(FIXTURE, out, **{**FEW, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_run(dense, tmp_path):
+    with pytest.raises(CheckpointError, match="transformers cannot load the"):
+        calibrate(make("kimi-k3", tmp_path / "kimi"), tmp_path / "amax.json", **FEW)
+    with pytest.raises(UnsupportedError, match="BF16"):
+        calibrate(dense.parent / "bf16", tmp_path / "amax.json", **FEW)
+    assert not (tmp_path / "amax.json").exists()

@@ -1,0 +1,247 @@
+"""`fp4cast ptq` and the shell entry, on the trained model; what is refused is refused before a model is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import fp4cast  # noqa: E402
+from fp4cast.errors import CheckpointError, DatasetError, MissingExtraError, UsageError  # noqa: E402
+from fp4cast.miniature import make  # noqa: E402
+from fp4cast.ptq import Options, data, flow, quantize  # noqa: E402
+from test_cli import call, plain  # noqa: E402
+
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parent.parent
+FIXTURE = ROOT / "tests" / "fixtures" / "gpt-oss-tiny"
+TEXT = str(FIXTURE / "calibration.txt")
+FEW = ["--dataset", TEXT, "--calib_size", "6", "--calib_seq", "64"]
+
+
+def contents(directory):
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "fp4cast.json")
+    return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def test_the_command_writes_what_convert_writes(tmp_path):
+    args = ["--pyt_ckpt_path", FIXTURE, "--qformat", "nvfp4_mlp_only", "--export_path", tmp_path / "dst"]
+    result = call("ptq", *args, "--cast_mxfp4_to_nvfp4", *FEW, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["exact"] and found["cast"] == 8 and found["activations"] == "w4a4" and not found["inexact"]
+    assert found["calibration"] == {"samples": 6, "tokens": 6 * 64, "batch_size": 6}
+    assert set(found["seconds"]) == {"load", "calibrate", "cast", "export"} and found["peak_memory"]["host"] > 1e8
+    scales = input_scales(tmp_path / "dst")
+    assert len(scales) == 8
+    fp4cast.convert(FIXTURE, tmp_path / "file", activations="w4a4", input_scales=scales)
+    assert contents(tmp_path / "dst") == contents(tmp_path / "file")
+
+
+def input_scales(directory):
+    """Amax by module, from the input scales of a checkpoint."""
+    from safetensors import safe_open
+
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.endswith("_input_scale")]  # noqa: SIM118
+        return {name.removesuffix("_input_scale"): float(file.get_tensor(name)) * 2688 for name in names}
+
+
+def test_modern_spellings_and_words_for_people(tmp_path):
+    args = ["--pyt-ckpt-path", FIXTURE, "--qformat", "w4a16_nvfp4", "--export-path", tmp_path / "dst"]
+    result = call("ptq", *args, "--cast-mxfp4-to-nvfp4", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    text = plain(result.stdout)
+    assert "exact: all 8 MXFP4 tensors keep every value" in text and "24 quantized" in text
+    assert (tmp_path / "dst/config.json").exists() and (tmp_path / "dst/tokenizer.json").exists()
+
+
+def test_without_the_cast_the_loss_is_told(tmp_path):
+    args = ["--pyt_ckpt_path", FIXTURE, "--qformat", "nvfp4_experts_only", "--export_path", tmp_path / "dst"]
+    result = call("ptq", *args, *FEW, "--batch_size", "2")
+    assert result.exit_code == 0, result.stderr
+    text = plain(result.stdout)
+    assert "requantized; of 8 MXFP4 tensors, 0 kept every value" in text and "6 samples, 384 tokens; 2 together" in text
+    assert "SNR" in text
+
+
+def test_the_shell_entry(tmp_path):
+    script = [ROOT / "scripts/huggingface_example.sh", "--model", FIXTURE, "--quant=nvfp4_mlp_only"]
+    args = ["--cast_mxfp4_to_nvfp4", "--dataset", TEXT, "--calib", "3", "--calib_seq", "32", "--calib_batch_size", "3"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([*script, *args, "--device", "cpu"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert fp4cast.verify(FIXTURE, tmp_path / "saved_models_gpt-oss-tiny_nvfp4_mlp_only").exact
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--quant", "nvfp4"], "--model is missing"),
+        (["--model", "x"], "--quant is missing"),
+        (["--model", "x", "--quant"], "--quant needs a value"),
+        (["--model", "x", "--quant", "nvfp4", "--tp", "8"], "unknown option: --tp"),
+        (["x"], "unexpected argument: x"),
+    ],
+)
+def test_the_shell_entry_refuses(args, words):
+    done = subprocess.run([ROOT / "scripts/huggingface_example.sh", *args], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr
+    helped = subprocess.run([ROOT / "scripts/huggingface_example.sh", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--cast_mxfp4_to_nvfp4" in helped.stdout
+
+
+# --- refused before anything is loaded --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(flow, "load_model", lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("bf16")
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+W4A4, W4A16 = {"qformat": "nvfp4_mlp_only", "dataset": TEXT}, {"qformat": "w4a16_nvfp4"}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({**W4A4, "qformat": "fp8"}, "unknown qformat 'fp8'"),
+        ({**W4A4, "qformat": "int4_awq", "cast_mxfp4_to_nvfp4": True}, "'int4_awq' with --cast_mxfp4_to_nvfp4"),
+        ({**W4A4, "qformat": "nvfp4,fp8", "cast_mxfp4_to_nvfp4": True}, "expected one qformat with --cast_.*, got 2"),
+        ({**W4A4, "dataset": None}, "quantizes activations, which needs text .* Pass --dataset FILE"),
+        ({**W4A16, "dataset": TEXT}, "nothing is calibrated, so drop --dataset"),
+        ({**W4A16, "calib_size": 3, "calib_seq": 4}, "so drop --calib_size, --calib_seq"),
+        ({**W4A4, "calib_size": 0}, "--calib_size: expected a positive number, got 0"),
+        ({**W4A4, "batch_size": -1}, "--batch_size: expected a positive number, got -1"),
+        ({**W4A4, "inexact": "nearest"}, "--inexact nearest belongs to --cast_mxfp4_to_nvfp4"),
+        ({**W4A4, "inexact": "maybe"}, "inexact must be 'fail' or 'nearest'"),
+        ({**W4A4, "device": "tpu"}, "unknown device 'tpu'|expected cpu, cuda"),
+        ({**W4A4, "device": "meta"}, "device 'meta': expected cpu, cuda"),
+        ({**W4A4, "device": "cuda:99"}, "'cuda:99': this machine has . CUDA devices; try --device cpu"),
+        ({**W4A4, "layout": "compressed-tensors"}, "no engine reads gpt-oss in the compressed-tensors layout"),
+        ({**W4A4, "layout": "gguf"}, "unknown layout 'gguf'"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        quantize(Options(FIXTURE, tmp_path / "dst", **options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_cast_of_what_is_no_mxfp4(bf16, tmp_path):
+    with pytest.raises(UsageError, match=r"of an MXFP4 checkpoint, but .*BF16"):
+        quantize(Options(bf16, tmp_path / "dst", "w4a16_nvfp4", cast_mxfp4_to_nvfp4=True))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_destination_that_is_there(tmp_path):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst/mine").write_text("kept")
+    with pytest.raises(fp4cast.errors.DestinationError, match="--overwrite"):
+        quantize(Options(FIXTURE, tmp_path / "dst", "w4a16_nvfp4"))
+    assert call(
+        "ptq", "--pyt_ckpt_path", FIXTURE, "--qformat", "w4a16_nvfp4", "--export_path", tmp_path / "dst"
+    ).exit_code
+
+
+@pytest.mark.usefixtures("no_model")
+def test_weights_that_cannot_be_kept(tmp_path):
+    from test_ptq_cast import spoil
+
+    path = make("gpt-oss", tmp_path / "src")
+    spoil(path, "model.layers.0.mlp.experts.down_proj", spread=20)
+    with pytest.raises(fp4cast.errors.InexactError, match="down_proj"):
+        quantize(Options(path, tmp_path / "dst", "w4a16_nvfp4", cast_mxfp4_to_nvfp4=True))
+
+
+def test_what_transformers_cannot_load(tmp_path):
+    path = make("kimi-k3", tmp_path / "src")
+    with pytest.raises(CheckpointError, match="transformers cannot load the model"):
+        quantize(Options(path, tmp_path / "dst", "w4a16_nvfp4", cast_mxfp4_to_nvfp4=True))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(FIXTURE)
+
+
+def test_a_text_is_cut_and_no_token_is_lost(tokenizer):
+    samples = data.tokenize(data.open_dataset(TEXT), tokenizer, 10**6, 100)
+    assert {sample.shape for sample in samples[:-1]} == {(1, 100)} and 0 < samples[-1].shape[1] <= 100
+    assert tokenizer.decode(torch.cat(samples, dim=1)[0]) == Path(TEXT).read_text()
+    assert len(data.tokenize(data.open_dataset(TEXT), tokenizer, 3, 100)) == 3
+
+
+def test_lines_are_samples(tokenizer, tmp_path):
+    path = tmp_path / "some.jsonl"
+    records = [{"text": "alpha beta"}, "a plain string", {"prompt": "what?", "answer": "that"}, {"content": "x" * 500}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    samples = data.tokenize(data.open_dataset(str(path)), tokenizer, 10, 20)
+    assert [tokenizer.decode(sample[0]) for sample in samples[:3]] == ["alpha beta", "a plain string", "what?"]
+    assert samples[3].shape == (1, 20)
+
+
+def test_chat_messages_need_a_template(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    with pytest.raises(DatasetError, match="no chat template"):
+        data.tokenize(data.open_dataset(str(path)), tokenizer, 1, 20)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    samples = data.tokenize(data.open_dataset(str(path)), tokenizer, 1, 20)
+    tokenizer.chat_template = None
+    assert tokenizer.decode(samples[0][0]) == "<user>hello"
+
+
+def test_batches_hold_samples_of_one_length():
+    samples = [torch.full((1, length), i) for i, length in enumerate([5, 5, 3, 5, 3])]
+    batches = data.split(samples, 2)
+    assert [tuple(batch.shape) for batch in batches] == [(2, 5), (1, 5), (2, 3)]
+    assert sorted(int(row[0]) for batch in batches for row in batch) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"text": 1}', "line 1: expected one of the keys messages, text, .* got text"),
+        ('{"text": "a"}\n{', "line 2: is not valid JSON"),
+        ("[1]", "line 1: expected .* got list"),
+        ("\n\n", "holds no text"),
+    ],
+)
+def test_lines_that_hold_no_text(tokenizer, tmp_path, text, words):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        data.tokenize(data.open_dataset(str(path)), tokenizer, 10, 20)
+
+
+def test_data_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DatasetError, match="is empty"):
+        data.open_dataset(str(tmp_path / "empty.txt"))
+    with pytest.raises(DatasetError, match="no such file"):
+        data.open_dataset(str(tmp_path / "none.jsonl"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fp4cast\[datasets\]'"):
+        data.open_dataset("abisee/cnn_dailymail")
