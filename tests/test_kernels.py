@@ -199,6 +199,8 @@ def test_block_scales_of_every_amax(top):
         amax = (torch.arange(1 << 23, device="cuda", dtype=torch.int32) + first).view(torch.float32)
         scales = gpu.quantize(torch.ones(1 << 23, 2, device="cuda"), amax, top, 2)[1]
         assert torch.equal(scales.reshape(-1), reference.block_scales(amax, top).view(torch.uint8))
+        own = gpu.quantize(torch.stack([-amax, amax / 2], dim=1), None, top, 2)[1]
+        assert torch.equal(own.reshape(-1), reference.own_block_scales(amax, top).view(torch.uint8))
 
 
 @pytest.mark.gpu

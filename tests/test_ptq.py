@@ -262,24 +262,34 @@ def amaxes(model):
     return {name: module.amax for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
 
 
-def rank(number, directory):
-    distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=2)
-    model = llama()
-    attach(model, QFORMATS["nvfp4"], static=True)
-    max_calibrate(model, lambda m: m(tokens() + 30 * number if number else tokens()))
-    torch.save(amaxes(model), f"{directory}/{number}")
+def rank(number, directory, backend):
+    device = f"cuda:{number}" if backend == "nccl" else "cpu"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, init_method=f"file://{directory}/store", rank=number, world_size=2)
+    calibrated = calibrate_alone(number, device, distributed_sync=True)
+    torch.save(calibrated, f"{directory}/{number}")
     distributed.destroy_process_group()
 
 
-def test_two_ranks_end_with_the_same_amax(tmp_path):
-    multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
+def calibrate_alone(number, device, **options):
+    """Amax by quantizer of what one rank is given."""
+    model = llama().to(device)
+    attach(model, QFORMATS["nvfp4"], static=True)
+    data = (tokens() + 30 * number).to(device) if number else tokens().to(device)
+    max_calibrate(model, lambda m: m(data), **options)
+    return {name: amax if amax is None else amax.cpu() for name, amax in amaxes(model).items()}
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes two GPUs")
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_two_ranks_end_with_the_same_amax(tmp_path, backend):
+    multiprocessing.spawn(rank, (str(tmp_path), backend), nprocs=2)
     first, second = (torch.load(tmp_path / str(number)) for number in range(2))
-    alone = []
-    for number in range(2):
-        model = llama()
-        attach(model, QFORMATS["nvfp4"], static=True)
-        max_calibrate(model, lambda m, n=number: m(tokens() + 30 * n if n else tokens()), distributed_sync=False)
-        alone.append(amaxes(model))
+    device = "cuda" if backend == "nccl" else "cpu"
+    alone = [calibrate_alone(number, device, distributed_sync=False) for number in range(2)]
     differ = 0
     for name, amax in first.items():
         if amax is None:

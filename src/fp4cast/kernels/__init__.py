@@ -1,12 +1,14 @@
 """NVFP4 on tensors of torch: fake quantization, and quantization into packed codes; on a GPU by Triton (extra `ptq`).
 
 The functions choose by where the tensor is; `reference` (torch) and `gpu` (Triton) have the same signatures and give
-the same bits. A block's scale is that of ModelOpt's exporter, in FP32 and in this order:
+the same bits. A block's scale is that of ModelOpt's exporter, in FP32 and in the order that is written here, which
+decides ties:
 
-    s = E4M3(clamp((amax / 6) * 448 / (global_amax / 6), 2^-9, 448)),    S = global_amax / (6 * 448)
+    S = global_amax / (6 * 448)
+    s = E4M3(clamp((amax / 6) * 448 / (global_amax / 6), 2^-9, 448))    where an amax is given; 0 counts as 6
+    s = E4M3(clamp(amax / (6 * S), 2^-9, 448))                          where it is the block's own; 1 if that is 0
 
-where an amax of 0 counts as 6, and a global amax of 0 as 6 * 448. A value x becomes E2M1(x / (s * S)) * (s * S), ties
-to the even code.
+A global amax of 0 counts as 6 * 448. A value x becomes E2M1(x / (s * S)) * (s * S), ties to the even code.
 """
 
 from __future__ import annotations

@@ -75,6 +75,18 @@ def _block_scale(amax, top, quick):
 
 
 @triton.jit
+def _own_block_scale(amax, top, tensor_scale, quick):
+    unit = tensor_scale * 6.0
+    if quick:
+        one = tl.full(amax.shape, 1.0, tl.float32)
+        wanted = _divide(tl.minimum(amax, top * 2), one * unit, one * tl.div_rn(1.0, unit))
+    else:
+        wanted = tl.div_rn(amax, tl.broadcast_to(unit, amax.shape))
+    wanted = tl.where(amax == 0, 1.0, wanted)
+    return _round_e4m3(tl.minimum(tl.maximum(wanted, 0.001953125), 448.0))
+
+
+@triton.jit
 def _load(
     x, amax, global_amax, blocks, block: tl.constexpr, many: tl.constexpr, dynamic: tl.constexpr, fused: tl.constexpr
 ):
@@ -88,7 +100,8 @@ def _load(
     top = tl.where(top > 0, top, 2688.0)
     tensor_scale = tl.div_rn(top, 2688.0)
     quick = fused & _ordinary(tensor_scale)
-    return rows, inside, offsets, values, _block_scale(largest, top, quick), tensor_scale, quick
+    scale = _own_block_scale(largest, top, tensor_scale, quick) if dynamic else _block_scale(largest, top, quick)
+    return rows, inside, offsets, values, scale, tensor_scale, quick
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fp4cast.formats import E4M3_MAX
 
-__all__ = ["block_scales", "fake_quant", "own_block_scales", "quantize", "round_e2m1", "steps", "tensor_scale"]
+__all__ = ["block_scales", "fake_quant", "own_block_scales", "quantize", "round_e2m1", "tensor_scale"]
 
 E2M1_MAX = 6.0
 SMALLEST_SCALE = 2.0**-9
@@ -22,9 +22,9 @@ def block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
 
 
 def own_block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
-    """The same as ModelOpt's exporter computes them from a weight whose amax was not kept: amax / (6 * S), 0 as 1."""
-    wanted = amax.float() / (E2M1_MAX * tensor_scale(global_amax))
-    wanted = torch.where(wanted == 0, torch.ones_like(wanted), wanted)
+    """The same where amax [n] was measured on the spot: amax / (6 * S), and 1 for blocks of zeros."""
+    amax = amax.float()
+    wanted = torch.where(amax == 0, torch.ones_like(amax), amax / (E2M1_MAX * tensor_scale(global_amax)))
     return wanted.clamp(SMALLEST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
@@ -32,9 +32,11 @@ def _positive(amax: Tensor, otherwise: float) -> Tensor:
     return torch.where(amax > 0, amax, torch.full_like(amax, otherwise))
 
 
-def steps(amax: Tensor, global_amax: Tensor) -> Tensor:
-    """What one unit of a code is worth: s * S, float32 [n]."""
-    return block_scales(amax, global_amax).float() * tensor_scale(global_amax)
+def _scales(blocks: Tensor, amax: Tensor | None, global_amax: Tensor) -> Tensor:
+    """Block scales by the amax that is given, or that of the blocks [n, block]."""
+    if amax is None:
+        return own_block_scales(blocks.abs().amax(dim=1), global_amax)
+    return block_scales(amax.reshape(-1), global_amax)
 
 
 def tensor_scale(global_amax: Tensor) -> Tensor:
@@ -54,18 +56,17 @@ def round_e2m1(x: Tensor) -> Tensor:
 def fake_quant(x: Tensor, amax: Tensor | None, global_amax: Tensor, out_dtype: torch.dtype, block: int) -> Tensor:
     """See `fp4cast.kernels.static_blockwise_fp4_fake_quant`; amax None: that of each block."""
     blocks = x.reshape(-1, block).float()
-    step = steps(blocks.abs().amax(dim=1) if amax is None else amax.reshape(-1), global_amax)[:, None]
+    step = (_scales(blocks, amax, global_amax).float() * tensor_scale(global_amax))[:, None]
     return (round_e2m1(blocks / step) * step).to(out_dtype).reshape(x.shape)
 
 
 def quantize(x: Tensor, amax: Tensor | None, global_amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """See `fp4cast.kernels.quantize_nvfp4`."""
     blocks = x.reshape(-1, block).float()
-    amax = blocks.abs().amax(dim=1) if amax is None else amax.reshape(-1)
-    values = round_e2m1(blocks / steps(amax, global_amax)[:, None])
+    scales = _scales(blocks, amax, global_amax)
+    values = round_e2m1(blocks / (scales.float() * tensor_scale(global_amax))[:, None])
     size = values.abs()
     codes = torch.where(size < 2, 2 * size, torch.where(size < 4, size + 2, size / 2 + 4)).to(torch.uint8)
     codes |= values.signbit().to(torch.uint8) << 3
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
-    scales = block_scales(amax, global_amax).view(torch.uint8)
-    return packed.reshape(*x.shape[:-1], -1), scales.reshape(*x.shape[:-1], -1)
+    return packed.reshape(*x.shape[:-1], -1), scales.view(torch.uint8).reshape(*x.shape[:-1], -1)

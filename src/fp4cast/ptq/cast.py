@@ -107,9 +107,11 @@ def compute_per_block_amax_for_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return _amax(block_scale_bytes(exponents, scaling, E8M0_BIAS, lambda odd: codes[odd]), scaling)
 
 
-def _amax(block_scales: Bytes, scaling: Scaling) -> Tensor:
-    values = 6 * E4M3.values[block_scales] * scaling.tensor_scale
-    return torch.from_numpy(values.astype(np.float32)).reshape(-1, 1)
+def _amax(block_scales: Bytes, scaling: Scaling, device: torch.device | str = "cpu") -> Tensor:
+    """Block amax float32 [n, 1] of E4M3 codes: the bytes travel to the device, the table is looked up there."""
+    table = torch.from_numpy((6 * E4M3.values * scaling.tensor_scale).astype(np.float32)).to(device)
+    codes = torch.from_numpy(block_scales.reshape(-1)).to(device)
+    return table[codes.int()].reshape(-1, 1)
 
 
 def _exponents(pair: Pair, files: Files) -> Bytes:
@@ -196,16 +198,17 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
             exponents = _exponents(pair, files)
             scales = block_scale_bytes(exponents, scaling, pair.bias, lambda odd, pair=pair: _codes(pair, files, odd))  # type: ignore[misc]
             quantizer = quantizers[name]
-            _set(quantizer, _amax(scales, scaling), _TOP * scaling.tensor_scale)
+            _set(quantizer, scales, scaling)
             applied[name] = _facts(pair, scaling, exponents, files)
     return applied
 
 
-def _set(quantizer: NVFP4StaticQuantizer, amax: Tensor, global_amax: float) -> None:
+def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling) -> None:
     """In place and in the buffer's own shape: what refers to it sees the new values."""
     if quantizer.amax is not None:  # as `_find` has seen
-        quantizer.amax.copy_(amax.reshape(quantizer.amax.shape))
-        quantizer.global_amax = torch.tensor(global_amax, device=quantizer.amax.device)
+        device = quantizer.amax.device
+        quantizer.amax.copy_(_amax(block_scales, scaling, device).reshape(quantizer.amax.shape))
+        quantizer.global_amax = torch.tensor(_TOP * scaling.tensor_scale, device=device)
 
 
 def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:

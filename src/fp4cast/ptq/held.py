@@ -68,28 +68,27 @@ class Weight:
 
     def codes(self, part: int) -> Bytes:
         """Packed codes of one part as they are stored: uint8 [N, K/2], or [K/2, N]."""
-        rows = self._part(part)
-        return self._stored(quantize_nvfp4(rows, self._top, self._amax(part, rows))[0])
+        return self._stored(quantize_nvfp4(self._part(part), self._top, self._amax(part))[0])
 
     def block_scales(self, part: int) -> Bytes:
         """E4M3 block scales of one part as they are stored: uint8 [N, K/16], or [K/16, N]."""
         *_, lines, width = self.rows.shape
-        scales = block_scales(self._amax(part), self._top).view(torch.uint8)
-        return self._stored(scales.reshape(lines, width // NV_BLOCK))
+        amax = self._amax(part)
+        if amax is None:
+            amax = self._part(part).reshape(-1, NV_BLOCK).abs().amax(dim=1)
+            scales = own_block_scales(amax, self._top)
+        else:
+            scales = block_scales(amax, self._top)
+        return self._stored(scales.view(torch.uint8).reshape(lines, width // NV_BLOCK))
 
     def _part(self, part: int) -> torch.Tensor:
         return (self.rows[part] if self.rows.ndim == 3 else self.rows).contiguous()
 
-    def _amax(self, part: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Block amax of one part, float32: the quantizer's if it is static, else what gives the weight's own scales.
-
-        ModelOpt divides in another order where the amax was not kept, which now and then decides a tie. Six times the
-        scale that comes out is an amax from which the one order gives what the other did.
-        """
-        if self.quantizer.static and self.quantizer.amax is not None:
-            return self.quantizer.amax.reshape(self.parts, -1)[part]
-        blocks = (self._part(part) if rows is None else rows).reshape(-1, NV_BLOCK)
-        return 6 * own_block_scales(blocks.abs().amax(dim=1), self._top).float() * tensor_scale(self._top)
+    def _amax(self, part: int) -> torch.Tensor | None:
+        """Block amax of one part, float32; None where the quantizer keeps none, and the weight's own counts."""
+        if not self.quantizer.static or self.quantizer.amax is None:
+            return None
+        return self.quantizer.amax.reshape(self.parts, -1)[part]
 
     def _stored(self, x: torch.Tensor) -> Bytes:
         stored: Bytes = (x.transpose(-1, -2) if self.target.transposed else x).contiguous().cpu().numpy()

@@ -19,6 +19,12 @@ from fp4cast.kernels import dynamic_fp4_fake_quant, static_blockwise_fp4_fake_qu
 __all__ = ["NVFP4StaticQuantizer", "TensorQuantizer", "promote_nvfp4_static_quantizers"]
 
 
+def _largest(x: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, float32, in one pass and without a copy of the magnitudes."""
+    found: Tensor = torch.linalg.vector_norm(x, ord=float("inf"), dim=dim)
+    return found.float()
+
+
 class TensorQuantizer(nn.Module):
     """Rounds a tensor to NVFP4 along its last axis.
 
@@ -88,9 +94,10 @@ class TensorQuantizer(nn.Module):
         if self.static:
             if x.shape[-1] % NV_BLOCK:
                 raise ShapeError(f"x {tuple(x.shape)}: expected a last axis of whole blocks of {NV_BLOCK}")
-            seen = x.detach().reshape(-1, NV_BLOCK).abs().amax(dim=1, keepdim=True).float()
+            parts = x.detach() if x.ndim > 2 else (x.detach(),)  # a bank's experts: their copies need not all be there
+            seen = torch.cat([_largest(part.reshape(-1, NV_BLOCK), dim=1)[:, None] for part in parts])
         else:
-            seen = x.detach().abs().amax().float()
+            seen = _largest(x.detach())
         if self._amax is not None and self._amax.shape != seen.shape:
             raise ShapeError(f"blocks {tuple(seen.shape)}: expected {tuple(self._amax.shape)}, as calibrated before")
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
