@@ -50,7 +50,7 @@ def test_data_flows_one_way(module):
     assert not reach(module) & set(ORDER[ORDER.index(module) + 1 :])
 
 
-CORE = [path for path in FILES if not {"kernels", "ptq", "torch.py"} & set(path.parts)]
+CORE = [path for path in FILES if not {"kernels", "ptq", "hf", "torch.py"} & set(path.parts)]
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.stem)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from fp4cast.errors import UsageError
 from fp4cast.sources import Family, Pair
 
-__all__ = ["Activations", "LayoutName", "Names", "Target", "choose_target"]
+__all__ = ["MODELOPT", "MODELOPT_FUSED", "Activations", "LayoutName", "Names", "Target", "choose_target"]
 
 LayoutName = Literal["modelopt", "compressed-tensors"]
 Activations = Literal["w4a16", "w4a4"]
@@ -88,13 +88,13 @@ class Target:
         return "NVFP4" if self.activations == "w4a4" else "W4A16_NVFP4"
 
 
-_MODELOPT = Names(".weight", ".weight_scale", ".weight_scale_2", ".input_scale")
-_MODELOPT_FUSED = Names("", "_weight_scale", "_weight_scale_2", "_input_scale")
+MODELOPT = Names(".weight", ".weight_scale", ".weight_scale_2", ".input_scale")
+MODELOPT_FUSED = Names("", "_weight_scale", "_weight_scale_2", "_input_scale")
 _COMPRESSED = Names(".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 
 # Where each family can be served, from reading vLLM 0.32/0.33 and SGLang 0.5.23.
 _SERVED = {
-    ("gpt-oss", "modelopt"): "no released engine loads NVFP4 gpt-oss yet; this is ModelOpt's own fused export layout",
+    ("gpt-oss", "modelopt"): "transformers, with fp4cast.hf; no released engine yet. ModelOpt's own fused export layout",
     ("deepseek-v4", "modelopt"): "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)",
     ("kimi-k3", "modelopt"): "vLLM and SGLang (ModelOpt MIXED_PRECISION)",
     ("kimi-k3", "compressed-tensors"): "vLLM",
@@ -127,7 +127,7 @@ def choose_target(family: Family, layout: str = "modelopt", activations: str | N
             "(calibrated amax values) or --input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)"
         )
     compressed = layout == "compressed-tensors"
-    suffixes = _COMPRESSED if compressed else _MODELOPT_FUSED if family.blocked else _MODELOPT
+    suffixes = _COMPRESSED if compressed else MODELOPT_FUSED if family.blocked else MODELOPT
     return Target(
         layout="compressed-tensors" if compressed else "modelopt",
         activations="w4a4" if activations == "w4a4" else "w4a16",

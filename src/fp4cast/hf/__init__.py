@@ -1,0 +1,61 @@
+"""NVFP4 in transformers: after `import fp4cast.hf`, `from_pretrained` reads what `convert` writes (extra `ptq`).
+
+The layouts are those of `quant_method` "modelopt" and "modelopt_mixed". Weights become the dtype that is asked for, or
+BF16, tensor by tensor, on the device that each is loaded to; the model is then a plain one, without a quantizer and
+without a quantization_config, and `save_pretrained` writes it as such. Before any weight is read, every tensor of the
+checkpoint is looked at: one that is missing, left over, or not as the config says is a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fp4cast.errors import MissingExtraError
+from fp4cast.extras import require
+
+require("torch", "ptq")
+_transformers = require("transformers", "ptq")
+# Its loader's interface for quantizers changes; what is new in 5.23 is asked for, not the number.
+if not hasattr(require("transformers.core_model_loading", "ptq").ConversionOps, "supports_many_to_many"):
+    raise MissingExtraError(
+        f"fp4cast.hf needs transformers 5.23 or newer, {_transformers.__version__} is installed: "
+        "pip install --upgrade 'fp4cast[ptq]' 'transformers>=5.23'"
+    )
+
+from transformers.quantizers import auto  # noqa: E402
+
+from fp4cast.hf.config import METHODS, ModelOptNvfp4Config  # noqa: E402
+from fp4cast.hf.quantizer import ModelOptNvfp4Quantizer  # noqa: E402
+
+__all__ = ["METHODS", "ModelOptNvfp4Config", "ModelOptNvfp4Quantizer", "register"]
+
+
+def register(replace: bool = False) -> tuple[str, ...]:
+    """Make transformers read the methods of `METHODS` with fp4cast; done at import, and harmless when repeated.
+
+    A method that another package, or a later transformers, has registered stays as it is, with a line in the log.
+
+    Args:
+        replace: take over such a method as well.
+
+    Returns:
+        The methods that fp4cast reads now.
+    """
+    return tuple(method for method in METHODS if _register(method, replace))
+
+
+def _register(method: str, replace: bool) -> bool:
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    there = [table[method] for table in tables if method in table]
+    if not replace and any(not each.__module__.startswith(f"{__name__}.") for each in there):
+        owner = f"{there[0].__module__}.{there[0].__qualname__}"
+        logging.getLogger(__name__).warning("%s reads %r: fp4cast.hf.register(replace=True) takes over", owner, method)
+        return False
+    for table in tables:  # the public functions refuse a name that is there, and so a reloaded module
+        table.pop(method, None)
+    auto.register_quantizer(method)(ModelOptNvfp4Quantizer)
+    auto.register_quantization_config(method)(ModelOptNvfp4Config)
+    return True
+
+
+register()

@@ -1,0 +1,74 @@
+"""The quantization_config of the ModelOpt layout, as transformers holds it while a model is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp4cast.claims import read_claims
+from fp4cast.errors import CheckpointError
+from fp4cast.formats import NV_BLOCK
+
+__all__ = ["METHODS", "ModelOptNvfp4Config"]
+
+METHODS = ("modelopt", "modelopt_mixed")
+
+
+class ModelOptNvfp4Config(QuantizationConfigMixin):
+    """A quantization_config that has been checked.
+
+    Attributes:
+        quant_method: one of `METHODS`.
+        dequantize: True, which makes transformers drop the config once the weights are loaded.
+        claims: which modules are NVFP4, by the names that they have in the checkpoint.
+    """
+
+    dequantize = True
+
+    def __init__(self, **section: Any) -> None:
+        """Of the entries of config.json's quantization_config.
+
+        Raises:
+            CheckpointError: an entry is not what it must be.
+            UnsupportedError: it describes no NVFP4 checkpoint of a layout that fp4cast writes.
+        """
+        _check(section)
+        self.claims = read_claims({"quantization_config": section})
+        self.quant_method = section["quant_method"]
+        self._section = copy.deepcopy(section)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries, as they are written."""
+        return copy.deepcopy(self._section)
+
+
+def _check(section: Mapping[str, Any]) -> None:
+    """What `read_claims` takes lightly, or does not look at."""
+    ignore = section.get("ignore", [])
+    if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+        raise _fault("ignore", ignore, "a list of names")
+    _check_group(section, "group_size")
+    for table in ("quantized_layers", "config_groups"):
+        entries = section.get(table, {})
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise _fault(table, entries, "an object of objects")
+        for name, entry in entries.items():
+            _check_group(entry, "group_size", f"{table}.{name}.")
+    for name, group in section.get("config_groups", {}).items():
+        weights = group.get("weights")
+        if not isinstance(weights, dict) or weights.get("num_bits", 4) != 4:
+            raise _fault(f"config_groups.{name}.weights", weights, "an object with num_bits 4")
+        _check_group(weights, "group_size", f"config_groups.{name}.weights.")
+
+
+def _check_group(entries: Mapping[str, Any], key: str, at: str = "") -> None:
+    size = entries.get(key, NV_BLOCK)
+    if type(size) is not int or size != NV_BLOCK:
+        raise _fault(at + key, size, str(NV_BLOCK))
+
+
+def _fault(key: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(f"quantization_config: {key} is {str(found)[:200]!r}, expected {expected}")
