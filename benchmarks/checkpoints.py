@@ -160,6 +160,7 @@ def gpt_oss(layers: int, _: float) -> Draft:
     specs += [dense("lm_head.weight", vocabulary, hidden), dense("model.norm.weight", hidden)]
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config = {
+        "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "num_hidden_layers": layers,
         "num_local_experts": 32,

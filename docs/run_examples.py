@@ -1,7 +1,7 @@
 """Run the examples of the pages: every `console` command with its output, every `python` block.
 
 In a console block, lines after `$ ` are commands; the lines below are the output, where a line `...` stands for any
-number of lines. Commands run one after another in one empty directory.
+number of lines. Commands run one after another in one directory, which holds nothing but the way to `tests/fixtures`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/exactness.md")
+PAGES = ("README.md", "docs/exactness.md", "docs/ptq.md")
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -45,6 +45,8 @@ def main() -> int:
         "COLUMNS": "80",
     }
     with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "tests").mkdir()
+        Path(scratch, "tests", "fixtures").symlink_to(ROOT / "tests" / "fixtures")
         for command, expected in [example for page in PAGES for example in examples((ROOT / page).read_text())]:
             done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
             good = done.returncode == 0 and (expected is None or matches(expected, done.stdout.splitlines()))
