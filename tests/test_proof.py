@@ -78,7 +78,7 @@ def test_with_activations_in_fp4_the_cast_predicts_better(windows):
 
 
 def test_the_documented_table_is_the_measured_one():
-    rows = json.loads((ROOT / "benchmarks/results/perplexity.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks/results/ptq/perplexity.json").read_text())["rows"]
     text = (ROOT / "docs/ptq.md").read_text()
     for row in rows:
         assert f"{row['perplexity']:.2f}" in text

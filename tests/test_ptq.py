@@ -258,6 +258,42 @@ def test_experts_without_tokens_take_the_amax_of_the_group():
     assert all(layer.input_quantizer.amax == largest for layer in layers)
 
 
+class Mixture(nn.Module):
+    """Experts in a list, of which each token takes the first or the second; the third is idle."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 32)}) for _ in range(3))
+
+    def forward(self, x):
+        return torch.cat([self.experts[0]["up_proj"](x[:2]), self.experts[1]["up_proj"](x[2:])])
+
+
+def test_calibration_gives_idle_experts_what_the_others_saw():
+    model, x = nn.ModuleDict({"mlp": Mixture()}), torch.randn(4, 32)
+    attach(model, QFORMATS["nvfp4_experts_only"])
+    max_calibrate(model, lambda model: model["mlp"](x))
+    seen = [float(expert["up_proj"].input_quantizer.amax) for expert in model["mlp"].experts]
+    assert seen == [float(x[:2].abs().max()), float(x[2:].abs().max()), float(x.abs().max())]
+
+
+def test_calibrating_again_starts_afresh():
+    model = llama()
+    attach(model, QFORMATS["nvfp4"], static=True)
+    max_calibrate(model, lambda m: m(tokens()))
+    first = {name: None if amax is None else amax.clone() for name, amax in amaxes(model).items()}
+    weights = [(quantizer, quantizer.global_amax.clone()) for _, quantizer, _ in quantized_weights(model)]
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer) and module.amax is not None:
+            module.amax = module.amax * 7
+            if isinstance(module, NVFP4StaticQuantizer):
+                module.global_amax = module.global_amax * 7
+    max_calibrate(model, lambda m: m(tokens()))
+    for name, amax in amaxes(model).items():
+        assert (amax is None and first[name] is None) or torch.equal(amax, first[name])
+    assert all(torch.equal(quantizer.global_amax, before) for quantizer, before in weights)
+
+
 def amaxes(model):
     return {name: module.amax for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
 

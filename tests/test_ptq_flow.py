@@ -236,6 +236,20 @@ def test_lines_that_hold_no_text(tokenizer, tmp_path, text, words):
         data.tokenize(data.open_dataset(str(path)), tokenizer, 10, 20)
 
 
+def test_a_data_set_as_the_hub_has_them(tokenizer, tmp_path, monkeypatch):
+    """With the real library, which takes a directory for a data set, too: the hub itself cannot be reached here."""
+    pytest.importorskip("datasets")
+    (tmp_path / "some" / "data").mkdir(parents=True)
+    records = [{"text": "alpha beta"}, {"text": "gamma"}]
+    (tmp_path / "some/data/train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.chdir(tmp_path)
+    samples = data.tokenize(data.open_dataset("some/data"), tokenizer, 10, 20)
+    assert [tokenizer.decode(sample[0]) for sample in samples] == ["alpha beta", "gamma"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DatasetError, match="nobody/nothing: cannot be loaded from the hub"):
+        data.tokenize(data.open_dataset("nobody/nothing"), tokenizer, 10, 20)
+
+
 def test_data_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DatasetError, match="is empty"):

@@ -94,7 +94,7 @@ _COMPRESSED = Names(".weight_packed", ".weight_scale", ".weight_global_scale", "
 
 # Where each family can be served, from reading vLLM 0.32/0.33 and SGLang 0.5.23.
 _SERVED = {
-    ("gpt-oss", "modelopt"): "transformers, with fp4cast.hf; no released engine yet. ModelOpt's own fused export layout",
+    ("gpt-oss", "modelopt"): "transformers, with fp4cast.hf; no released engine yet (ModelOpt's own fused layout)",
     ("deepseek-v4", "modelopt"): "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)",
     ("kimi-k3", "modelopt"): "vLLM and SGLang (ModelOpt MIXED_PRECISION)",
     ("kimi-k3", "compressed-tensors"): "vLLM",

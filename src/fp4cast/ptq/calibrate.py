@@ -22,7 +22,7 @@ _EXPERT = re.compile(r"(?P<bank>.*\.experts)\.\d+\.(?P<leaf>.+)")
 def max_calibrate(
     model: nn.Module, forward_loop: Callable[[nn.Module], object] | None = None, distributed_sync: bool = True
 ) -> None:
-    """Calibrate every enabled quantizer of a model, and promote those of static weights.
+    """Calibrate every enabled quantizer of a model afresh, and promote those of static weights.
 
     Weights need no forward pass. Inputs are observed while `forward_loop` runs the model.
 
@@ -47,9 +47,10 @@ def max_calibrate(
             _calibrate_weights(model)
             if forward_loop is not None:
                 _calibrate_inputs(model, inputs, forward_loop)
-                _fill_idle_experts(model)
             if distributed_sync and distributed.is_available() and distributed.is_initialized():
                 _take_largest(model)
+            if forward_loop is not None:
+                _fill_idle_experts(model)  # what was idle on all ranks
     finally:
         promote_nvfp4_static_quantizers(model)
         share_global_amax(model)
@@ -69,6 +70,7 @@ def _calibrate_inputs(
     for quantizer in weights:
         quantizer.disable()
     for quantizer in inputs:
+        quantizer.reset_amax()
         quantizer.enable_calib()
     try:
         forward_loop(model)

@@ -166,6 +166,17 @@ class NVFP4StaticQuantizer(TensorQuantizer):
             raise ShapeError(f"global_amax {tuple(value.shape)}: expected one number")
         self._global_amax = value.detach().float().reshape(())
 
+    def reset_amax(self) -> None:
+        """Forget both."""
+        super().reset_amax()
+        self._buffers["_global_amax"] = None
+
+    def collect(self, x: Tensor) -> None:
+        """Widen both by a weight."""
+        super().collect(x)
+        if self._amax is not None:
+            self._global_amax = self._amax.amax().reshape(())
+
     @property
     def tensor_amax(self) -> Tensor | None:
         """The global amax."""
