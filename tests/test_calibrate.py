@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import fp4cast  # noqa: E402
 from fp4cast.checkpoint import open_checkpoint  # noqa: E402
@@ -18,7 +18,7 @@ from fp4cast.ptq import QFORMATS, attach, max_calibrate  # noqa: E402
 from fp4cast.ptq.activations import calibrate  # noqa: E402
 from fp4cast.ptq.data import open_dataset, split, tokenize  # noqa: E402
 from fp4cast.ptq.held import input_amax  # noqa: E402
-from fp4cast.ptq.layerwise import empty_decoder, run_layers  # noqa: E402
+from fp4cast.ptq.layerwise import empty_model, run_layers  # noqa: E402
 from fp4cast.ptq.load import load_model, load_tokenizer  # noqa: E402
 from fp4cast.ptq.observe import Observer  # noqa: E402
 from fp4cast.ptq.weights import Weights  # noqa: E402
@@ -49,40 +49,63 @@ def mxfp4(weight):
     return codes[:, 0::2] | codes[:, 1::2] << 4, (exponents + 127).to(torch.uint8), values
 
 
+def fp8(weight):
+    """FP8 codes of [N, K], an E8M0 scale for each 128 x 128, and the values that they mean."""
+    rows, columns = (-(-size // 128) for size in weight.shape)
+    k = torch.randint(-9, -5, (rows, columns))
+    steps = torch.exp2(k.float()).repeat_interleave(128, 0).repeat_interleave(128, 1)[: len(weight), : weight.shape[1]]
+    codes = (weight.float() / steps).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, (k + 127).to(torch.uint8).view(torch.float8_e8m0fnu), codes.float() * steps
+
+
 def pack(model, path, keep):
-    """Save a model as compressed-tensors would, its matrices in MXFP4; returns their values by name."""
-    model.to(torch.bfloat16).save_pretrained(path / "bf16")
-    (path / "mxfp4").mkdir()
-    tensors, values = {}, {}
-    with __import__("safetensors").safe_open(path / "bf16/model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name)
-            if tensor.ndim == 2 and not any(word in name for word in keep):
-                module = name.removesuffix(".weight")
-                packed, scales, values[name] = mxfp4(tensor)
-                tensors |= {f"{module}.weight_packed": packed, f"{module}.weight_scale": scales}
-            else:
-                tensors[name] = tensor
-    save_file(tensors, path / "mxfp4/model.safetensors", {"format": "pt"})
-    save_file(
-        tensors_of(path / "bf16") | {name: v.bfloat16() for name, v in values.items()}, path / "plain.safetensors"
-    )
-    config = json.loads((path / "bf16/config.json").read_text())
+    """Save a model as compressed-tensors would, its matrices in MXFP4, and beside it the values in BF16."""
+    plain, tensors, values = save_plain(model, path), {}, {}
+    for name, tensor in plain.items():
+        module = name.removesuffix(".weight")
+        if tensor.ndim == 2 and not any(word in name for word in keep):
+            packed, scales, values[name] = mxfp4(tensor)
+            tensors |= {f"{module}.weight_packed": packed, f"{module}.weight_scale": scales}
+        else:
+            tensors[name] = tensor
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32}}}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": groups, "ignore": [],
-    }  # fmt: skip
+    method = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+    return finish(path, plain | values, tensors, {**method, "config_groups": groups, "ignore": []})
+
+
+def pack_deepseek(model, path):
+    """Save a DeepSeek-V4 as it is published: its own names, MXFP4 experts, FP8 beside them."""
+    plain, tensors, values = save_plain(model, path), {}, {}
+    for full, tensor in plain.items():
+        name = full.removeprefix("model.").replace("embed_tokens", "embed")
+        module = name.removesuffix(".weight")
+        if ".ffn.experts." in name:
+            packed, scales, values[full] = mxfp4(tensor)
+            tensors |= {name: packed.view(torch.int8), f"{module}.scale": scales.view(torch.float8_e8m0fnu)}
+        elif module.endswith((".wq_a", ".wq_b", ".wo_b", ".shared_experts.w2")):
+            tensors[name], tensors[f"{module}.scale"], values[full] = fp8(tensor)
+        else:
+            tensors[name] = tensor
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    return finish(path, plain | values, tensors, method)
+
+
+def save_plain(model, path):
+    model.to(torch.bfloat16).save_pretrained(path / "bf16")
+    return load_file(path / "bf16/model.safetensors")
+
+
+def finish(path, plain, tensors, quantization):
+    """Both directories: the packed one, and one with the values that it means in BF16."""
+    (path / "mxfp4").mkdir()
+    save_file(tensors, path / "mxfp4/model.safetensors", {"format": "pt"})
+    values = {name: value.bfloat16() if value.is_floating_point() else value for name, value in plain.items()}
+    save_file(values, path / "bf16/model.safetensors", {"format": "pt"})
+    config = json.loads((path / "bf16/config.json").read_text()) | {"quantization_config": quantization}
     (path / "mxfp4/config.json").write_text(json.dumps(config))
-    (path / "plain.safetensors").rename(path / "bf16/model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / "mxfp4" / name).write_bytes((FIXTURE / name).read_bytes())
     return path / "mxfp4"
-
-
-def tensors_of(path):
-    from safetensors.torch import load_file
-
-    return {name: tensor.bfloat16() for name, tensor in load_file(path / "model.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +161,10 @@ def test_a_dense_model(dense, tmp_path):
     assert report.exact and fp4cast.verify(dense, tmp_path / "dst").ok
 
 
-def test_experts_one_by_one(moe, tmp_path):
-    """Against the products of a whole model that holds the same values in BF16, expert by expert."""
+def products_of_experts(path, leaves, run):
+    """Amax by expert and projection of a whole model that holds the same values in BF16."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        moe.parent / "bf16", dtype=torch.bfloat16, experts_implementation="eager"
+        path, dtype=torch.bfloat16, experts_implementation="eager"
     )
     seen = {}
 
@@ -150,8 +173,10 @@ def test_experts_one_by_one(moe, tmp_path):
         for expert in range(module.num_experts):
             states = hidden[(chosen == expert).any(dim=-1)]
             if len(states):
-                gate, up = torch.nn.functional.linear(states, module.gate_up_proj[expert]).chunk(2, dim=-1)
-                for leaf, x in (("gate_proj", states), ("up_proj", states), ("down_proj", module.act_fn(gate) * up)):
+                both = torch.nn.functional.linear(states, module.gate_up_proj[expert])
+                gate, up = both.chunk(2, dim=-1)
+                inner = module._apply_gate(both) if hasattr(module, "limit") else module.act_fn(gate) * up
+                for leaf, x in zip(leaves, (states, states, inner), strict=True):
                     name = f"{module.name}.{expert}.{leaf}"
                     seen[name] = max(seen.get(name, 0.0), float(x.abs().amax()))
 
@@ -160,24 +185,49 @@ def test_experts_one_by_one(moe, tmp_path):
             module.name = name
             module.register_forward_pre_hook(record)
     with torch.no_grad():
-        for batch in batches(moe):
+        for batch in run:
             model(input_ids=batch)
+    return seen
+
+
+def check_experts(found, seen):
+    """What was seen, and for experts that saw nothing the largest of the others of their layer."""
+    assert {name: found.amax[name] for name in seen} == seen
+    for name in found.amax.keys() - seen.keys():
+        bank, leaf = name.partition(".experts.")[0], name.rpartition(".")[2]
+        others = [value for other, value in seen.items() if other.startswith(f"{bank}.") and other.endswith(f".{leaf}")]
+        assert found.amax[name] == max(others)
+
+
+def test_experts_one_by_one(moe, tmp_path):
+    seen = products_of_experts(moe.parent / "bf16", ("gate_proj", "up_proj", "down_proj"), batches(moe))
     found = calibrate(moe, tmp_path / "amax.json", **FEW)
     assert found.idle == len(found.amax) - len(seen) > 0
-    assert {name: found.amax[name] for name in seen} == pytest.approx(seen, rel=0.02)
-    for name in found.amax.keys() - seen.keys():
-        bank, _, rest = name.partition(".experts.")
-        others = [
-            value for other, value in seen.items() if other.startswith(bank) and other.endswith(rest.split(".")[1])
-        ]
-        assert found.amax[name] == pytest.approx(max(others), rel=0.02)
+    check_experts(found, seen)
     assert fp4cast.convert(moe, tmp_path / "dst", activations="w4a4", input_scales=found.amax).exact
+
+
+def test_deepseek_v4(tmp_path):
+    """Names and formats of its own: transformers renames them, FP8 neighbours are dequantized."""
+    torch.manual_seed(2)
+    config = transformers.DeepseekV4Config(
+        vocab_size=1024, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        head_dim=32, q_lora_rank=32, num_experts_per_tok=2, n_routed_experts=8, o_groups=2, o_lora_rank=16,
+        index_n_heads=2, index_head_dim=16, index_topk=8, partial_rotary_factor=0.5, sliding_window=32,
+        num_hash_layers=1, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    path = pack_deepseek(transformers.DeepseekV4ForCausalLM(config), tmp_path)
+    seen = products_of_experts(tmp_path / "bf16", ("w1", "w3", "w2"), batches(path))
+    found = calibrate(path, tmp_path / "amax.json", **FEW)
+    assert len(found.amax) == 4 * 8 * 3
+    check_experts(found, {name.replace("model.", "").replace(".mlp.", ".ffn."): value for name, value in seen.items()})
+    assert fp4cast.convert(path, tmp_path / "dst", activations="w4a4", input_scales=tmp_path / "amax.json").exact
 
 
 def test_one_layer_at_a_time_is_in_memory():
     checkpoint = open_checkpoint(FIXTURE)
-    name, decoder = empty_decoder(checkpoint)
-    real = []
+    model, real = empty_model(checkpoint), []
+    decoder = model.get_decoder()
 
     def count(layer):
         def hook(*_):
@@ -189,8 +239,8 @@ def test_one_layer_at_a_time_is_in_memory():
     for i, layer in enumerate(decoder.layers):
         layer.self_attn.register_forward_pre_hook(count(i))
     steps = []
-    weights = Weights(checkpoint, read_source(checkpoint).pairs, "cpu")
-    run_layers(name, decoder, weights, batches(), Observer(), lambda *step: steps.append(step))
+    weights = Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu")
+    run_layers(model, weights, batches(), Observer(), lambda *step: steps.append(step))
     assert {(layer, tuple(there)) for layer, there in real} == {(i, (i,)) for i in range(4)}
     assert len(real) == 4 * len(batches()) and steps == [(1, 4)] * 4
     assert all(parameter.is_meta for parameter in decoder.parameters())
@@ -199,7 +249,7 @@ def test_one_layer_at_a_time_is_in_memory():
 def test_weights_are_those_that_transformers_loads():
     model = load_model(open_checkpoint(FIXTURE), "cpu")
     checkpoint = open_checkpoint(FIXTURE)
-    weights = Weights(checkpoint, read_source(checkpoint).pairs, "cpu")
+    weights = Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu")
     for name, parameter in model.named_parameters():
         found = weights.read(name, parameter.shape, torch.bfloat16)
         assert torch.equal(found.view(torch.int16), parameter.view(torch.int16)), name

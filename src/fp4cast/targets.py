@@ -124,7 +124,8 @@ def choose_target(family: Family, layout: str = "modelopt", activations: str | N
     if family.name == "deepseek-v4" and activations != "w4a4":
         raise UsageError(
             "engines serve NVFP4 DeepSeek-V4 as W4A4 only. Pass --activations w4a4 with --input-scales FILE "
-            "(calibrated amax values) or --input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)"
+            "(calibrated amax values: fp4cast calibrate finds them) or --input-scales 1.0 (uncalibrated, as NVIDIA's "
+            "Kimi-K3 does it)"
         )
     compressed = layout == "compressed-tensors"
     suffixes = _COMPRESSED if compressed else MODELOPT_FUSED if family.blocked else MODELOPT

@@ -21,10 +21,10 @@ from fp4cast.hub import resolve
 from fp4cast.inputs import InputScales
 from fp4cast.plan import castable
 from fp4cast.ptq.data import open_dataset, split, tokenize
-from fp4cast.ptq.layerwise import empty_decoder, run_layers
+from fp4cast.ptq.layerwise import empty_model, run_layers
 from fp4cast.ptq.load import choose_device, load_tokenizer
 from fp4cast.ptq.observe import Observer
-from fp4cast.ptq.weights import Weights, expert_leaves
+from fp4cast.ptq.weights import Weights
 from fp4cast.sources import Pair, read_source
 from fp4cast.staging import write_whole
 from fp4cast.targets import choose_target
@@ -113,17 +113,10 @@ def calibrate(
     pairs = castable(found, choose_target(found.family, activations="w4a4"))
     samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
-    name, decoder = empty_decoder(checkpoint, trust_remote_code)
-    observer = Observer()
-    run_layers(
-        name,
-        decoder,
-        Weights(checkpoint, found.pairs, chosen),
-        batches,
-        observer,
-        lambda n, total: progress("layers", n, total),
-    )
-    amax, idle = _by_module(observer.amax, pairs)
+    model, observer = empty_model(checkpoint, trust_remote_code), Observer()
+    weights = Weights(checkpoint, found.pairs, model, chosen)
+    run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
+    amax, idle = _by_module(observer.amax, weights, pairs)
     InputScales(None, amax, str(checkpoint.path)).require(amax)
     _write(path, amax)
     tokens = sum(sample.numel() for sample in samples)
@@ -141,35 +134,25 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return path
 
 
-def _by_module(seen: Mapping[tuple[str, int], Tensor], pairs: Iterable[Pair]) -> tuple[dict[str, float], int]:
+def _by_module(
+    seen: Mapping[tuple[str, int], Tensor], weights: Weights, pairs: Iterable[Pair]
+) -> tuple[dict[str, float], int]:
     """(amax by module of the checkpoint, how many experts saw no token)."""
-    modules = {pair.module: pair for pair in pairs}
     amax: dict[str, float] = {}
-    banks: dict[str, float] = {}  # the largest of a list of experts, by the modules' names without the expert
-    for (name, expert), tensor in seen.items():
-        value = float(tensor)
-        leaves = expert_leaves(name, modules)
-        for leaf in leaves[1] if leaves else ():
-            amax[f"{leaves[0]}.{expert}.{leaf}"] = value  # type: ignore[index]
-            banks[f"{leaves[0]}.*.{leaf}"] = max(value, banks.get(f"{leaves[0]}.*.{leaf}", 0.0))  # type: ignore[index]
-        for module in (name, name.removesuffix(".weight")):
-            if module in modules:
-                amax[module] = max(value, amax.get(module, 0.0))
-    idle = [module for module in modules if module not in amax]
-    for module in idle:
-        amax[module] = _of_the_others(module, banks)
-    return {module: amax[module] for module in modules}, len(idle)
-
-
-def _of_the_others(module: str, banks: Mapping[str, float]) -> float:
-    """What the other experts of a layer saw."""
-    experts, _, rest = module.rpartition(".experts.")
-    value = banks.get(f"{experts}.experts.*.{rest.partition('.')[2]}")
-    if value is None:
-        raise UnsupportedError(
-            f"{module}: the model never multiplied it with anything, so nothing is known of its input"
-        )
-    return value
+    banks: dict[str, float] = {}  # the largest that any expert saw, by the names of all of its modules
+    for (parameter, expert), tensor in seen.items():
+        experts, value = weights.modules(parameter), float(tensor)
+        for module in experts[expert if len(experts) > 1 else 0]:
+            name = module.removesuffix(".weight")
+            amax[name] = max(value, amax.get(name, 0.0))
+        for module in (module for modules in experts for module in modules):
+            name = module.removesuffix(".weight")
+            banks[name] = max(value, banks.get(name, 0.0))
+    modules = [pair.module for pair in pairs]
+    if lost := [module for module in modules if module not in banks]:
+        raise UnsupportedError(f"{lost[0]}: the model multiplied it with nothing, so nothing is known of its input")
+    idle = sum(module not in amax for module in modules)
+    return {module: amax.get(module, banks[module]) for module in modules}, idle
 
 
 def _write(path: Path, amax: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,13 @@ from fp4cast.ptq.load import loading
 from fp4cast.ptq.observe import Observer
 from fp4cast.ptq.weights import Weights
 
-__all__ = ["empty_decoder", "run_layers"]
+__all__ = ["empty_model", "run_layers"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def empty_decoder(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[str, nn.Module]:
-    """(name, decoder) of a checkpoint's model: parameters on the meta device, in BF16.
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.Module:
+    """A checkpoint's model with its parameters on the meta device, in BF16, or FP32 where the model insists.
 
     Raises:
         CheckpointError: transformers does not know the model.
@@ -39,30 +40,33 @@ def empty_decoder(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tu
         decoder = model.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not len(decoder.layers):
         raise UnsupportedError(f"{checkpoint.path}: {type(decoder).__name__} has no list of layers to run one by one")
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    return name, decoder.eval().requires_grad_(False)
+    strict = "|".join(rf"((^|\.){name}($|\.))" for name in model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if strict and re.search(strict, name):
+            parameter.data = parameter.data.float()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def run_layers(
-    name: str,
-    decoder: nn.Module,
+    model: Any,
     weights: Weights,
     batches: Sequence[Tensor],
     observer: Observer,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Send batches of token ids through a decoder, observing every product of its layers.
+    """Send batches of token ids through a model's decoder, observing every product of its layers.
 
     Args:
-        name: of the decoder in its model.
-        decoder: empty, as `empty_decoder` gives it.
+        model: empty, as `empty_model` gives it.
         weights: of its checkpoint.
         batches: int64 [n, length] each.
         observer: sees the layers' parameters by their full names.
         progress: called with (layers just done, layers in all).
     """
-    layers: nn.ModuleList = decoder.layers  # type: ignore[assignment]
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    layers: nn.ModuleList = decoder.layers
     layer_names = [f"{name}.layers.{i}".lstrip(".") for i in range(len(layers))]
     outer = nn.ModuleDict({key: module for key, module in decoder.named_children() if key != "layers"})
     with _filled(name, outer, weights):

@@ -1,33 +1,39 @@
-"""A checkpoint's tensors as the parameters of transformers' modules: MXFP4 dequantized, lists of experts stacked."""
+"""A checkpoint's tensors as the parameters of transformers' modules: dequantized, renamed, lists of experts stacked.
+
+Which tensors make which parameter is transformers' own table of renamings and conversions; the values are made here, so
+that one layer can be read alone.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4cast.checkpoint import Checkpoint
-from fp4cast.errors import UnsupportedError
+from fp4cast.errors import MissingExtraError, UnsupportedError
+from fp4cast.extras import require
 from fp4cast.formats import E2M1
-from fp4cast.sources import UNQUANTIZED, Pair
+from fp4cast.manifest import manifest
+from fp4cast.sources import Pair
 
-__all__ = ["Weights", "expert_leaves"]
+__all__ = ["Weights"]
 
-_BANK = re.compile(r"(?P<experts>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
-_LEAVES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+_FP8_SCALES = (".scale", ".weight_scale_inv")
+_FP8_BLOCK = 128  # rows and columns that share a scale, unless the config says otherwise
 
 
-def expert_leaves(name: str, modules: Mapping[str, object]) -> tuple[str, tuple[str, ...]] | None:
-    """(prefix, projections) of a parameter [E, N, K] that a checkpoint stores as `<prefix>.<e>.<projection>`."""
-    if (found := _BANK.fullmatch(name)) is None:
-        return None
-    for leaves in _LEAVES[found["leaf"]]:
-        if f"{found['experts']}.0.{leaves[0]}" in modules:
-            return found["experts"], leaves
-    return None
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of a parameter: its module (or name), and the pattern of transformers' conversion, if there is one."""
+
+    module: str
+    pattern: str | None
 
 
 class Weights:
@@ -36,71 +42,140 @@ class Weights:
     Args:
         checkpoint: the directory.
         pairs: its MXFP4 tensors.
+        model: of transformers, on any device.
         device: where parameters are made.
     """
 
-    def __init__(self, checkpoint: Checkpoint, pairs: Mapping[str, Pair], device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, pairs: Mapping[str, Pair], model: nn.Module, device: str) -> None:
         self.checkpoint, self.pairs, self.device = checkpoint, pairs, device
+        self._parts, self._operations = _placed(list(self._names()), model)
 
-    def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _names(self) -> Iterator[str]:
+        """Names of weights, as if nothing were quantized."""
+        parts = {tensor.name: pair for pair in self.pairs.values() for tensor in (pair.codes, pair.scales)}
+        for name in self.checkpoint.tensors:
+            if (pair := parts.get(name)) is not None:
+                if name == pair.codes.name:
+                    yield pair.module if len(pair.codes.shape) == 4 else f"{pair.module}.weight"
+            elif not any(name.endswith(suffix) and self._is_fp8(name, suffix) for suffix in _FP8_SCALES):
+                yield name
+
+    def _is_fp8(self, scale: str, suffix: str) -> bool:
+        weight = self.checkpoint.tensors.get(scale.removesuffix(suffix) + ".weight")
+        return weight is not None and weight.dtype == "F8_E4M3"
+
+    def modules(self, parameter: str) -> list[list[str]]:
+        """The checkpoint's modules that a parameter is made of, by expert; one list where there are no experts."""
+        parts = self._parts.get(parameter, [])
+        patterns = {part.pattern: [p.module for p in parts if p.pattern == part.pattern] for part in parts}
+        return [list(experts) for experts in zip(*patterns.values(), strict=False)]
+
+    def read(self, parameter: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """One parameter.
 
         Raises:
-            UnsupportedError: the checkpoint has no such tensor, or one of another shape.
+            UnsupportedError: the checkpoint has nothing for it, or something of another shape.
         """
-        found = self._find(name, shape, dtype)
-        if found.shape != shape:
+        parts = self._parts.get(parameter)
+        if not parts:
             raise UnsupportedError(
-                f"{self.checkpoint.path}: {name} has shape {list(found.shape)}, the model expects {list(shape)}"
+                f"{self.checkpoint.path}: holds nothing that transformers makes {parameter} of; it has "
+                f"{', '.join(list(self.checkpoint.tensors)[:3])}, ..."
             )
-        return found
-
-    def _find(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if (pair := self.pairs.get(name)) is not None:  # a bank [E, N, K], which the model holds as [E, K, N]
-            bank = torch.empty(shape[0], shape[2], shape[1], dtype=dtype, device=self.device)
-            codes, scales = self._raw(pair.codes.name), self._raw(pair.scales.name)
-            for expert in range(shape[0]):
-                bank[expert] = self._dequantize(codes[expert].flatten(1), scales[expert], pair.bias, dtype)
-            return bank.transpose(1, 2).contiguous()
-        module = name.removesuffix(".weight")
-        if name in self.checkpoint.tensors or (module != name and module in self.pairs):
-            return self._projection(module, dtype)
-        leaves = expert_leaves(name, self._modules())
-        if leaves is None:
-            raise UnsupportedError(
-                f"{self.checkpoint.path}: holds nothing that gives the model's {name}; layer by layer, only "
-                "checkpoints under transformers' own names can be run. fp4cast ptq loads the whole model instead."
-            )
-        prefix, projections = leaves
+        if parts[0].pattern is None:
+            found = self._value(parts[0].module, dtype)
+            self._check_shape(parameter, found.shape, shape)
+            return found
+        self._check_operations(parameter, parts[0].pattern)
+        experts = self.modules(parameter)
         bank = torch.empty(shape, dtype=dtype, device=self.device)
-        for expert in range(shape[0]):
-            bank[expert] = torch.cat([self._projection(f"{prefix}.{expert}.{leaf}", dtype) for leaf in projections])
+        for out, modules in zip(bank, experts, strict=False):
+            value = torch.cat([self._value(module, dtype) for module in modules])
+            self._check_shape(parameter, torch.Size([len(experts), *value.shape]), shape)
+            out.copy_(value)
         return bank
 
-    def _modules(self) -> dict[str, object]:
-        return {name.removesuffix(".weight"): None for name in self.checkpoint.tensors} | dict(self.pairs)
+    def _check_shape(self, parameter: str, found: torch.Size, expected: torch.Size) -> None:
+        if found != expected:
+            module = self._parts[parameter][0].module
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {module} (of {len(self._parts[parameter])} tensors) gives {list(found)}, "
+                f"the model expects {parameter} {list(expected)}"
+            )
 
-    def _projection(self, module: str, dtype: torch.dtype) -> Tensor:
-        """[N, K] of one module, or any plain tensor."""
-        if (pair := self.pairs.get(module)) is not None:
+    def _check_operations(self, parameter: str, pattern: str) -> None:
+        names = self._operations[pattern]
+        if names not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+            raise UnsupportedError(f"{parameter}: transformers makes it by {', '.join(names)}, which is not known here")
+
+    def _value(self, module: str, dtype: torch.dtype) -> Tensor:
+        """A plain tensor, [N, K] of a projection, or a bank as the model holds it, [E, K, N]."""
+        name = module.removesuffix(".weight")
+        if (pair := self.pairs.get(name)) is not None:
             codes, scales = self._raw(pair.codes.name), self._raw(pair.scales.name)
-            return self._dequantize(codes, scales, pair.bias, dtype)
-        names = [name for name in (f"{module}.weight", module) if name in self.checkpoint.tensors]
-        if not names or self.checkpoint.tensors[names[0]].dtype not in UNQUANTIZED:
-            what = self.checkpoint.tensors[names[0]] if names else f"no {module}.weight"
-            raise UnsupportedError(f"{self.checkpoint.path}: found {what}; expected MXFP4 or a floating-point weight")
-        return self._raw(names[0]).to(dtype)
+            if codes.ndim == 2:
+                return self._mxfp4(codes, scales, pair.bias, dtype)
+            bank = torch.empty(codes.shape[0], codes.shape[1], pair.row_blocks * 32, dtype=dtype, device=self.device)
+            for expert, out in enumerate(bank):
+                out.copy_(self._mxfp4(codes[expert].flatten(1), scales[expert], pair.bias, dtype))
+            return bank.transpose(1, 2).contiguous()
+        raw = self._raw(module)
+        scale = next((name + suffix for suffix in _FP8_SCALES if name + suffix in self.checkpoint.tensors), None)
+        if raw.dtype == torch.float8_e4m3fn and scale is not None:
+            return self._fp8(raw, self._raw(scale), dtype)
+        if raw.dtype.itemsize == 1:
+            raise UnsupportedError(
+                f"{self.checkpoint.tensors[module]}: expected MXFP4, FP8 with scales, or plain numbers"
+            )
+        return raw.to(dtype)
 
     def _raw(self, name: str) -> Tensor:
         with safe_open(self.checkpoint.tensors[name].path, "pt", device=self.device) as file:
             found: Tensor = file.get_tensor(name)
         return found
 
-    def _dequantize(self, codes: Tensor, scales: Tensor, bias: int, dtype: torch.dtype) -> Tensor:
+    def _mxfp4(self, codes: Tensor, scales: Tensor, bias: int, dtype: torch.dtype) -> Tensor:
         """Packed codes [N, K/2] and E8M0 [N, K/32] as [N, K]: exact in BF16 and float32."""
         table = torch.tensor(E2M1.values, dtype=torch.float32, device=self.device)
         packed = codes.view(torch.uint8)
         values = table[torch.stack([packed & 15, packed >> 4], dim=-1).int()].reshape(*scales.shape, 32)
-        exponents = scales.view(torch.uint8).int() - bias
-        steps = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-        return (values * steps[..., None]).to(dtype).flatten(-2)
+        return (values * _powers(scales, bias)[..., None]).to(dtype).flatten(-2)
+
+    def _fp8(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """FP8 [N, K] under scales of blocks."""
+        rows, columns = manifest(self.checkpoint.config)[1].get("weight_block_size") or (_FP8_BLOCK, _FP8_BLOCK)
+        steps = _powers(scales, 127) if scales.dtype != torch.float32 else scales
+        steps = steps.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        return (weight.float() * steps).to(dtype)
+
+
+def _powers(exponents: Tensor, bias: int) -> Tensor:
+    """2^(byte - bias) of E8M0, float32."""
+    k = exponents.view(torch.uint8).int() - bias
+    return torch.ldexp(torch.ones_like(k, dtype=torch.float32), k)
+
+
+def _placed(names: Sequence[str], model: nn.Module) -> tuple[dict[str, list[_Part]], dict[str, list[str]]]:
+    """(the parts of every parameter in transformers' order, the names of a conversion's operations by its patterns)."""
+    loader: Any = require("transformers.core_model_loading", "ptq")
+    mapping: Any = require("transformers.conversion_mapping", "ptq")
+    try:
+        conversions = mapping.get_model_conversion_mapping(model)
+        converters = [each for each in conversions if isinstance(each, loader.WeightConverter)]
+        renamings = [each for each in conversions if isinstance(each, loader.WeightRenaming)]
+        known = model.state_dict()
+        parts: dict[str, list[_Part]] = defaultdict(list)
+        for name in sorted(names, key=loader.dot_natural_key):
+            parameter, pattern = loader.rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            if parameter not in known and name in known:
+                parameter, pattern = name, None
+            parts[parameter].append(_Part(name, pattern))
+    except (AttributeError, TypeError) as error:
+        raise MissingExtraError(
+            f"fp4cast calibrate needs the loader of transformers 5.17 to 5.23: pip install transformers==5.23 ({error})"
+        ) from error
+    operations = {p: [type(o).__name__ for o in c.operations] for c in converters for p in c.source_patterns}
+    order = {pattern: i for i, pattern in enumerate(operations)}
+    for group in parts.values():  # as the conversion names them: gate before up
+        group.sort(key=lambda part: order.get(part.pattern or "", -1))
+    return dict(parts), operations
