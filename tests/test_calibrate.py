@@ -239,8 +239,8 @@ def test_one_layer_at_a_time_is_in_memory():
     for i, layer in enumerate(decoder.layers):
         layer.self_attn.register_forward_pre_hook(count(i))
     steps = []
-    weights = Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu")
-    run_layers(model, weights, batches(), Observer(), lambda *step: steps.append(step))
+    with Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu") as weights:
+        run_layers(model, weights, batches(), Observer(), lambda *step: steps.append(step))
     assert {(layer, tuple(there)) for layer, there in real} == {(i, (i,)) for i in range(4)}
     assert len(real) == 4 * len(batches()) and steps == [(1, 4)] * 4
     assert all(parameter.is_meta for parameter in decoder.parameters())
@@ -249,10 +249,10 @@ def test_one_layer_at_a_time_is_in_memory():
 def test_weights_are_those_that_transformers_loads():
     model = load_model(open_checkpoint(FIXTURE), "cpu")
     checkpoint = open_checkpoint(FIXTURE)
-    weights = Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu")
-    for name, parameter in model.named_parameters():
-        found = weights.read(name, parameter.shape, torch.bfloat16)
-        assert torch.equal(found.view(torch.int16), parameter.view(torch.int16)), name
+    with Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu") as weights:
+        for name, parameter in model.named_parameters():
+            found = weights.read(name, parameter.shape, torch.bfloat16)
+            assert torch.equal(found.view(torch.int16), parameter.view(torch.int16)), name
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

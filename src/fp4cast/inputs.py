@@ -30,7 +30,7 @@ _MOST = 1 / _LEAST
 InputScalesLike = float | str | Path | Mapping[str, float]
 
 _WAYS_OUT = (
-    "Pass --input-scales FILE (safetensors or JSON: projection name -> amax of its input; fp4cast calibrate writes it), "
+    "Pass --input-scales FILE (safetensors or JSON: projection name -> amax of its input; from fp4cast calibrate), "
     "or --input-scales NUMBER for one input_scale everywhere (1.0 is what NVIDIA's Kimi-K3 ships, uncalibrated)."
 )
 

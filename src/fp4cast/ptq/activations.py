@@ -114,8 +114,8 @@ def calibrate(
     samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
-    weights = Weights(checkpoint, found.pairs, model, chosen)
-    run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
+    with Weights(checkpoint, found.pairs, model, chosen) as weights:
+        run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
     amax, idle = _by_module(observer.amax, weights, pairs)
     InputScales(None, amax, str(checkpoint.path)).require(amax)
     _write(path, amax)

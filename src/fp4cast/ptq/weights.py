@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +38,8 @@ class _Part:
     pattern: str | None
 
 
-class Weights:
-    """Reads parameters by the names that transformers gives them.
+class Weights(ExitStack):
+    """Reads parameters by the names that transformers gives them; files stay open until it is left.
 
     Args:
         checkpoint: the directory.
@@ -47,7 +49,9 @@ class Weights:
     """
 
     def __init__(self, checkpoint: Checkpoint, pairs: Mapping[str, Pair], model: nn.Module, device: str) -> None:
+        super().__init__()
         self.checkpoint, self.pairs, self.device = checkpoint, pairs, device
+        self._files: dict[Path, Any] = {}
         self._parts, self._operations = _placed(list(self._names()), model)
 
     def _names(self) -> Iterator[str]:
@@ -130,8 +134,10 @@ class Weights:
         return raw.to(dtype)
 
     def _raw(self, name: str) -> Tensor:
-        with safe_open(self.checkpoint.tensors[name].path, "pt", device=self.device) as file:
-            found: Tensor = file.get_tensor(name)
+        path = self.checkpoint.tensors[name].path
+        if path not in self._files:  # headers are long: each is parsed once
+            self._files[path] = self.enter_context(safe_open(path, "pt", device=self.device))
+        found: Tensor = self._files[path].get_tensor(name)
         return found
 
     def _mxfp4(self, codes: Tensor, scales: Tensor, bias: int, dtype: torch.dtype) -> Tensor:
