@@ -52,6 +52,19 @@ def input_scales(directory):
         return {name.removesuffix("_input_scale"): float(file.get_tensor(name)) * 2688 for name in names}
 
 
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_a_dense_mxfp4_model(tmp_path, layout):
+    from test_calibrate import TINY, pack
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_hidden_layers=2)
+    source = pack(transformers.LlamaForCausalLM(config), tmp_path, ("embed", "lm_head"))
+    options = Options(source, tmp_path / "dst", "w4a16_nvfp4", cast_mxfp4_to_nvfp4=True, layout=layout)
+    assert quantize(options).exact
+    fp4cast.convert(source, tmp_path / "file", layout=layout)
+    assert contents(tmp_path / "dst") == contents(tmp_path / "file")
+
+
 def test_modern_spellings_and_words_for_people(tmp_path):
     args = ["--pyt-ckpt-path", FIXTURE, "--qformat", "w4a16_nvfp4", "--export-path", tmp_path / "dst"]
     result = call("ptq", *args, "--cast-mxfp4-to-nvfp4", "--device", "cpu")
