@@ -30,7 +30,7 @@ parse_options() {
       --cast_mxfp4_to_nvfp4 | --trust_remote_code | --overwrite) ARGS+=("$name") && shift && continue ;;
       --*=*) value=${name#*=} name=${name%%=*} && shift ;;
       --*)
-        [ $# -ge 2 ] || fail "$name needs a value"
+        [ $# -ge 2 ] && [[ $2 != --* ]] || fail "$name needs a value"
         value=$2 && shift 2
         ;;
       *) fail "unexpected argument: $name" ;;

@@ -18,8 +18,8 @@ from fp4cast.ptq import QFORMATS, attach, max_calibrate  # noqa: E402
 from fp4cast.ptq.activations import calibrate  # noqa: E402
 from fp4cast.ptq.data import open_dataset, split, tokenize  # noqa: E402
 from fp4cast.ptq.held import input_amax  # noqa: E402
-from fp4cast.ptq.layerwise import empty_model, run_layers  # noqa: E402
-from fp4cast.ptq.load import load_model, load_tokenizer  # noqa: E402
+from fp4cast.ptq.layerwise import run_layers  # noqa: E402
+from fp4cast.ptq.load import empty_model, load_model, load_tokenizer  # noqa: E402
 from fp4cast.ptq.observe import Observer  # noqa: E402
 from fp4cast.ptq.weights import Weights  # noqa: E402
 from fp4cast.sources import read_source  # noqa: E402

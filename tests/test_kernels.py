@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,8 +104,11 @@ def test_bad_shapes_are_refused():
     with pytest.raises(ShapeError, match=r"global_amax \(2,\): expected one number"):
         static_blockwise_fp4_fake_quant(x, torch.ones(12), torch.ones(2))
     for call in (dynamic_fp4_fake_quant, quantize_nvfp4):
-        with pytest.raises(ShapeError, match="whole blocks of 16"):
-            call(torch.randn(4, 40))
+        for wrong in (torch.randn(4, 40), torch.tensor(1.0)):
+            with pytest.raises(ShapeError, match="whole blocks of 16"):
+                call(wrong)
+    with pytest.raises(ShapeError, match="does not cut"):
+        static_blockwise_fp4_fake_quant(torch.tensor(1.0), torch.ones(1))
     with pytest.raises(ShapeError, match="expected 12, one for each block of 16"):
         quantize_nvfp4(x, amax=torch.ones(6))
 
@@ -201,6 +205,17 @@ def test_block_scales_of_every_amax(top):
         assert torch.equal(scales.reshape(-1), reference.block_scales(amax, top).view(torch.uint8))
         own = gpu.quantize(torch.stack([-amax, amax / 2], dim=1), None, top, 2)[1]
         assert torch.equal(own.reshape(-1), reference.own_block_scales(amax, top).view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two CUDA devices")
+def test_a_tensor_on_another_gpu_than_the_current_one():
+    x = torch.randn(64, 64, dtype=torch.bfloat16)
+    expected = quantize_nvfp4(x)
+    with ThreadPoolExecutor(2) as threads:  # the current device is a thread's own
+        for codes, scales, _ in threads.map(lambda _: quantize_nvfp4(x.to("cuda:1")), range(4)):
+            assert torch.equal(codes.cpu(), expected[0]) and torch.equal(scales.cpu(), expected[1])
+    assert torch.equal(dynamic_fp4_fake_quant(x.to("cuda:1")).cpu(), dynamic_fp4_fake_quant(x))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 from torch import distributed, multiprocessing, nn  # noqa: E402
 
-from fp4cast.errors import ShapeError, UnsupportedError, UsageError  # noqa: E402
+from fp4cast.errors import QuantizerError, ShapeError, UnsupportedError, UsageError  # noqa: E402
 from fp4cast.kernels import static_blockwise_fp4_fake_quant  # noqa: E402
 from fp4cast.ptq import (  # noqa: E402
     QFORMATS,
@@ -292,6 +292,77 @@ def test_calibrating_again_starts_afresh():
     for name, amax in amaxes(model).items():
         assert (amax is None and first[name] is None) or torch.equal(amax, first[name])
     assert all(torch.equal(quantizer.global_amax, before) for quantizer, before in weights)
+
+
+def test_a_state_dict_goes_into_a_model_that_was_only_attached():
+    model, fresh = llama(), llama()
+    attach(model, QFORMATS["nvfp4"], static=True)
+    max_calibrate(model, lambda m: m(tokens()))
+    attach(fresh, QFORMATS["nvfp4"], static=True)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(tokens()).logits, model(tokens()).logits)
+    for (_, one, _), (_, other, _) in zip(quantized_weights(model), quantized_weights(fresh), strict=True):
+        assert type(other) is NVFP4StaticQuantizer and torch.equal(one.global_amax, other.global_amax)
+
+
+def test_a_quantized_model_can_be_saved_and_loaded_whole(tmp_path):
+    for model in (llama(), gpt_oss()):
+        attach(model, QFORMATS["nvfp4"], static=True)
+        max_calibrate(model, lambda m: m(tokens()))
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_attaching_twice_or_in_vain_changes_nothing():
+    model = llama()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(UnsupportedError, match="nothing would be quantized"):
+        attach(model, QFORMATS["nvfp4_experts_only"])
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    attach(model, QFORMATS["nvfp4"])
+    with pytest.raises(UnsupportedError, match="has quantizers already"):
+        attach(model, QFORMATS["nvfp4"])
+
+
+def test_the_head_stays_whatever_its_name():
+    model = llama()
+    model.output_layer = model.lm_head
+    model.get_output_embeddings = lambda: model.output_layer
+    del model.lm_head
+    attach(model, QFORMATS["nvfp4"])
+    assert not any("output_layer" in name for name, *_ in quantized_weights(model))
+
+
+def test_experts_that_would_silently_stay_are_refused():
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
+        num_experts=4, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    words = "layers.0.mlp.experts.gate_up_proj: nvfp4 quantizes it, but Qwen3MoeExperts is not known here"
+    with pytest.raises(UnsupportedError, match=words):
+        attach(model, QFORMATS["nvfp4"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("static", [True, False])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, static):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    attach(model, QFORMATS["w4a16_nvfp4"], static=static)
+    with pytest.raises(QuantizerError, match=r"layers.1.mlp.up_proj.weight: holds NaN or infinity"):
+        max_calibrate(model)
+
+
+def test_weights_on_the_meta_device_do_not_stop_the_others():
+    model = llama()
+    attach(model, QFORMATS["w4a16_nvfp4"], static=True)
+    model.model.layers[0].self_attn.q_proj.to("meta")
+    max_calibrate(model)
+    others = [quantizer for name, quantizer, _ in quantized_weights(model) if "q_proj" not in name]
+    assert all(quantizer.global_amax > 0 for quantizer in others)
 
 
 def amaxes(model):

@@ -175,6 +175,29 @@ def test_a_model_that_does_not_belong_is_refused_and_not_changed(source):
         apply_to_model(load(source), source)
 
 
+def test_another_checkpoint_of_the_same_shapes_is_refused(source, tmp_path):
+    other = make("gpt-oss", tmp_path / "other", seed=1)
+    model = quantized(source)
+    kept = [quantizer.amax.clone() for _, quantizer, _ in quantized_weights(model)]
+    with pytest.raises(
+        QuantizerError, match=r"block \d+ of the model's weight reaches .*; expected the checkpoint that"
+    ):
+        apply_to_model(model, other)
+    assert all(torch.equal(a, q.amax) for a, (_, q, _) in zip(kept, quantized_weights(model), strict=True))
+    apply_to_model(model, source)
+    apply_to_model(model, source)  # again: what was set does not count, the weights do
+
+
+def test_a_weight_of_another_orientation_is_refused(source):
+    model = quantized(source)
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.reshape(experts.down_proj.shape[0], 64, -1))
+    with pytest.raises(
+        QuantizerError, match=r"down_proj_weight_quantizer: quantizes \[.*\] in blocks, but .* holds \["
+    ):
+        apply_to_model(model, source)
+
+
 def test_a_checkpoint_without_mxfp4_is_refused(tmp_path):
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -215,5 +238,7 @@ def test_the_closed_forms():
         compute_global_amax_for_scales(scales.float())
     with pytest.raises(ScaleError, match="255"):
         compute_global_amax_for_scales(torch.tensor([3, 255], dtype=torch.uint8))
+    with pytest.raises(ScaleError, match="no global amax in float32"):
+        compute_global_amax_for_scales(torch.tensor([254], dtype=torch.uint8))
     with pytest.raises(ShapeError, match="empty"):
         compute_global_amax_for_scales(torch.zeros(0, dtype=torch.uint8))

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["ANY_SPELLING", "calibrate", "ptq"]
 
 
-# The original's spellings are shown; `--calib-size` does as well as `--calib_size`.
-ANY_SPELLING: dict[str, Any] = {"context_settings": {"token_normalize_func": lambda word: word.replace("-", "_")}}
+def _underscores(word: str) -> str:
+    """The original's spellings are shown; `--calib-size` does as well as `--calib_size`. Values stay as they are."""
+    return word if word in set(Layout) else word.replace("-", "_")
+
+
+ANY_SPELLING: dict[str, Any] = {"context_settings": {"token_normalize_func": _underscores}}
 
 Checkpoint = Annotated[
     str, typer.Option("--pyt_ckpt_path", metavar="SRC", help="A directory, or a Hugging Face model id.")

@@ -198,7 +198,9 @@ def _recover(destination: Path, state: Path) -> None:
 
 
 @contextmanager
-def staging(source: Path, destination: Path, *, overwrite: bool, shared: bool = False) -> Iterator[Staging]:
+def staging(
+    source: Path, destination: Path, *, overwrite: bool, shared: bool = False, keep: bool = True
+) -> Iterator[Staging]:
     """Lock a working directory beside DST; it is kept when something fails, for --resume.
 
     Args:
@@ -206,6 +208,7 @@ def staging(source: Path, destination: Path, *, overwrite: bool, shared: bool = 
         destination: DST.
         overwrite: an existing DST will be replaced.
         shared: others may work in it at the same time, on other shards.
+        keep: what is finished can be resumed; otherwise nothing is left when something fails.
 
     Raises:
         DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
@@ -221,18 +224,20 @@ def staging(source: Path, destination: Path, *, overwrite: bool, shared: bool = 
         check_destination(source, destination, overwrite=overwrite)
         yield Staging(destination, state, state / "out")
     except Fp4CastError as error:
-        _note(error, state)
+        _leave(error, state, keep)
         raise
     except OSError as error:
         failure = DestinationError(f"{error.filename or destination}: {error.strerror or error}")
-        _note(failure, state)
+        _leave(failure, state, keep)
         raise failure from error
     finally:
         os.close(lock)
 
 
-def _note(error: Fp4CastError, state: Path) -> None:
-    if any(state.glob("*.done")):
+def _leave(error: Fp4CastError, state: Path, keep: bool) -> None:
+    if not keep:
+        shutil.rmtree(state, ignore_errors=True)
+    elif any(state.glob("*.done")):
         error.add_note(
             f"What is finished lies in {state}: --resume goes on from there "
             "(a part of several: the same command again); or delete it."

@@ -35,7 +35,7 @@ def static_blockwise_fp4_fake_quant(
     if amax.numel() == 0:
         raise ShapeError(f"amax is empty: expected one for each block of x {tuple(x.shape)}")
     block, rest = divmod(x.numel(), amax.numel())
-    if rest or block == 0 or x.shape[-1] % block:
+    if x.ndim == 0 or rest or block == 0 or x.shape[-1] % block:
         raise ShapeError(
             f"amax {tuple(amax.shape)} does not cut the last axis of x {tuple(x.shape)}: expected one for each of some "
             "number of equal blocks"
@@ -91,7 +91,7 @@ def quantize_nvfp4(
 
 
 def _check_blocks(x: Tensor, block: int) -> None:
-    if x.numel() == 0 or x.shape[-1] % block:
+    if x.ndim == 0 or x.numel() == 0 or x.shape[-1] % block:
         raise ShapeError(f"x {tuple(x.shape)}: expected a last axis of whole blocks of {block}")
 
 

@@ -201,7 +201,8 @@ def powers(exponents: Tensor, bias: int) -> Tensor:
     exponents = exponents.contiguous()
     out = torch.empty(exponents.shape, dtype=torch.int16, device=exponents.device)
     grid = (triton.cdiv(exponents.numel(), 4096),)
-    _powers[grid](exponents, out, exponents.numel(), bias, 4096, num_warps=4)
+    with torch.cuda.device_of(exponents):
+        _powers[grid](exponents, out, exponents.numel(), bias, 4096, num_warps=4)
     return out.view(torch.uint8)
 
 
@@ -223,7 +224,8 @@ def fake_quant(x: Tensor, amax: Tensor | None, global_amax: Tensor, out_dtype: t
     values, warps = _FAKE_QUANT
     grid, rows = _grid(blocks, block, values)
     given = x if amax is None else amax.reshape(-1).contiguous()
-    _fake_quant[grid](x, given, global_amax, out, blocks, block, rows, amax is None, _FUSED, num_warps=warps)
+    with torch.cuda.device_of(x):  # Triton launches on the thread's current device
+        _fake_quant[grid](x, given, global_amax, out, blocks, block, rows, amax is None, _FUSED, num_warps=warps)
     return out
 
 
@@ -236,5 +238,7 @@ def quantize(x: Tensor, amax: Tensor | None, global_amax: Tensor, block: int) ->
     values, warps = _QUANTIZE
     grid, rows = _grid(blocks, block, values)
     given = x if amax is None else amax.reshape(-1).contiguous()
-    _quantize[grid](x, given, global_amax, packed, scales, blocks, block, rows, amax is None, _FUSED, num_warps=warps)
+    own = amax is None
+    with torch.cuda.device_of(x):
+        _quantize[grid](x, given, global_amax, packed, scales, blocks, block, rows, own, _FUSED, num_warps=warps)
     return packed, scales

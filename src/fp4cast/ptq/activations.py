@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,14 +16,13 @@ from torch import Tensor
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.completion import Progress
 from fp4cast.conversion import real_path
-from fp4cast.errors import DestinationError, UnsupportedError, UsageError
+from fp4cast.errors import DestinationError, QuantizerError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.hub import resolve
-from fp4cast.inputs import InputScales
 from fp4cast.plan import castable
 from fp4cast.ptq.data import open_dataset, split, tokenize
-from fp4cast.ptq.layerwise import empty_model, run_layers
-from fp4cast.ptq.load import choose_device, load_tokenizer
+from fp4cast.ptq.layerwise import find_decoder, run_layers
+from fp4cast.ptq.load import choose_device, empty_model, load_tokenizer, running
 from fp4cast.ptq.observe import Observer
 from fp4cast.ptq.weights import Weights
 from fp4cast.sources import Pair, read_source
@@ -115,9 +115,10 @@ def calibrate(
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
     with Weights(checkpoint, found.pairs, model, chosen) as weights:
-        run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
+        _check_reached(model, weights, pairs)
+        with running():
+            run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
     amax, idle = _by_module(observer.amax, weights, pairs)
-    InputScales(None, amax, str(checkpoint.path)).require(amax)
     _write(path, amax)
     tokens = sum(sample.numel() for sample in samples)
     return Calibrated(str(checkpoint.path), str(out), amax, idle, len(samples), tokens, time.monotonic() - begin)
@@ -134,25 +135,45 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return path
 
 
+def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
+    """Every MXFP4 weight belongs to a layer, which will be run."""
+    name, decoder = find_decoder(model)
+    parameters = (f"{name}.layers.{key}".lstrip(".") for key, _ in decoder.layers.named_parameters())
+    reached = {_plain(module) for key in parameters for modules in weights.modules(key) for module in modules}
+    if lost := [pair.module for pair in pairs if pair.module not in reached]:
+        raise UnsupportedError(
+            f"{weights.checkpoint.path}: {len(lost)} MXFP4 weights, the first is {lost[0]}, belong to none of the "
+            f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be seen"
+        )
+
+
+def _plain(module: str) -> str:
+    return module.removesuffix(".weight")
+
+
 def _by_module(
     seen: Mapping[tuple[str, int], Tensor], weights: Weights, pairs: Iterable[Pair]
 ) -> tuple[dict[str, float], int]:
     """(amax by module of the checkpoint, how many experts saw no token)."""
     amax: dict[str, float] = {}
-    banks: dict[str, float] = {}  # the largest that any expert saw, by the names of all of its modules
+    largest: dict[str, float] = {}  # of any expert, by parameter
+    of: dict[str, str] = {}
     for (parameter, expert), tensor in seen.items():
         experts, value = weights.modules(parameter), float(tensor)
-        for module in experts[expert if len(experts) > 1 else 0]:
-            name = module.removesuffix(".weight")
-            amax[name] = max(value, amax.get(name, 0.0))
-        for module in (module for modules in experts for module in modules):
-            name = module.removesuffix(".weight")
-            banks[name] = max(value, banks.get(name, 0.0))
-    modules = [pair.module for pair in pairs]
-    if lost := [module for module in modules if module not in banks]:
+        modules = [_plain(module) for module in experts[expert if len(experts) > 1 else 0]]
+        if not 0 < value < math.inf:
+            what = "was zero on all" if value == 0 else f"reached {value} on"
+            raise QuantizerError(f"{modules[0]}: its input {what} calibration data, so it has no scale; use other data")
+        for module in modules:
+            amax[module] = max(value, amax.get(module, 0.0))
+        if parameter not in largest:
+            of |= {_plain(module): parameter for each in experts for module in each}
+        largest[parameter] = max(value, largest.get(parameter, 0.0))
+    wanted = [pair.module for pair in pairs]
+    if lost := [module for module in wanted if module not in of]:
         raise UnsupportedError(f"{lost[0]}: the model multiplied it with nothing, so nothing is known of its input")
-    idle = sum(module not in amax for module in modules)
-    return {module: amax.get(module, banks[module]) for module in modules}, idle
+    idle = sum(module not in amax for module in wanted)
+    return {module: amax.get(module, largest[of[module]]) for module in wanted}, idle
 
 
 def _write(path: Path, amax: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from fp4cast.errors import UnsupportedError
+from fp4cast.errors import QuantizerError, ShapeError, UnsupportedError
 from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
 from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
 from fp4cast.sources import fused_group
@@ -57,9 +57,15 @@ def max_calibrate(
 
 
 def _calibrate_weights(model: nn.Module) -> None:
-    for _, quantizer, weight in quantized_weights(model):
+    for name, quantizer, weight in quantized_weights(model):
         quantizer.reset_amax()
-        quantizer.collect(weight)
+        try:
+            quantizer.collect(weight)
+        except ShapeError as error:
+            raise ShapeError(f"{name}: {error}") from error
+        top = quantizer.tensor_amax
+        if top is not None and not top.is_meta and not torch.isfinite(top):
+            raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot; is the checkpoint damaged?")
 
 
 def _calibrate_inputs(
@@ -105,11 +111,13 @@ def share_global_amax(model: nn.Module) -> None:
         if len(members) > 1:
             groups[group].append(quantizer)
     for quantizers in groups.values():
-        known = [amax for quantizer in quantizers if (amax := quantizer.tensor_amax) is not None]
+        seen = [quantizer.tensor_amax for quantizer in quantizers]
+        known = [amax for amax in seen if amax is not None and not amax.is_meta]
         if known:
             largest = torch.stack([amax.cpu() for amax in known]).amax()
-            for quantizer in quantizers:
-                quantizer.tensor_amax = largest.to(known[0].device)
+            for quantizer, amax in zip(quantizers, seen, strict=True):
+                if amax is not None and not amax.is_meta:
+                    quantizer.tensor_amax = largest.to(amax.device)
 
 
 def _fill_idle_experts(model: nn.Module) -> None:

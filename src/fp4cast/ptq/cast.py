@@ -20,8 +20,10 @@ from fp4cast.errors import QuantizerError, ScaleError, ShapeError, UnsupportedEr
 from fp4cast.exact import ArrayBlocks, Scaling, choose
 from fp4cast.files import Files
 from fp4cast.formats import E4M3, E4M3_MAX, E8M0_BIAS, E8M0_NAN, Bytes, mxfp4_values, nvfp4_values
+from fp4cast.kernels.reference import round_e2m1
 from fp4cast.nearest import block_scale_bytes, choose_nearest, encode
 from fp4cast.plan import castable
+from fp4cast.ptq.modules import quantized_weights
 from fp4cast.ptq.quantizer import NVFP4StaticQuantizer
 from fp4cast.scan import scan
 from fp4cast.sources import BLOCK_BYTES, Pair, read_source
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _TOP = 6 * E4M3_MAX
+_SAMPLE = 1 << 20  # weights that are looked at, to see whose they are
 
 
 def quantizer_name_from_blocks_key(key: str) -> str:
@@ -78,7 +81,21 @@ def compute_global_amax_for_scales(scales: Tensor) -> Tensor:
         raise ShapeError("scales are empty")
     if found.max() == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
-    return torch.tensor(_TOP * 2.0 ** max(int(found.max()) - E8M0_BIAS - 8, -126))
+    return _global_amax(2.0 ** max(int(found.max()) - E8M0_BIAS - 8, -126))
+
+
+def _global_amax(tensor_scale: float) -> Tensor:
+    """6 * 448 * S, float32 [].
+
+    Raises:
+        ScaleError: it is beyond float32, as of weights that reach 2^117.
+    """
+    top = torch.tensor(_TOP * tensor_scale)
+    if not torch.isfinite(top):
+        raise ScaleError(
+            f"a tensor scale of {tensor_scale:g} has no global amax in float32; cast it by fp4cast convert"
+        )
+    return top
 
 
 def compute_per_block_amax_for_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -192,8 +209,11 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
     """
     found = list(cast_domains(Path(checkpoint_dir), inexact))
     quantizers = {name: _find(model, name, pair) for name, pair, _ in found}
+    weights = {id(quantizer): rows for _, quantizer, rows in quantized_weights(model)}
     applied = {}
     with Files() as files, torch.no_grad():
+        for name, pair, _ in found:
+            _check_weight(name, pair, weights[id(quantizers[name])], files)
         for name, pair, scaling in found:
             exponents = _exponents(pair, files)
             scales = block_scale_bytes(exponents, scaling, pair.bias, lambda odd, pair=pair: _codes(pair, files, odd))  # type: ignore[misc]
@@ -208,7 +228,7 @@ def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling)
     if quantizer.amax is not None:  # as `_find` has seen
         device = quantizer.amax.device
         quantizer.amax.copy_(_amax(block_scales, scaling, device).reshape(quantizer.amax.shape))
-        quantizer.global_amax = torch.tensor(_TOP * scaling.tensor_scale, device=device)
+        quantizer.global_amax = _global_amax(scaling.tensor_scale).to(device)
 
 
 def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:
@@ -231,3 +251,28 @@ def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:
             f"{name}: {quantizer.amax.numel()} blocks of 16, but {where} has {2 * pair.blocks} ({pair.codes.shape})"
         )
     return quantizer
+
+
+def _check_weight(name: str, pair: Pair, rows: Tensor, files: Files) -> None:
+    """See that the model's weight is the checkpoint's: by its shape, and by the magnitudes of some of its blocks.
+
+    In units of its MXFP4 scale, the largest magnitude of a block is one of E2M1; another checkpoint's scales make it
+    something else soon. No codes are read for that.
+    """
+    where = f"{pair.codes.name} ({pair.codes.path.name})"
+    expected = (*pair.scales.shape[:-1], pair.row_blocks * 32)
+    if tuple(rows.shape) != expected:
+        raise QuantizerError(f"{name}: quantizes {list(rows.shape)} in blocks, but {where} holds {list(expected)}")
+    if rows.is_meta or rows.dtype not in (torch.bfloat16, torch.float32):
+        return  # of other dtypes, not every value is exact
+    first = (rows[0] if rows.ndim == 3 else rows)[: max(1, _SAMPLE // expected[-1])]
+    blocks = first.reshape(-1, 32).float().abs().amax(dim=1).cpu()
+    exponents = files[pair.scales.path].read(pair.scales.start, len(blocks)).astype(np.int32) - pair.bias
+    k = torch.from_numpy(exponents)
+    ratio = torch.ldexp(torch.ldexp(blocks, -(k // 2)), k // 2 - k)  # in two steps: 2^127 and 2^-127 are at the ends
+    if not torch.equal(round_e2m1(ratio), ratio):
+        block = int((round_e2m1(ratio) != ratio).nonzero()[0])
+        raise QuantizerError(
+            f"{name}: block {block} of the model's weight reaches {blocks[block]:g}, which no code of {where} gives "
+            f"under its scale 2^{int(k[block])}; expected the checkpoint that the model was loaded from"
+        )

@@ -46,12 +46,12 @@ class Dataset:
         if self.path is None:
             yield from _hub_records(self.name)
         elif self.path.suffix in _LINES:
-            with self.path.open(encoding="utf-8") as lines:
+            with self.path.open("rb") as lines:  # as many as are wanted, of however many
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield _record(_json(line, self.path, number), f"{self.path}, line {number}")
         else:
-            yield self.path.read_text(encoding="utf-8")
+            yield _text(self.path)
 
     @property
     def whole(self) -> bool:
@@ -77,7 +77,14 @@ def open_dataset(name: str) -> Dataset:
     return Dataset(name, None)
 
 
-def _json(line: str, path: Path, number: int) -> Any:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read as UTF-8: {error}") from error
+
+
+def _json(line: bytes, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -131,15 +138,21 @@ def tokenize(dataset: Dataset, tokenizer: Any, count: int, length: int) -> list[
 
 def _samples(dataset: Dataset, tokenizer: Any, length: int) -> Iterator[Tensor]:
     for record in dataset.records():
-        if isinstance(record, list):
-            if not tokenizer.chat_template:
-                raise DatasetError(
-                    f"{dataset.name}: holds chat messages, but the model's tokenizer has no chat template"
-                )
-            record = tokenizer.apply_chat_template(record, tokenize=False)
-        tokens = torch.tensor(tokenizer(record, add_special_tokens=not dataset.whole, verbose=False)["input_ids"])
+        chat = isinstance(record, list)  # its template writes the special tokens
+        text = _render(dataset, tokenizer, record) if chat else record
+        special = not chat and not dataset.whole
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         pieces = torch.split(tokens, length) if dataset.whole else (tokens[:length],)
         yield from (piece[None] for piece in pieces if len(piece))
+
+
+def _render(dataset: Dataset, tokenizer: Any, messages: list[Any]) -> str:
+    if not tokenizer.chat_template:
+        raise DatasetError(f"{dataset.name}: holds chat messages, and the model's tokenizer has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # whatever a template raises
+        raise DatasetError(f"{dataset.name}: the model's chat template refuses a conversation: {error}") from error
 
 
 def split(samples: Iterable[Tensor], size: int) -> list[Tensor]:

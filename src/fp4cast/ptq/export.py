@@ -113,7 +113,7 @@ def export(
     check_untouched(model, checkpoint, replaced)
     stamps, engine = stamp(checkpoint), make_engine("local", jobs)
     shards = list(place(checkpoint, _outputs(weights)))
-    with staging(checkpoint.path, target_path, overwrite=overwrite) as stage:
+    with staging(checkpoint.path, target_path, overwrite=overwrite, keep=False) as stage:
         total = _write(shards, stage, engine, progress)
         if stamp(checkpoint) != stamps:
             raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was exported; export it again")

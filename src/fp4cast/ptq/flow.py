@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from fp4cast.checkpoint import Checkpoint, open_checkpoint
 from fp4cast.completion import Progress
 from fp4cast.conversion import real_path
-from fp4cast.errors import UnsupportedError, UsageError
+from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.hub import resolve
+from fp4cast.plan import stamp
 from fp4cast.ptq.calibrate import max_calibrate
 from fp4cast.ptq.cast import apply_to_model, cast_domains
 from fp4cast.ptq.data import open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, export
-from fp4cast.ptq.load import choose_device, load_model, load_tokenizer
+from fp4cast.ptq.held import matching_weights
+from fp4cast.ptq.load import choose_device, empty_model, load_model, load_tokenizer, running
 from fp4cast.ptq.modules import attach
 from fp4cast.ptq.qformats import QFORMATS, find_qformat
 from fp4cast.sources import read_source
 from fp4cast.staging import check_destination
-from fp4cast.targets import choose_target
+from fp4cast.targets import LAYOUTS, choose_target
 
 __all__ = ["Options", "Quantized", "quantize"]
 
@@ -125,16 +127,19 @@ def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantize
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
     checkpoint, samples = _check(options)
-    device, clock = choose_device(options.device), dict[str, float]()
+    device, clock, stamps = choose_device(options.device), dict[str, float](), stamp(checkpoint)
     with _timed(clock, "load"):
         model = load_model(checkpoint, device, options.trust_remote_code)
     loop = _Loop(samples, options.batch_size, device, progress)
     with _timed(clock, "calibrate"):
+        loop.fit(model)  # before there are quantizers: what is tried must leave no trace
         attach(model, QFORMATS[options.qformat], static=options.cast_mxfp4_to_nvfp4)
         max_calibrate(model, loop if samples else None)
     with _timed(clock, "cast"):
         cast = options.cast_mxfp4_to_nvfp4
         applied = apply_to_model(model, checkpoint.path, options.inexact) if cast else None
+    if stamp(checkpoint) != stamps:
+        raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was calibrated; start again")
     with _timed(clock, "export"):
         exported = export(
             model,
@@ -181,6 +186,8 @@ def _check(options: Options) -> tuple[Checkpoint, list[Tensor]]:
 def _check_words(options: Options) -> None:
     """Options that contradict each other, whatever the checkpoint."""
     qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
+    if options.layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {options.layout!r}; expected {' or '.join(LAYOUTS)}")
     if options.inexact not in ("fail", "nearest"):
         raise UsageError(f"inexact must be 'fail' or 'nearest', got {options.inexact!r}")
     if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
@@ -208,6 +215,9 @@ def _check_source(checkpoint: Checkpoint, options: Options) -> None:
             ) from error
     if options.cast_mxfp4_to_nvfp4:
         list(cast_domains(checkpoint.path, options.inexact))  # whether every tensor can be kept
+    model = empty_model(checkpoint, options.trust_remote_code)
+    attach(model, QFORMATS[options.qformat])
+    matching_weights(model, checkpoint, options.layout)  # whether all that will be quantized can be written
 
 
 @dataclass
@@ -220,36 +230,38 @@ class _Loop:
     progress: Progress
 
     def __call__(self, model: nn.Module) -> None:
-        body: Any = model.base_model
+        with running():
+            for batch in split(self.samples, self.batch_size):
+                self._run(model, batch)
+                self.progress("calibrate", len(batch), len(self.samples))
 
-        def run(tokens: Tensor) -> None:
+    def _run(self, model: nn.Module, tokens: Tensor) -> None:
+        body: Any = model.base_model
+        with torch.no_grad():
             body(input_ids=tokens.to(self.device), use_cache=False)
 
-        self.batch_size = self.batch_size or self._fitting(run)
-        for batch in split(self.samples, self.batch_size):
-            run(batch)
-            self.progress("calibrate", len(batch), len(self.samples))
-
-    def _fitting(self, run: Callable[[Tensor], None]) -> int:
-        """The largest number of samples that fits, tried on copies of the longest."""
+    def fit(self, model: nn.Module) -> None:
+        """Where no batch size was given, find the largest that fits, on copies of the longest sample."""
+        if self.batch_size or not self.samples:
+            return
         find = require("accelerate.utils", "ptq").find_executable_batch_size
         longest = max(self.samples, key=lambda sample: sample.shape[1])
 
         def attempt(batch_size: int) -> int:
-            run(longest.expand(batch_size, -1))
+            self._run(model, longest.expand(batch_size, -1))
             return batch_size
 
         first = min(_FIRST_BATCH[torch.device(self.device).type], len(self.samples))
-        found: int = find(attempt, starting_batch_size=first)()
-        return found
+        with running():
+            self.batch_size = find(attempt, starting_batch_size=first)()
 
 
 @contextmanager
 def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     begin = time.monotonic()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
     clock[name] = time.monotonic() - begin
 
 

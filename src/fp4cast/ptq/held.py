@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from fp4cast.checkpoint import Checkpoint
+from fp4cast.checks import usable
 from fp4cast.errors import CheckpointError, QuantizerError, UnsupportedError
 from fp4cast.formats import NV_BLOCK, Bytes
 from fp4cast.inputs import InputScales
@@ -22,7 +24,7 @@ from fp4cast.shards import Tensor
 from fp4cast.sources import FAMILIES, UNQUANTIZED, Pair, fused_group, read_source
 from fp4cast.targets import Activations, Target, choose_target
 
-__all__ = ["Weight", "check_untouched", "held_weights", "input_amax"]
+__all__ = ["Weight", "check_untouched", "held_weights", "input_amax", "matching_weights"]
 
 _ROWS = {family.blocked: family for family in FAMILIES if family.name in ("gpt-oss", "compressed-tensors")}
 
@@ -96,31 +98,58 @@ class Weight:
 
 
 def held_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelopt") -> list[Weight]:
-    """The quantized weights of a model, checked against the checkpoint.
+    """The quantized weights of a calibrated model, checked against the checkpoint.
 
     Raises:
         QuantizerError: nothing is quantized, a quantizer is not calibrated, or a weight is not the checkpoint's.
         UnsupportedError: the checkpoint holds MXFP4 weights that the model does not quantize.
         UsageError: a weight has no such layout.
     """
+    amax = input_amax(model)
+    weights = matching_weights(model, checkpoint, layout)
+    if amax and (missing := [weight for weight in weights if weight.module not in amax]):
+        raise QuantizerError(
+            f"{missing[0].module}: its input is not calibrated, but that of {len(amax)} others is; expected all (W4A4) "
+            "or none"
+        )
+    for weight in weights:
+        _check_calibrated(weight)
+    scales = _shared_input_scales(amax)
+    return [replace(weight, input_scale=scales.get(weight.module)) for weight in weights]
+
+
+def matching_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelopt") -> list[Weight]:
+    """The same of a model whose numbers do not matter yet: it may be on the meta device, and without input scales.
+
+    Raises:
+        QuantizerError: nothing is quantized, or a weight is not the checkpoint's, or not of whole blocks.
+        UnsupportedError: the checkpoint holds MXFP4 weights that the model does not quantize.
+        UsageError: a weight has no such layout.
+    """
     found = list(quantized_weights(model))
     if not found:
         raise QuantizerError(f"{type(model).__name__}: no weight is quantized, so there is nothing to export")
-    amax = input_amax(model)
-    activations: Activations = "w4a4" if amax else "w4a16"
-    if amax and (missing := [name for name, *_ in found if _module(name) not in amax]):
-        raise QuantizerError(
-            f"{missing[0]}: its input is not calibrated, but that of {len(amax)} others is; expected all (W4A4) or none"
-        )
-    scales = _shared_input_scales(amax)
+    activations: Activations = "w4a4" if any(input_quantizer(model, name).is_enabled for name, *_ in found) else "w4a16"
     pairs = _mxfp4_pairs(checkpoint)
-    weights = [_weight(checkpoint, pairs, layout, activations, scales, *each) for each in found]
+    weights = [_weight(checkpoint, pairs, layout, activations, *each) for each in found]
     if left := sorted(pairs.keys() - {weight.module for weight in weights}):
         raise UnsupportedError(
             f"{checkpoint.path}: {len(left)} of {len(pairs)} MXFP4 tensors are not quantized in the model, the first "
             f"is {left[0]}; a qformat that covers all of them is needed"
         )
     return weights
+
+
+def _check_calibrated(weight: Weight) -> None:
+    top = weight.quantizer.tensor_amax
+    if weight.rows.is_meta or top is None or top.is_meta:
+        raise QuantizerError(
+            f"{weight.module}: is on the meta device or was not calibrated; load the model and calibrate it"
+        )
+    if not usable(weight.tensor_scale):
+        raise QuantizerError(
+            f"{weight.module}: a largest magnitude of {float(top):g} gives no tensor scale that engines can use"
+        )
 
 
 def input_amax(model: nn.Module) -> dict[str, float]:
@@ -138,7 +167,10 @@ def input_amax(model: nn.Module) -> dict[str, float]:
             raise QuantizerError(
                 f"{name}: nothing was seen of its input; run the model on calibration data, or use a W4A16 format"
             )
-        amax[_module(name)] = float(quantizer.amax)
+        value = amax[_module(name)] = float(quantizer.amax)
+        if not 0 < value < math.inf:
+            what = "was zero on all calibration data" if value == 0 else f"reached {value} on calibration data"
+            raise QuantizerError(f"{name}: its input {what}, so it has no scale; use more or other data")
     return amax
 
 
@@ -167,20 +199,19 @@ def _weight(
     pairs: Mapping[str, Pair],
     layout: str,
     activations: Activations,
-    scales: Mapping[str, float],
     name: str,
     quantizer: TensorQuantizer,
     rows: torch.Tensor,
 ) -> Weight:
-    if rows.is_meta or quantizer.tensor_amax is None or quantizer.tensor_amax.is_meta:
-        raise QuantizerError(f"{name}: is on the meta device or was not calibrated; load the model and calibrate it")
+    if rows.shape[-1] % NV_BLOCK:
+        raise QuantizerError(f"{name} {list(rows.shape)}: K is {rows.shape[-1]}, expected a multiple of {NV_BLOCK}")
     module = _module(name)
     target = choose_target(_ROWS[rows.ndim == 3], layout, activations)
     pair = pairs.get(module)
     replaces = (pair.codes, pair.scales) if pair is not None else (_plain(checkpoint, name, rows),)
     if pair is not None and (*pair.scales.shape[:-1], pair.row_blocks * 32) != tuple(rows.shape):
         raise QuantizerError(f"{name}: {tuple(rows.shape)} in the model, but {pair.codes} holds other blocks")
-    return Weight(module, rows.detach(), quantizer, scales.get(module), replaces, pair, target)
+    return Weight(module, rows.detach(), quantizer, None, replaces, pair, target)
 
 
 def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,41 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4cast.checkpoint import Checkpoint
 from fp4cast.errors import UnsupportedError
-from fp4cast.extras import require
-from fp4cast.ptq.load import loading
 from fp4cast.ptq.observe import Observer
 from fp4cast.ptq.weights import Weights
 
-__all__ = ["empty_model", "run_layers"]
+__all__ = ["find_decoder", "run_layers"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.Module:
-    """A checkpoint's model with its parameters on the meta device, in BF16, or FP32 where the model insists.
+def find_decoder(model: Any) -> tuple[str, Any]:
+    """(name, decoder) of a model.
 
     Raises:
-        CheckpointError: transformers does not know the model.
         UnsupportedError: it has no list of layers.
     """
-    transformers = require("transformers", "ptq")
-    accelerate = require("accelerate", "ptq")
-    with loading(checkpoint.path, "model"):
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-        with accelerate.init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, experts_implementation="eager"
-            )
-        decoder = model.get_decoder()
+    decoder = model.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not len(decoder.layers):
-        raise UnsupportedError(f"{checkpoint.path}: {type(decoder).__name__} has no list of layers to run one by one")
-    strict = "|".join(rf"((^|\.){name}($|\.))" for name in model._keep_in_fp32_modules_strict or ())
-    for name, parameter in model.named_parameters():
-        if strict and re.search(strict, name):
-            parameter.data = parameter.data.float()
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+        raise UnsupportedError(f"{type(decoder).__name__} has no list of layers to run one by one")
+    return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 
 @torch.no_grad()
@@ -64,8 +48,7 @@ def run_layers(
         observer: sees the layers' parameters by their full names.
         progress: called with (layers just done, layers in all).
     """
-    decoder = model.get_decoder()
-    name = next(name for name, module in model.named_modules() if module is decoder)
+    name, decoder = find_decoder(model)
     layers: nn.ModuleList = decoder.layers
     layer_names = [f"{name}.layers.{i}".lstrip(".") for i in range(len(layers))]
     outer = nn.ModuleDict({key: module for key, module in decoder.named_children() if key != "layers"})
@@ -74,9 +57,11 @@ def run_layers(
     for layer_name, layer, layer_calls in zip(layer_names, layers, calls, strict=True):
         with _filled(layer_name, layer, weights), observer:
             observer.watch({f"{layer_name}.{key}": parameter for key, parameter in layer.named_parameters()})
-            for i, (args, kwargs) in enumerate(layer_calls):
+            for i, call in enumerate(layer_calls):
+                args, kwargs = _moved(call, lambda tensor: tensor.to(weights.device))
                 out = layer(hidden[i].to(weights.device), *args, **kwargs)
                 hidden[i] = _states(out, layer_name).cpu()
+            observer.watch({})  # or it would hold the layer's weights while the next are read
         progress(1, len(layers))
 
 
@@ -120,10 +105,11 @@ def _enter(
     """What the first layer takes in for each batch, and how each layer is called: masks, positions."""
     calls: list[list[Call]] = [[] for _ in layers]
     entered: list[Tensor] = []
+    pool = _Pool()
 
     def record(i: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls[i].append((args, kwargs))
+            calls[i].append(_moved((args, kwargs), pool))
             if i == 0:
                 entered.append(hidden_states.cpu())
             return hidden_states
@@ -139,3 +125,29 @@ def _enter(
         for layer in layers:
             del layer.forward  # the class has its own
     return entered, calls
+
+
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with every tensor in them replaced."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, dict):
+        return {key: _moved(each, move) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(each, move) for each in value)
+    return value
+
+
+class _Pool:
+    """Keeps tensors in memory once: masks and positions are the same for all batches of a length, and most layers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        found = tensor.cpu()
+        kept = self._kept[tuple(found.shape), found.dtype]
+        same = next((each for each in kept if torch.equal(each, found)), None)
+        if same is None:
+            kept.append(found)
+        return found if same is None else same

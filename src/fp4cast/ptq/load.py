@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from torch import nn
 
 from fp4cast.checkpoint import Checkpoint
-from fp4cast.errors import CheckpointError, UsageError
+from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageError
 from fp4cast.extras import require
 from fp4cast.manifest import manifest
 
-__all__ = ["choose_device", "load_model", "load_tokenizer", "loading", "quantization_options"]
+__all__ = ["choose_device", "empty_model", "load_model", "load_tokenizer", "loading", "quantization_options", "running"]
 
 
 def choose_device(name: str) -> str:
@@ -48,6 +49,20 @@ def loading(path: Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{path}: transformers cannot load the {what}: {error}") from error
 
 
+@contextmanager
+def running() -> Iterator[None]:
+    """Whatever a model raises while it runs, memory that is out above all, as an error that says what to try."""
+    try:
+        yield
+    except Fp4CastError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise QuantizerError(
+            f"the model cannot be run on the calibration data: {error}. If memory is short, try a smaller --batch_size "
+            "or --calib_seq, or fp4cast calibrate, which holds one layer at a time."
+        ) from error
+
+
 def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `from_pretrained` must be told so that weights become BF16."""
     transformers = require("transformers", "ptq")
@@ -57,6 +72,27 @@ def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
     if method == "compressed-tensors":
         return {"quantization_config": transformers.CompressedTensorsConfig(run_compressed=False)}
     return {}
+
+
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.Module:
+    """A checkpoint's model with parameters on the meta device, of the dtypes that `load_model` gives them.
+
+    Raises:
+        CheckpointError: transformers does not know the model.
+    """
+    transformers, accelerate = require("transformers", "ptq"), require("accelerate", "ptq")
+    with loading(checkpoint.path, "model"):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else torch.bfloat16
+        with accelerate.init_empty_weights(include_buffers=False):
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+            )
+    strict = "|".join(rf"((^|\.){name}($|\.))" for name in model._keep_in_fp32_modules_strict or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if strict and re.search(strict, name) and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = False) -> nn.Module:

@@ -6,7 +6,9 @@ A module is quantized in place, by exchanging its class, so that parameters, hoo
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,36 +96,65 @@ def _quantized_experts(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The quantized class of a class of batched experts, or None if it is not one that we know."""
     forward = _EXPERTS.get((cls.__module__, cls.__name__))
     if forward is not None and cls not in _MADE:
-        _MADE[cls] = type(f"Quant{cls.__name__}", (cls,), {"forward": forward})
+        _MADE[cls] = type(f"Quant{cls.__name__}", (cls,), {"forward": forward, "__module__": __name__})
     return _MADE.get(cls)
 
 
-def _quantize_module(module: nn.Module, name: str, qformat: QFormat, static: bool) -> int:
-    """Give a module its quantizers; how many of them are on."""
-    experts = _quantized_experts(type(module))
-    names: tuple[str, ...]
+def __getattr__(name: str) -> type[nn.Module]:
+    """Classes of quantized experts by name, as pickle looks for them."""
+    for module, cls in _EXPERTS:
+        if name == f"Quant{cls}" and (made := _quantized_experts(getattr(importlib.import_module(module), cls))):
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What makes a module a quantized one."""
+
+    module: nn.Module
     kind: type[nn.Module]
+    quantizers: dict[str, TensorQuantizer]
+
+
+def _change(module: nn.Module, name: str, qformat: QFormat, static: bool) -> _Change | None:
+    """The change of one module, None where it has no weights that we quantize.
+
+    Raises:
+        UnsupportedError: the format turns on experts that we cannot quantize.
+    """
+    experts = _quantized_experts(type(module))
     if type(module) is nn.Linear:
-        kind, names = QuantLinear, ("",)
+        kind: type[nn.Module] = QuantLinear
+        prefixes: tuple[str, ...] = ("",)
     elif experts is not None:
-        kind, names = experts, tuple(f"{each}_" for each in _BATCHED)
+        kind, prefixes = experts, tuple(f"{each}_" for each in _BATCHED)
     else:
-        return 0
-    quantizers = {
-        f"{prefix}{side}_quantizer": TensorQuantizer(static=static and side == "weight")
-        for prefix in names
-        for side in ("weight", "input")
-    }
-    module.__class__ = kind
-    for key, quantizer in quantizers.items():
-        if not qformat.enables(f"{name}.{key}"):
-            quantizer.disable()
-        setattr(module, key, quantizer)
-    return sum(quantizer.is_enabled for quantizer in quantizers.values())
+        _refuse_experts(module, name, qformat)
+        return None
+    device = next(module.parameters()).device
+    quantizers = {}
+    for prefix in prefixes:
+        for side in ("weight", "input"):
+            key = f"{prefix}{side}_quantizer"
+            on = qformat.enables(f"{name}.{key}")
+            quantizers[key] = TensorQuantizer(static=static and side == "weight", enabled=on).to(device)
+    return _Change(module, kind, quantizers)
+
+
+def _refuse_experts(module: nn.Module, name: str, qformat: QFormat) -> None:
+    """Experts that would silently stay as they are."""
+    for parameter, value in module.named_parameters(recurse=False):
+        if value.ndim == 3 and "experts" in name and qformat.enables(f"{name}.{parameter}_weight_quantizer"):
+            known = ", ".join(cls for _, cls in _EXPERTS)
+            raise UnsupportedError(
+                f"{name}.{parameter}: {qformat.name} quantizes it, but {type(module).__name__} is not known here, "
+                f"only {known}. For an MXFP4 checkpoint, use fp4cast convert (and fp4cast calibrate)."
+            )
 
 
 def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
-    """Quantize a model's linear layers and batched experts in place.
+    """Quantize a model's linear layers and batched experts in place; the output head stays as it is.
 
     Args:
         model: of transformers, or any other.
@@ -134,13 +165,23 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
         How many quantizers are on.
 
     Raises:
-        UnsupportedError: none is.
+        UnsupportedError: none is, the model is quantized already, or it has experts that cannot be; nothing is changed.
     """
-    enabled = sum(_quantize_module(module, name, qformat, static) for name, module in list(model.named_modules()))
+    modules = dict(model.named_modules())
+    if any(isinstance(module, TensorQuantizer) for module in modules.values()):
+        raise UnsupportedError(f"{type(model).__name__} has quantizers already; attach a format to a model as loaded")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = (_change(module, name, qformat, static) for name, module in modules.items() if module is not head)
+    changes = [change for change in found if change is not None]
+    enabled = sum(quantizer.is_enabled for change in changes for quantizer in change.quantizers.values())
     if not enabled:
         raise UnsupportedError(
             f"no quantizer of {type(model).__name__} matches {qformat.name}: nothing would be quantized"
         )
+    for change in changes:
+        change.module.__class__ = change.kind
+        for key, quantizer in change.quantizers.items():
+            setattr(change.module, key, quantizer)
     return enabled
 
 

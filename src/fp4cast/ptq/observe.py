@@ -62,8 +62,8 @@ class Observer(TorchFunctionMode):
             return
         name, whole = found
         if whole.ndim == 3 and weight.ndim == 3 and weight.shape[0] == whole.shape[0]:
-            for expert, rows in enumerate(x):
-                self._widen(name, expert, rows)
+            for expert in range(len(whole)):  # all together, each with rows of its own or all with the same
+                self._widen(name, expert, x[expert] if x.ndim == 3 and len(x) == len(whole) else x)
             return
         offset = weight.storage_offset() - whole.storage_offset()
         self._widen(name, offset // whole.stride(0) if whole.ndim == 3 else 0, x)

@@ -43,6 +43,8 @@ class TensorQuantizer(nn.Module):
         self.is_enabled = enabled
         self.calibrating = False
         self.register_buffer("_amax", None)
+        self._here: Tensor
+        self.register_buffer("_here", torch.empty(0), persistent=False)  # knows the device before there is an amax
 
     @property
     def amax(self) -> Tensor | None:
@@ -126,10 +128,13 @@ class TensorQuantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Buffers that calibration would have made are made when a state dict has them."""
-        for name in self._buffers:
-            if (value := state_dict.get(prefix + name)) is not None:
-                self._buffers[name] = torch.empty_like(value, dtype=torch.float32)
+        """Buffers that calibration would have made are made when a state dict has them; so is the promotion."""
+        if type(self) is TensorQuantizer and self.static and f"{prefix}_global_amax" in state_dict:
+            self.__class__ = NVFP4StaticQuantizer
+            self.register_buffer("_global_amax", None)
+        for name in ("_amax", "_global_amax"):
+            if (value := state_dict.get(prefix + name)) is not None and name in self._buffers:
+                self._buffers[name] = torch.empty(value.shape, dtype=torch.float32, device=self._here.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

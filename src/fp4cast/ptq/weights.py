@@ -53,6 +53,7 @@ class Weights(ExitStack):
         self.checkpoint, self.pairs, self.device = checkpoint, pairs, device
         self._files: dict[Path, Any] = {}
         self._parts, self._operations = _placed(list(self._names()), model)
+        self._modules: dict[str, list[list[str]]] = {}
 
     def _names(self) -> Iterator[str]:
         """Names of weights, as if nothing were quantized."""
@@ -70,9 +71,12 @@ class Weights(ExitStack):
 
     def modules(self, parameter: str) -> list[list[str]]:
         """The checkpoint's modules that a parameter is made of, by expert; one list where there are no experts."""
-        parts = self._parts.get(parameter, [])
-        patterns = {part.pattern: [p.module for p in parts if p.pattern == part.pattern] for part in parts}
-        return [list(experts) for experts in zip(*patterns.values(), strict=False)]
+        if parameter not in self._modules:
+            patterns: dict[str | None, list[str]] = defaultdict(list)
+            for part in self._parts.get(parameter, []):
+                patterns[part.pattern].append(part.module)
+            self._modules[parameter] = [list(experts) for experts in zip(*patterns.values(), strict=False)]
+        return self._modules[parameter]
 
     def read(self, parameter: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """One parameter.
@@ -150,7 +154,9 @@ class Weights(ExitStack):
     def _fp8(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """FP8 [N, K] under scales of blocks."""
         rows, columns = manifest(self.checkpoint.config)[1].get("weight_block_size") or (_FP8_BLOCK, _FP8_BLOCK)
-        steps = _powers(scales, 127) if scales.dtype != torch.float32 else scales
+        if scales.dtype not in (torch.float32, torch.float8_e8m0fnu):
+            raise UnsupportedError(f"{self.checkpoint.path}: FP8 scales of {scales.dtype}; expected F32 or F8_E8M0")
+        steps = scales if scales.dtype == torch.float32 else _powers(scales, 127)
         steps = steps.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
         return (weight.float() * steps).to(dtype)
 
