@@ -1,6 +1,8 @@
 """`fp4cast calibrate`: what it sees layer by layer is what a whole model in memory multiplies."""
 
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,20 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import fp4cast  # noqa: E402
 from fp4cast.checkpoint import open_checkpoint  # noqa: E402
-from fp4cast.errors import CheckpointError, DatasetError, DestinationError, UnsupportedError, UsageError  # noqa: E402
+from fp4cast.errors import (  # noqa: E402
+    CheckpointError,
+    DatasetError,
+    DestinationError,
+    QuantizerError,
+    UnsupportedError,
+    UsageError,
+)
 from fp4cast.miniature import make  # noqa: E402
 from fp4cast.ptq import QFORMATS, attach, max_calibrate  # noqa: E402
 from fp4cast.ptq.activations import calibrate  # noqa: E402
 from fp4cast.ptq.data import open_dataset, split, tokenize  # noqa: E402
 from fp4cast.ptq.held import input_amax  # noqa: E402
-from fp4cast.ptq.layerwise import run_layers  # noqa: E402
+from fp4cast.ptq.layerwise import _Pool, run_layers  # noqa: E402
 from fp4cast.ptq.load import empty_model, load_model, load_tokenizer  # noqa: E402
 from fp4cast.ptq.observe import Observer  # noqa: E402
 from fp4cast.ptq.weights import Weights  # noqa: E402
@@ -92,14 +101,17 @@ def pack_deepseek(model, path):
 
 def save_plain(model, path):
     model.to(torch.bfloat16).save_pretrained(path / "bf16")
-    return load_file(path / "bf16/model.safetensors")
+    plain = load_file(path / "bf16/model.safetensors")
+    for name in [name for name in plain if name.endswith("gate.bias")]:
+        plain[name] = torch.randn(plain[name].shape) * 1e-3 + 0.5  # FP32, as published: BF16 would choose other experts
+    return plain
 
 
 def finish(path, plain, tensors, quantization):
     """Both directories: the packed one, and one with the values that it means in BF16."""
     (path / "mxfp4").mkdir()
     save_file(tensors, path / "mxfp4/model.safetensors", {"format": "pt"})
-    values = {name: value.bfloat16() if value.is_floating_point() else value for name, value in plain.items()}
+    values = {name: value.bfloat16() if value.ndim == 2 else value for name, value in plain.items()}
     save_file(values, path / "bf16/model.safetensors", {"format": "pt"})
     config = json.loads((path / "bf16/config.json").read_text()) | {"quantization_config": quantization}
     (path / "mxfp4/config.json").write_text(json.dumps(config))
@@ -224,26 +236,62 @@ def test_deepseek_v4(tmp_path):
     assert fp4cast.convert(path, tmp_path / "dst", activations="w4a4", input_scales=tmp_path / "amax.json").exact
 
 
-def test_one_layer_at_a_time_is_in_memory():
-    checkpoint = open_checkpoint(FIXTURE)
-    model, real = empty_model(checkpoint), []
-    decoder = model.get_decoder()
+@pytest.mark.parametrize("last", [True, False])
+def test_a_nan_is_never_lost(tmp_path, last):
+    """Whichever expert sees it, whatever the others see."""
+    path = shutil.copytree(FIXTURE, tmp_path / "src")
+    tensors = load_file(path / "model.safetensors")
+    bias = tensors["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    bias[-1 if last else 0, 0] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        QuantizerError, match=r"layers.1.mlp.experts.down_proj: its input reached nan on calibration data"
+    ):
+        calibrate(path, tmp_path / "amax.json", **FEW)
+    assert not (tmp_path / "amax.json").exists()
 
-    def count(layer):
+
+def test_masks_are_kept_once():
+    pool, mask = _Pool(), torch.ones(2, 1, 8, 8)
+    assert pool(mask) is pool(mask.clone()) is not pool(mask.bool())
+    assert pool(2 * mask) is not pool(mask)
+
+
+def test_weights_that_no_layer_holds_are_refused_at_once(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_hidden_layers=2)
+    path = pack(transformers.LlamaForCausalLM(config), tmp_path, ("embed",))
+    with pytest.raises(UnsupportedError, match="1 MXFP4 weights, the first is lm_head, belong to none of the 2 layers"):
+        calibrate(path, tmp_path / "amax.json", **FEW, progress=lambda *_: pytest.fail("a layer was run"))
+
+
+def test_one_layer_at_a_time_is_in_memory():
+    """When a tensor is read, nobody holds a parameter of the layers before."""
+    checkpoint = open_checkpoint(FIXTURE)
+    model, run, alive = empty_model(checkpoint), [], []
+    decoder, seen = model.get_decoder(), []
+
+    class Watching(Weights):
+        def read(self, parameter, *args):
+            alive.append((parameter, sum(each() is not None for each in seen)))
+            return super().read(parameter, *args)
+
+    def remember(layer):
         def hook(*_):
-            there = [i for i, each in enumerate(decoder.layers) if not next(each.parameters()).is_meta]
-            real.append((layer, there))
+            real = [i for i, each in enumerate(decoder.layers) if not next(each.parameters()).is_meta]
+            run.append((layer, tuple(real)))
+            seen.extend(weakref.ref(parameter) for parameter in decoder.layers[layer].parameters())
 
         return hook
 
     for i, layer in enumerate(decoder.layers):
-        layer.self_attn.register_forward_pre_hook(count(i))
+        layer.self_attn.register_forward_pre_hook(remember(i))
     steps = []
-    with Weights(checkpoint, read_source(checkpoint).pairs, model, "cpu") as weights:
+    with Watching(checkpoint, read_source(checkpoint).pairs, model, "cpu") as weights:
         run_layers(model, weights, batches(), Observer(), lambda *step: steps.append(step))
-    assert {(layer, tuple(there)) for layer, there in real} == {(i, (i,)) for i in range(4)}
-    assert len(real) == 4 * len(batches()) and steps == [(1, 4)] * 4
-    assert all(parameter.is_meta for parameter in decoder.parameters())
+    assert set(run) == {(i, (i,)) for i in range(4)} and len(run) == 4 * len(batches())
+    assert len(alive) > 4 * 10 and not any(count for _, count in alive)
+    assert steps == [(1, 4)] * 4 and all(parameter.is_meta for parameter in decoder.parameters())
 
 
 def test_weights_are_those_that_transformers_loads():

@@ -11,10 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tokenizers.processors import TemplateProcessing  # noqa: E402
+
 import fp4cast  # noqa: E402
 from fp4cast.errors import CheckpointError, DatasetError, MissingExtraError, UsageError  # noqa: E402
 from fp4cast.miniature import make  # noqa: E402
 from fp4cast.ptq import Options, data, flow, quantize  # noqa: E402
+from fp4cast.ptq.load import load_model  # noqa: E402
 from test_cli import call, plain  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -98,6 +101,7 @@ def test_the_shell_entry(tmp_path):
         (["--quant", "nvfp4"], "--model is missing"),
         (["--model", "x"], "--quant is missing"),
         (["--model", "x", "--quant"], "--quant needs a value"),
+        (["--model", "x", "--quant", "nvfp4", "--dataset", "--cast_mxfp4_to_nvfp4"], "--dataset needs a value"),
         (["--model", "x", "--quant", "nvfp4", "--tp", "8"], "unknown option: --tp"),
         (["x"], "unexpected argument: x"),
     ],
@@ -164,6 +168,92 @@ def test_a_cast_of_what_is_no_mxfp4(bf16, tmp_path):
         quantize(Options(bf16, tmp_path / "dst", "w4a16_nvfp4", cast_mxfp4_to_nvfp4=True))
 
 
+@pytest.fixture(scope="module")
+def mxfp4_models(tmp_path_factory):
+    """A dense model and a mixture of experts, all of whose linear layers or experts are MXFP4."""
+    from test_calibrate import TINY, pack
+
+    path = tmp_path_factory.mktemp("mxfp4")
+    llama = transformers.LlamaConfig(**TINY, intermediate_size=96, num_hidden_layers=1)
+    qwen = transformers.Qwen3MoeConfig(
+        **TINY, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1, num_experts=4,
+        num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    for name in ("dense", "moe"):
+        (path / name).mkdir()
+    keep = ("embed", "lm_head", "self_attn", "mlp.gate.")
+    dense = pack(transformers.LlamaForCausalLM(llama), path / "dense", ("embed", "lm_head"))
+    return {"dense": dense, "moe": pack(transformers.Qwen3MoeForCausalLM(qwen), path / "moe", keep)}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "qformat", "words"),
+    [
+        (
+            "dense",
+            "nvfp4_mlp_only",
+            "4 of 7 MXFP4 tensors are not quantized in the model, .*k_proj; a qformat",
+        ),
+        ("dense", "nvfp4_experts_only", "nothing would be quantized"),
+        ("moe", "nvfp4", "Qwen3MoeExperts is not known here"),
+        ("moe", "w4a16_nvfp4", "use fp4cast convert"),
+    ],
+)
+def test_formats_that_do_not_fit_the_checkpoint(mxfp4_models, tmp_path, kind, qformat, words, cast):
+    data = None if qformat.startswith("w4a16") else TEXT
+    options = Options(mxfp4_models[kind], tmp_path / "dst", qformat, cast_mxfp4_to_nvfp4=cast, dataset=data)
+    with pytest.raises(fp4cast.errors.UnsupportedError, match=words):
+        quantize(options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_rows_that_are_no_whole_blocks(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "src")
+    with pytest.raises(
+        fp4cast.errors.QuantizerError, match=r"down_proj.weight \[32, 40\]: K is 40, expected a multiple"
+    ):
+        quantize(Options(tmp_path / "src", tmp_path / "dst", "w4a16_nvfp4"))
+    with pytest.raises(UsageError, match="unknown layout 'gguf'"):
+        quantize(Options(tmp_path / "src", tmp_path / "dst", "w4a16_nvfp4", layout="gguf"))
+
+
+def test_a_model_that_does_not_run(tmp_path, monkeypatch):
+    """Memory that runs out is told with what to try, as JSON too; nothing is left behind."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel.forward", full)
+    args = ["--pyt_ckpt_path", FIXTURE, "--qformat", "nvfp4_mlp_only", "--export_path", tmp_path / "dst", *FEW]
+    for batch in ("0", "2"):
+        result = call("ptq", *args, "--batch_size", batch, "--json")
+        message = json.loads(result.stdout)["error"]["message"]
+        assert result.exit_code == 1 and "--batch_size or --calib_seq, or fp4cast calibrate" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_that_is_always_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "load_model", lambda *args: silent(load_model(*args)))
+    words = "layers.2.mlp.experts.down_proj: its input was zero on all calibration data, so it has no scale"
+    with pytest.raises(fp4cast.errors.QuantizerError, match=words):
+        quantize(Options(FIXTURE, tmp_path / "dst", **W4A4, calib_size=2, calib_seq=32))
+    assert not list(tmp_path.iterdir())
+
+
+def silent(model):
+    """With one layer's gates shut."""
+    experts = model.model.layers[2].mlp.experts
+    experts._apply_gate = lambda gate_up: 0 * type(experts)._apply_gate(experts, gate_up)
+    return model
+
+
 @pytest.mark.usefixtures("no_model")
 def test_a_destination_that_is_there(tmp_path):
     (tmp_path / "dst").mkdir()
@@ -213,6 +303,10 @@ def test_lines_are_samples(tokenizer, tmp_path):
     samples = data.tokenize(data.open_dataset(str(path)), tokenizer, 10, 20)
     assert [tokenizer.decode(sample[0]) for sample in samples[:3]] == ["alpha beta", "a plain string", "what?"]
     assert samples[3].shape == (1, 20)
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes('"d\xe9j\xe0"'.encode("latin-1"))
+        with pytest.raises(DatasetError, match=r"latin.*(UTF-8|not valid JSON)"):
+            data.tokenize(data.open_dataset(str(tmp_path / name)), tokenizer, 10, 20)
 
 
 def test_chat_messages_need_a_template(tokenizer, tmp_path):
@@ -224,6 +318,25 @@ def test_chat_messages_need_a_template(tokenizer, tmp_path):
     samples = data.tokenize(data.open_dataset(str(path)), tokenizer, 1, 20)
     tokenizer.chat_template = None
     assert tokenizer.decode(samples[0][0]) == "<user>hello"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DatasetError, match="refuses a conversation: roles must alternate"):
+        data.tokenize(data.open_dataset(str(path)), tokenizer, 1, 20)
+    tokenizer.chat_template = None
+
+
+def test_special_tokens_come_once(tmp_path):
+    """A template writes them itself; a line gets them; a cut text has none inside."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FIXTURE)
+    first = ("<|endoftext|>", 0)
+    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[first])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.chat_template = "<|endoftext|>{{ messages[0].content }}"
+    records = [{"messages": [{"role": "user", "content": "hello"}]}, {"text": "hello"}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "some.txt").write_text("hello")
+    lines = data.tokenize(data.open_dataset(str(tmp_path / "some.jsonl")), tokenizer, 2, 20)
+    assert [sample[0].tolist().count(0) for sample in lines] == [1, 1]
+    assert 0 not in data.tokenize(data.open_dataset(str(tmp_path / "some.txt")), tokenizer, 1, 20)[0]
 
 
 def test_batches_hold_samples_of_one_length():
