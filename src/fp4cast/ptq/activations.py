@@ -22,7 +22,7 @@ from fp4cast.hub import resolve
 from fp4cast.plan import castable
 from fp4cast.ptq.data import open_dataset, split, tokenize
 from fp4cast.ptq.layerwise import find_decoder, run_layers
-from fp4cast.ptq.load import choose_device, empty_model, load_tokenizer, running
+from fp4cast.ptq.load import choose_device, current, empty_model, load_tokenizer, running
 from fp4cast.ptq.observe import Observer
 from fp4cast.ptq.weights import Weights
 from fp4cast.sources import Pair, read_source
@@ -116,7 +116,7 @@ def calibrate(
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
     with Weights(checkpoint, found.pairs, model, chosen) as weights:
         _check_reached(model, weights, pairs)
-        with running():
+        with current(chosen), running():
             run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
     amax, idle = _by_module(observer.amax, weights, pairs)
     _write(path, amax)

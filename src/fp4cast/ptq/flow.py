@@ -25,7 +25,7 @@ from fp4cast.ptq.cast import apply_to_model, cast_domains
 from fp4cast.ptq.data import open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, export
 from fp4cast.ptq.held import matching_weights
-from fp4cast.ptq.load import choose_device, empty_model, load_model, load_tokenizer, running
+from fp4cast.ptq.load import choose_device, current, empty_model, load_model, load_tokenizer, running
 from fp4cast.ptq.modules import attach
 from fp4cast.ptq.qformats import QFORMATS, find_qformat
 from fp4cast.sources import read_source
@@ -127,7 +127,15 @@ def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantize
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
     checkpoint, samples = _check(options)
-    device, clock, stamps = choose_device(options.device), dict[str, float](), stamp(checkpoint)
+    device = choose_device(options.device)
+    with current(device):
+        return _quantize(options, checkpoint, samples, device, progress)
+
+
+def _quantize(
+    options: Options, checkpoint: Checkpoint, samples: list[Tensor], device: str, progress: Progress
+) -> Quantized:
+    clock, stamps = dict[str, float](), stamp(checkpoint)
     with _timed(clock, "load"):
         model = load_model(checkpoint, device, options.trust_remote_code)
     loop = _Loop(samples, options.batch_size, device, progress)

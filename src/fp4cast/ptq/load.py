@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageE
 from fp4cast.extras import require
 from fp4cast.manifest import manifest
 
-__all__ = ["choose_device", "empty_model", "load_model", "load_tokenizer", "loading", "quantization_options", "running"]
+__all__ = [
+    "choose_device",
+    "current",
+    "empty_model",
+    "load_model",
+    "load_tokenizer",
+    "loading",
+    "quantization_options",
+    "running",
+]
 
 
 def choose_device(name: str) -> str:
@@ -38,6 +47,11 @@ def choose_device(name: str) -> str:
             f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
         )
     return name
+
+
+def current(device: str) -> AbstractContextManager[object]:
+    """Make a GPU this thread's current one: not everything that copies to `cuda:1` waits for its stream otherwise."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
 
 
 @contextmanager

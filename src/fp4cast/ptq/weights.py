@@ -140,8 +140,8 @@ class Weights(ExitStack):
     def _raw(self, name: str) -> Tensor:
         path = self.checkpoint.tensors[name].path
         if path not in self._files:  # headers are long: each is parsed once
-            self._files[path] = self.enter_context(safe_open(path, "pt", device=self.device))
-        found: Tensor = self._files[path].get_tensor(name)
+            self._files[path] = self.enter_context(safe_open(path, "pt"))
+        found: Tensor = self._files[path].get_tensor(name).to(self.device)
         return found
 
     def _mxfp4(self, codes: Tensor, scales: Tensor, bias: int, dtype: torch.dtype) -> Tensor:
