@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import core_model_loading as loading  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
@@ -28,6 +27,7 @@ from fp4cast.formats import mxfp4_values, nvfp4_values  # noqa: E402
 from fp4cast.hf import values  # noqa: E402
 from fp4cast.kernels import quantize_nvfp4  # noqa: E402
 from fp4cast.miniature import make  # noqa: E402
+from models import tensors  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -54,14 +54,6 @@ def written(tmp_path_factory):
 
 def load(path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-
-
-def tensors(directory):
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def write(path, weights, config):

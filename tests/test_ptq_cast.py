@@ -8,8 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors import safe_open  # noqa: E402
-
 import fp4cast  # noqa: E402
 from fp4cast.errors import InexactError, QuantizerError, ScaleError, ShapeError, UnsupportedError  # noqa: E402
 from fp4cast.kernels import quantize_nvfp4  # noqa: E402
@@ -26,6 +24,7 @@ from fp4cast.ptq import (  # noqa: E402
     quantizer_name_from_blocks_key,
 )
 from fp4cast.ptq.modules import quantized_weights  # noqa: E402
+from models import load_gpt_oss, tensors  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -35,25 +34,11 @@ def source(tmp_path_factory):
     return make("gpt-oss", tmp_path_factory.mktemp("cast") / "gpt-oss")
 
 
-def load(path):
-    config = transformers.Mxfp4Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
-    return model.eval()
-
-
 def quantized(path, qformat="nvfp4_mlp_only"):
-    model = load(path)
+    model = load_gpt_oss(path)
     attach(model, QFORMATS[qformat], static=True)
     max_calibrate(model)
     return model
-
-
-def tensors(directory):
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def check_written(model, directory):
@@ -85,7 +70,7 @@ def test_every_weight_is_rounded_to_itself(source):
 
 def test_logits_of_cast_weights_are_the_source_s_bit_for_bit(source):
     tokens = torch.arange(20)[None]
-    model, plain = quantized(source, "w4a16_nvfp4"), load(source)
+    model, plain = quantized(source, "w4a16_nvfp4"), load_gpt_oss(source)
     attach(plain, QFORMATS["w4a16_nvfp4"])
     for each in (model, plain):
         for name, module in each.named_modules():
@@ -95,7 +80,7 @@ def test_logits_of_cast_weights_are_the_source_s_bit_for_bit(source):
     apply_to_model(model, source)
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
     assert not torch.equal(model(tokens).logits, uncast)
-    assert torch.equal(load(source)(tokens).logits, plain(tokens).logits)
+    assert torch.equal(load_gpt_oss(source)(tokens).logits, plain(tokens).logits)
 
 
 def test_codes_and_scales_are_those_that_convert_writes(source, tmp_path):
@@ -172,7 +157,7 @@ def test_a_model_that_does_not_belong_is_refused_and_not_changed(source):
     for before, (_, quantizer, _) in zip(kept[:-1], quantized_weights(model), strict=False):
         assert torch.equal(before, quantizer.amax)
     with pytest.raises(QuantizerError, match="it has no static quantizer"):
-        apply_to_model(load(source), source)
+        apply_to_model(load_gpt_oss(source), source)
 
 
 def test_another_checkpoint_of_the_same_shapes_is_refused(source, tmp_path):

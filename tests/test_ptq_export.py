@@ -9,8 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from safetensors import safe_open  # noqa: E402
-
 import fp4cast  # noqa: E402
 from fp4cast.errors import (  # noqa: E402
     CheckpointError,
@@ -24,6 +22,7 @@ from fp4cast.miniature import make  # noqa: E402
 from fp4cast.ptq import QFORMATS, apply_to_model, attach, export, max_calibrate  # noqa: E402
 from fp4cast.ptq.held import input_amax  # noqa: E402
 from fp4cast.ptq.modules import quantized_weights  # noqa: E402
+from models import contents, load_gpt_oss, tensors  # noqa: E402
 from test_oracles import static  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -35,30 +34,11 @@ def source(tmp_path_factory):
     return make("gpt-oss", tmp_path_factory.mktemp("export") / "gpt-oss")
 
 
-def load(path):
-    config = transformers.Mxfp4Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
-    return model.eval()
-
-
 def quantized(path, qformat, static=True):
-    model = load(path)
+    model = load_gpt_oss(path)
     attach(model, QFORMATS[qformat], static=static)
     max_calibrate(model, lambda model: model(TOKENS))
     return model
-
-
-def contents(directory):
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "fp4cast.json")
-    return {path.relative_to(directory): path.read_bytes() for path in files}
-
-
-def tensors(directory):
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 @pytest.mark.parametrize("qformat", ["nvfp4_mlp_only", "nvfp4_experts_only"])
@@ -129,7 +109,7 @@ def peer(source, out, qformat, cast):
     from modelopt.torch.export import export_hf_checkpoint
 
     rules = {"nvfp4": mtq.NVFP4_DEFAULT_CFG, "nvfp4_mlp_only": mtq.NVFP4_MLP_ONLY_CFG}[qformat]
-    model = load(source)
+    model = load_gpt_oss(source)
     mtq.quantize(model, static(rules, False) if cast else rules, lambda model: model(TOKENS))
     if cast:
         pin(model, source)
@@ -233,11 +213,11 @@ def refused(model, tmp_path, source, error, words, **options):
 
 
 def test_nothing_quantized(source, tmp_path):
-    refused(load(source), tmp_path, source, QuantizerError, "no weight is quantized")
+    refused(load_gpt_oss(source), tmp_path, source, QuantizerError, "no weight is quantized")
 
 
 def test_an_input_that_was_not_calibrated(source, tmp_path):
-    model = load(source)
+    model = load_gpt_oss(source)
     attach(model, QFORMATS["nvfp4_mlp_only"], static=True)
     max_calibrate(model)
     refused(model, tmp_path, source, QuantizerError, "layers.0.mlp.experts.gate_up_proj: nothing was seen of its input")
@@ -251,7 +231,7 @@ def test_some_inputs_quantized_and_some_not(source, tmp_path):
 
 
 def test_weights_that_were_not_calibrated(source, tmp_path):
-    model = load(source)
+    model = load_gpt_oss(source)
     attach(model, QFORMATS["w4a16_nvfp4"])
     refused(model, tmp_path, source, QuantizerError, "was not calibrated")
 

@@ -18,6 +18,7 @@ from fp4cast.errors import CheckpointError, DatasetError, MissingExtraError, Usa
 from fp4cast.miniature import make  # noqa: E402
 from fp4cast.ptq import Options, data, flow, quantize  # noqa: E402
 from fp4cast.ptq.load import load_model  # noqa: E402
+from models import contents  # noqa: E402
 from test_cli import call, plain  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -25,11 +26,6 @@ ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "gpt-oss-tiny"
 TEXT = str(FIXTURE / "calibration.txt")
 FEW = ["--dataset", TEXT, "--calib_size", "6", "--calib_seq", "64"]
-
-
-def contents(directory):
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "fp4cast.json")
-    return {path.relative_to(directory): path.read_bytes() for path in files}
 
 
 def test_the_command_writes_what_convert_writes(tmp_path):
