@@ -191,7 +191,7 @@ def _mxfp4_pairs(checkpoint: Checkpoint) -> Mapping[str, Pair]:
     try:
         return read_source(checkpoint).pairs
     except UnsupportedError:
-        return {}  # BF16, or something that `_replaced` refuses by its dtype
+        return {}  # BF16, or something that `_plain` refuses by its dtype
 
 
 def _weight(

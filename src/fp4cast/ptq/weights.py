@@ -91,6 +91,9 @@ class Weights(ExitStack):
                 f"{', '.join(list(self.checkpoint.tensors)[:3])}, ..."
             )
         if parts[0].pattern is None:
+            if len(parts) > 1:
+                names = " and ".join(part.module for part in parts[:2])
+                raise UnsupportedError(f"{self.checkpoint.path}: {names} are both {parameter}; expected one of them")
             found = self._value(parts[0].module, dtype)
             self._check_shape(parameter, found.shape, shape)
             return found
