@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from fp4cast.checkpoint import INDEX, SINGLE, Checkpoint
 from fp4cast.configs import index_bytes
@@ -13,8 +16,9 @@ from fp4cast.exact import Scaling
 from fp4cast.formats import Bytes
 from fp4cast.shards import Layout, Shard, Tensor, layout
 from fp4cast.sources import Pair
+from fp4cast.targets import Target
 
-__all__ = ["Codes", "Constant", "Copy", "Made", "Output", "OutputShard", "Scales", "index", "place"]
+__all__ = ["Codes", "Constant", "Copy", "Made", "Output", "OutputShard", "Scales", "index", "nvfp4", "place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,41 @@ class OutputShard:
     file: str
     outputs: tuple[Output, ...]
     layout: Layout
+
+
+def nvfp4(
+    target: Target,
+    module: str,
+    shape: tuple[int, ...],
+    codes: Step,
+    scales: Step,
+    tensor_scale: float,
+    input_scale: float | None,
+) -> tuple[list[Output], Output]:
+    """(codes and scalars, block scales) of one weight; they may lie in two files.
+
+    Args:
+        target: how they are named, oriented and stored.
+        module: the weight's name.
+        shape: [N, K] or [E, N, K].
+        codes: how the packed codes come to be.
+        scales: how the block scales do.
+        tensor_scale: S.
+        input_scale: for W4A4, else None.
+    """
+    names = target.names(module)
+    home = [
+        Output(names.codes, "U8", target.codes_shape(shape), codes),
+        Output(names.tensor_scale, "F32", target.scalar_shape, _scalar(tensor_scale, target.reciprocal)),
+    ]
+    if input_scale is not None:
+        home.append(Output(names.input_scale, "F32", target.scalar_shape, _scalar(input_scale, target.reciprocal)))
+    return home, Output(names.block_scale, "F8_E4M3", target.block_scale_shape(shape), scales)
+
+
+@lru_cache(maxsize=1024)  # most domains share a few powers of two
+def _scalar(value: float, reciprocal: bool) -> Constant:
+    return Constant(np.float32(1 / value if reciprocal else value).astype("<f4").tobytes())
 
 
 def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterator[OutputShard]:

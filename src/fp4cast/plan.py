@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,7 +16,7 @@ from fp4cast.checkpoint import Checkpoint, open_checkpoint
 from fp4cast.configs import documents, to_bytes
 from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
 from fp4cast.inputs import InputScales, InputScalesLike, load_input_scales
-from fp4cast.outputs import Codes, Constant, Copy, Output, OutputShard, Scales, index, place
+from fp4cast.outputs import Codes, Constant, Copy, Output, OutputShard, Scales, index, nvfp4, place
 from fp4cast.scan import Domain, scan
 from fp4cast.sources import Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
@@ -183,27 +183,12 @@ def _storable(domain: Domain, target: Target) -> Domain:
     return replace(domain, scaling=replace(scaling, tensor_scale=seen))
 
 
-@lru_cache(maxsize=1024)  # most domains share a few powers of two
-def _float32(value: float) -> Constant:
-    return Constant(np.float32(value).astype("<f4").tobytes())
-
-
 def _outputs(pair: Pair, domain: Domain, target: Target, amax: InputScales | None) -> dict[str, list[Output]]:
     """A pair's new tensors by the shard they go to: where the source tensor that they come from is."""
-    names, scaling = target.names(pair.module), domain.scaling
+    scaling = domain.scaling
     plain = scaling.verbatim and not target.transposed
     codes = Copy(pair.codes) if plain else Codes(pair, scaling, target.transposed)
-    tensor_scale = 1.0 / scaling.tensor_scale if target.reciprocal else scaling.tensor_scale
-    home = [
-        Output(names.codes, "U8", target.codes_shape(pair), codes),
-        Output(names.tensor_scale, "F32", target.scalar_shape, _float32(tensor_scale)),
-    ]
-    if amax is not None:
-        scale = amax.scale([member.module for member in domain.pairs])
-        home.append(
-            Output(names.input_scale, "F32", target.scalar_shape, _float32(1 / scale if target.reciprocal else scale))
-        )
-    scales = Output(
-        names.block_scale, "F8_E4M3", target.block_scale_shape(pair), Scales(pair, scaling, target.transposed)
-    )
-    return {pair.codes.name: home, pair.scales.name: [scales]}
+    scales = Scales(pair, scaling, target.transposed)
+    input_scale = None if amax is None else float(amax.scale([member.module for member in domain.pairs]))
+    home, block_scales = nvfp4(target, pair.module, pair.shape, codes, scales, scaling.tensor_scale, input_scale)
+    return {pair.codes.name: home, pair.scales.name: [block_scales]}

@@ -122,6 +122,11 @@ class Pair:
         return self.scales.shape[-1]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K] of a projection, [E, N, K] of a bank of experts."""
+        return (*self.scales.shape[:-1], self.row_blocks * 32)
+
+    @property
     def blocks(self) -> int:
         """MX blocks of the whole tensor."""
         return self.scales.nbytes

@@ -82,8 +82,8 @@ def _expected(work: Work) -> dict[str, tuple[str, tuple[int, ...]]]:
     table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in work.untouched}
     for pair in work.cast:
         names = work.target.names(pair.module)
-        table[names.codes] = ("U8", work.target.codes_shape(pair))
-        table[names.block_scale] = ("F8_E4M3", work.target.block_scale_shape(pair))
+        table[names.codes] = ("U8", work.target.codes_shape(pair.shape))
+        table[names.block_scale] = ("F8_E4M3", work.target.block_scale_shape(pair.shape))
         table[names.tensor_scale] = ("F32", work.target.scalar_shape)
         if work.target.activations == "w4a4":
             table[names.input_scale] = ("F32", work.target.scalar_shape)

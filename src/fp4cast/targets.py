@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fp4cast.errors import UsageError
+from fp4cast.formats import NV_BLOCK
 from fp4cast.sources import Family, Pair
 
 __all__ = ["MODELOPT", "MODELOPT_FUSED", "Activations", "LayoutName", "Names", "Target", "choose_target"]
@@ -61,21 +62,19 @@ class Target:
         """The names of a module's four tensors."""
         return Names(*(module + suffix for suffix in self.suffixes))
 
-    def codes_shape(self, pair: Pair) -> tuple[int, ...]:
-        """Shape of the packed codes."""
-        return self._oriented(pair, pair.row_blocks * 16)
+    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the packed codes of a weight [.., N, K]."""
+        return self._oriented(shape, 2)
 
-    def block_scale_shape(self, pair: Pair) -> tuple[int, ...]:
-        """Shape of the E4M3 block scales."""
-        return self._oriented(pair, pair.row_blocks * 2)
+    def block_scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the E4M3 block scales of a weight [.., N, K]."""
+        return self._oriented(shape, NV_BLOCK)
 
-    def _oriented(self, pair: Pair, columns: int) -> tuple[int, ...]:
-        return self.stored_shape((*pair.scales.shape[:-1], columns))
-
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of something [..., N, columns], as it is stored."""
+    def _oriented(self, shape: tuple[int, ...], weights: int) -> tuple[int, ...]:
+        """With one byte for so many weights along K."""
         *bank, rows, columns = shape
-        return (*bank, columns, rows) if self.transposed else shape
+        columns //= weights
+        return (*bank, columns, rows) if self.transposed else (*bank, rows, columns)
 
     @property
     def scalar_shape(self) -> tuple[int, ...]:

@@ -260,12 +260,11 @@ def _check_weight(name: str, pair: Pair, rows: Tensor, files: Files) -> None:
     something else soon. No codes are read for that.
     """
     where = f"{pair.codes.name} ({pair.codes.path.name})"
-    expected = (*pair.scales.shape[:-1], pair.row_blocks * 32)
-    if tuple(rows.shape) != expected:
-        raise QuantizerError(f"{name}: quantizes {list(rows.shape)} in blocks, but {where} holds {list(expected)}")
+    if tuple(rows.shape) != pair.shape:
+        raise QuantizerError(f"{name}: quantizes {list(rows.shape)} in blocks, but {where} holds {list(pair.shape)}")
     if rows.is_meta or rows.dtype not in (torch.bfloat16, torch.float32):
         return  # of other dtypes, not every value is exact
-    first = (rows[0] if rows.ndim == 3 else rows)[: max(1, _SAMPLE // expected[-1])]
+    first = (rows[0] if rows.ndim == 3 else rows)[: max(1, _SAMPLE // pair.shape[-1])]
     blocks = first.reshape(-1, 32).float().abs().amax(dim=1).cpu()
     exponents = files[pair.scales.path].read(pair.scales.start, len(blocks)).astype(np.int32) - pair.bias
     k = torch.from_numpy(exponents)

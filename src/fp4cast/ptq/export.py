@@ -6,6 +6,7 @@ tensor that transformers does not know is lost, and none changes its dtype.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from fp4cast import __version__
@@ -22,9 +22,9 @@ from fp4cast.completion import Progress, write_documents
 from fp4cast.configs import documents, to_bytes
 from fp4cast.conversion import real_path
 from fp4cast.engines import Engine, make_engine
-from fp4cast.errors import CheckpointError, UsageError, VerificationError
+from fp4cast.errors import CheckpointError, VerificationError
 from fp4cast.hub import resolve
-from fp4cast.outputs import Constant, Made, Output, OutputShard, index, place
+from fp4cast.outputs import Made, Output, OutputShard, index, nvfp4, place
 from fp4cast.plan import stamp
 from fp4cast.ptq.held import Weight, check_untouched, held_weights
 from fp4cast.ptq.measure import measure
@@ -113,11 +113,12 @@ def export(
     check_untouched(model, checkpoint, replaced)
     stamps, engine = stamp(checkpoint), make_engine("local", jobs)
     shards = list(place(checkpoint, _outputs(weights)))
+    files, companions = _documents(checkpoint, weights, replaced, shards), list(checkpoint.companions())
     with staging(checkpoint.path, target_path, overwrite=overwrite, keep=False) as stage:
         total = _write(shards, stage, engine, progress)
         if stamp(checkpoint) != stamps:
             raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was exported; export it again")
-        _write_documents(checkpoint, weights, replaced, shards, stage)
+        write_documents(stage, files, companions, checkpoint.path)
         inexact = measure(weights, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
         stage.publish(overwrite=overwrite)
@@ -157,13 +158,13 @@ def _main(weights: Sequence[Weight]) -> Weight:
     return next((weight for weight in weights if weight.target.transposed), weights[0])
 
 
-def _write_documents(
-    checkpoint: Checkpoint, weights: Sequence[Weight], replaced: set[str], shards: Sequence[OutputShard], stage: Staging
-) -> None:
+def _documents(
+    checkpoint: Checkpoint, weights: Sequence[Weight], replaced: Collection[str], shards: Sequence[OutputShard]
+) -> dict[str, bytes]:
+    """Index and configs."""
     modules = [weight.module for weight in weights]
     files = documents(checkpoint, _main(weights).target, modules, replaced, __version__)
-    data = index(shards) | {name: to_bytes(document) for name, document in files.items()}
-    write_documents(stage, data, checkpoint.companions(), checkpoint.path)
+    return index(shards) | {name: to_bytes(document) for name, document in files.items()}
 
 
 def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:
@@ -179,35 +180,12 @@ def _outputs(weights: Sequence[Weight]) -> dict[str, list[Output]]:
     """The weights' new tensors by the source tensor in whose place they stand."""
     new: dict[str, list[Output]] = {}
     for weight in weights:
-        names, scalar = weight.target.names(weight.module), weight.target.scalar_shape
-        *lead, width = weight.rows.shape
-        codes, scales = (*lead, width // 2), (*lead, width // 16)
-        home, *rest = weight.replaces
-        new[home.name] = [
-            Output(names.codes, "U8", weight.target.stored_shape(codes), _made(weight, codes, weight.codes)),
-            Output(names.tensor_scale, "F32", scalar, _scalar(weight.tensor_scale, weight.target.reciprocal)),
-        ]
-        if weight.input_scale is not None:
-            step = _scalar(weight.input_scale, weight.target.reciprocal)
-            new[home.name].append(Output(names.input_scale, "F32", scalar, step))
-        step_scales = _made(weight, scales, weight.block_scales)
-        place_of_scales = rest[0].name if rest else home.name
-        new.setdefault(place_of_scales, []).append(
-            Output(names.block_scale, "F8_E4M3", weight.target.stored_shape(scales), step_scales)
+        shape = tuple(weight.rows.shape)
+        part = math.prod(shape) // weight.parts
+        codes, scales = Made(weight.parts, part // 2, weight.codes), Made(weight.parts, part // 16, weight.block_scales)
+        home, block_scales = nvfp4(
+            weight.target, weight.module, shape, codes, scales, weight.tensor_scale, weight.input_scale
         )
-    _check_twice(new)
+        new[weight.replaces[0].name] = home
+        new.setdefault(weight.replaces[-1].name, []).append(block_scales)
     return new
-
-
-def _check_twice(new: Mapping[str, Sequence[Output]]) -> None:
-    names = [output.name for outputs in new.values() for output in outputs]
-    if len(set(names)) != len(names):
-        raise UsageError(f"two weights of the model would be written as {max(names, key=names.count)}")
-
-
-def _made(weight: Weight, shape: Sequence[int], make: Callable[[int], Any]) -> Made:
-    return Made(weight.parts, int(np.prod(shape)) // weight.parts, make)
-
-
-def _scalar(value: float, reciprocal: bool) -> Constant:
-    return Constant(np.float32(1 / value if reciprocal else value).astype("<f4").tobytes())

@@ -209,7 +209,7 @@ def _weight(
     target = choose_target(_ROWS[rows.ndim == 3], layout, activations)
     pair = pairs.get(module)
     replaces = (pair.codes, pair.scales) if pair is not None else (_plain(checkpoint, name, rows),)
-    if pair is not None and (*pair.scales.shape[:-1], pair.row_blocks * 32) != tuple(rows.shape):
+    if pair is not None and pair.shape != tuple(rows.shape):
         raise QuantizerError(f"{name}: {tuple(rows.shape)} in the model, but {pair.codes} holds other blocks")
     return Weight(module, rows.detach(), quantizer, None, replaces, pair, target)
 
