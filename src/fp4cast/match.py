@@ -6,7 +6,7 @@ Work is cut into units that lie in the processor's caches: chunks of blocks, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from fp4cast.files import File, Files, scratch
 from fp4cast.formats import Bytes
 from fp4cast.shards import Tensor
 from fp4cast.sources import BLOCK_BYTES, Pair
+from fp4cast.targets import Target
 from fp4cast.transpose import is_transpose
 
 __all__ = ["Cast", "compare_bytes", "compare_units", "count_units", "energy_of_units"]
@@ -52,6 +53,20 @@ class Cast:
     input_scale: Tensor | None
     reciprocal: bool
     transposed: bool
+
+    @classmethod
+    def of(cls, pair: Pair, target: Target, written: Mapping[str, Tensor]) -> Cast:
+        """A pair and what a target makes of it, among the tensors of a destination."""
+        names = target.names(pair.module)
+        return cls(
+            pair,
+            written[names.codes],
+            written[names.block_scale],
+            written[names.tensor_scale],
+            written[names.input_scale] if target.activations == "w4a4" else None,
+            target.reciprocal,
+            target.transposed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

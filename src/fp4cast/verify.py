@@ -82,21 +82,9 @@ def _checks(work: Work, wrong: set[str]) -> list[Checks]:
     table = {shard.path: Checks() for shard in work.destination.shards.values()}
     tensors = work.destination.tensors
     for pair in work.cast:
-        names = work.target.names(pair.module)
-        if not wrong.intersection(names):
-            codes = tensors[names.codes]
-            input_scale = tensors[names.input_scale] if work.target.activations == "w4a4" else None
-            table[codes.path].casts.append(
-                Cast(
-                    pair,
-                    codes,
-                    tensors[names.block_scale],
-                    tensors[names.tensor_scale],
-                    input_scale,
-                    work.target.reciprocal,
-                    work.target.transposed,
-                )
-            )
+        if not wrong.intersection(work.target.names(pair.module)):
+            cast = Cast.of(pair, work.target, tensors)
+            table[cast.codes.path].casts.append(cast)
     for tensor in work.untouched:
         if tensor.name not in wrong:
             copy = tensors[tensor.name]

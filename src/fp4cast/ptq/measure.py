@@ -26,11 +26,8 @@ def measure(weights: Sequence[Weight], stage: Staging, engine: Engine, progress:
     table: dict[Path, Checks] = defaultdict(Checks)
     for weight in weights:
         if weight.pair is not None:
-            names = weight.target.names(weight.module)
-            codes, scales, scale = (written[name] for name in (names.codes, names.block_scale, names.tensor_scale))
-            target = weight.target
-            cast = Cast(weight.pair, codes, scales, scale, None, target.reciprocal, target.transposed)
-            table[codes.path].casts.append(cast)
+            cast = Cast.of(weight.pair, weight.target, written)
+            table[cast.codes.path].casts.append(cast)
     todo = list(table.values())
     total = sum(_bytes(cast) for checks in todo for cast in checks.casts)
     inexact: list[InexactTensor] = []
@@ -41,8 +38,8 @@ def measure(weights: Sequence[Weight], stage: Staging, engine: Engine, progress:
 
 
 def _bytes(cast: Cast) -> int:
-    tensors = (cast.pair.codes, cast.pair.scales, cast.codes, cast.scales, cast.tensor_scale)
-    return sum(tensor.nbytes for tensor in tensors)
+    tensors = (cast.pair.codes, cast.pair.scales, cast.codes, cast.scales, cast.tensor_scale, cast.input_scale)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _judge(cast: Cast, found: Comparison | None) -> list[InexactTensor]:
