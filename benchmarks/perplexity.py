@@ -61,6 +61,13 @@ def quantized(path: Path, qformat: str, cast: bool) -> torch.nn.Module:
     return model
 
 
+def only_experts(model: torch.nn.Module) -> None:
+    """Quantize what `fp4cast convert` writes: attention stays BF16."""
+    for name, module in model.named_modules():
+        if name.endswith("weight_quantizer") and "experts" not in name:
+            module.disable()
+
+
 def measure(path: Path) -> dict[str, Any]:
     """Perplexities, and whether logits are the source's bit for bit."""
     checkpoint = open_checkpoint(path)
@@ -71,10 +78,8 @@ def measure(path: Path) -> dict[str, Any]:
     for qformat in ("experts, W4A16", *FORMATS):
         for cast in (True, False):
             model = quantized(path, "w4a16_nvfp4" if "," in qformat else qformat, cast)
-            if "," in qformat:  # as `fp4cast convert` writes it: attention stays BF16
-                for name, module in model.named_modules():
-                    if name.endswith("weight_quantizer") and "experts" not in name:
-                        module.disable()
+            if "," in qformat:
+                only_experts(model)
             found = logits(model, windows)
             same = torch.equal(found, source)
             row = {"format": qformat, "experts": HOW[cast], "perplexity": perplexity(found, windows)}

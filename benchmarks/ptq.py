@@ -12,6 +12,7 @@ the peer's. The first use of each library's kernels, which compiles them, is not
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -117,14 +118,10 @@ def run_peer(source: Path, out: Path, text: Path, device: str) -> dict[str, Any]
 
 def static_rules(config: dict[str, Any]) -> dict[str, Any]:
     """ModelOpt's rules with static weight quantizers, as its cast needs them."""
-    rules: dict[str, Any] = json.loads(json.dumps(config))
+    rules: dict[str, Any] = copy.deepcopy(config)
     for rule in rules["quant_cfg"]:
         if "weight_quantizer" in rule["quantizer_name"] and rule.get("cfg"):
-            rule["cfg"]["block_sizes"] = {-1: 16, "type": "static", "scale_bits": (4, 3)}
-            rule["cfg"]["num_bits"] = (2, 1)
-        elif rule.get("cfg"):
-            rule["cfg"]["block_sizes"] = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
-            rule["cfg"]["num_bits"] = (2, 1)
+            rule["cfg"]["block_sizes"]["type"] = "static"
     return rules
 
 

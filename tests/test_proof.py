@@ -49,9 +49,7 @@ def test_a_converted_checkpoint_has_the_source_s_logits(tmp_path, windows, expec
 def test_so_has_the_model_that_was_quantized_and_cast(windows, expected):
     for cast in (True, False):
         model = benchmark.quantized(FIXTURE, "w4a16_nvfp4", cast)
-        for name, module in model.named_modules():
-            if name.endswith("weight_quantizer") and "experts" not in name:
-                module.disable()
+        benchmark.only_experts(model)
         assert torch.equal(benchmark.logits(model, windows), expected) == cast
 
 
