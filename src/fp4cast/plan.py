@@ -21,7 +21,7 @@ from fp4cast.scan import Domain, scan
 from fp4cast.sources import Pair, Source, read_source
 from fp4cast.targets import Target, choose_target
 
-__all__ = ["Plan", "check_unchanged", "make_plan", "stamp"]
+__all__ = ["Plan", "check_stamps", "check_unchanged", "make_plan", "stamp"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,28 @@ def check_unchanged(plan: Plan) -> None:
     Raises:
         CheckpointError: it is not.
     """
+    check_stamps(plan.source.checkpoint, plan.stamps, "convert")
+
+
+def check_stamps(checkpoint: Checkpoint, stamps: tuple[tuple[str, int, int], ...], work: str) -> None:
+    """Look whether a checkpoint's shards are still those of these stamps.
+
+    Args:
+        checkpoint: as it was opened.
+        stamps: as `stamp` gave them before.
+        work: a verb for what was done meanwhile: convert, export.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     try:
-        now: object = stamp(plan.source.checkpoint)
+        now: object = stamp(checkpoint)
     except OSError as error:
         now = error
-    if now != plan.stamps:
+    if now != stamps:
         raise CheckpointError(
-            f"{plan.source.checkpoint.path}: a shard changed while it was converted; nothing was published. "
-            "Wait until its download or copy is finished and convert again."
+            f"{checkpoint.path}: a shard changed while it was {work}ed; nothing was published. "
+            f"Wait until its download or copy is finished and {work} again."
         )
 
 

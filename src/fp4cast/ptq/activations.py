@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,12 +13,14 @@ from torch import Tensor
 
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.completion import Progress
+from fp4cast.configs import to_bytes
 from fp4cast.conversion import real_path
-from fp4cast.errors import DestinationError, QuantizerError, UnsupportedError, UsageError
+from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.hub import resolve
 from fp4cast.plan import castable
-from fp4cast.ptq.data import open_dataset, split, tokenize
+from fp4cast.ptq.calibrate import check_amax
+from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.layerwise import find_decoder, run_layers
 from fp4cast.ptq.load import choose_device, current, empty_model, load_tokenizer, running
 from fp4cast.ptq.observe import Observer
@@ -104,9 +104,7 @@ def calibrate(
         Fp4CastError: see `fp4cast.errors`.
     """
     begin = time.monotonic()
-    for name, number in (("calib_size", calib_size), ("calib_seq", calib_seq), ("batch_size", batch_size + 1)):
-        if number < 1:
-            raise UsageError(f"{name}: expected a positive number, got {number}")
+    check_counts(calib_size, calib_seq, batch_size)
     path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_dataset(dataset)
     checkpoint = open_checkpoint(resolve(source))
     found = read_source(checkpoint)
@@ -139,16 +137,12 @@ def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
     """Every MXFP4 weight belongs to a layer, which will be run."""
     name, decoder = find_decoder(model)
     parameters = (f"{name}.layers.{key}".lstrip(".") for key, _ in decoder.layers.named_parameters())
-    reached = {_plain(module) for key in parameters for modules in weights.modules(key) for module in modules}
+    reached = {module for key in parameters for modules in weights.modules(key) for module in modules}
     if lost := [pair.module for pair in pairs if pair.module not in reached]:
         raise UnsupportedError(
             f"{weights.checkpoint.path}: {len(lost)} MXFP4 weights, the first is {lost[0]}, belong to none of the "
             f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be seen"
         )
-
-
-def _plain(module: str) -> str:
-    return module.removesuffix(".weight")
 
 
 def _by_module(
@@ -160,14 +154,12 @@ def _by_module(
     of: dict[str, str] = {}
     for (parameter, expert), tensor in seen.items():
         experts, value = weights.modules(parameter), float(tensor)
-        modules = [_plain(module) for module in experts[expert if len(experts) > 1 else 0]]
-        if not 0 < value < math.inf:
-            what = "was zero on all" if value == 0 else f"reached {value} on"
-            raise QuantizerError(f"{modules[0]}: its input {what} calibration data, so it has no scale; use other data")
+        modules = experts[expert if len(experts) > 1 else 0]
+        check_amax(modules[0], value)
         for module in modules:
             amax[module] = max(value, amax.get(module, 0.0))
         if parameter not in largest:
-            of |= {_plain(module): parameter for each in experts for module in each}
+            of |= {module: parameter for each in experts for module in each}
         largest[parameter] = max(value, largest.get(parameter, 0.0))
     wanted = [pair.module for pair in pairs]
     if lost := [module for module in wanted if module not in of]:
@@ -178,7 +170,7 @@ def _by_module(
 
 def _write(path: Path, amax: Mapping[str, float]) -> None:
     if path.suffix == ".json":
-        data = (json.dumps(amax, indent=2) + "\n").encode()
+        data = to_bytes(amax)
     else:
         save = require("safetensors.torch", "ptq").save
         data = save({module: torch.tensor(value, dtype=torch.float32) for module, value in amax.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizer
 from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
 from fp4cast.sources import fused_group
 
-__all__ = ["max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
+__all__ = ["check_amax", "max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
 
 _EXPERT = re.compile(r"(?P<bank>.*\.experts)\.\d+\.(?P<leaf>.+)")
 
@@ -101,6 +102,17 @@ def _take_largest(model: nn.Module) -> None:
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         if (largest >= 0).all():
             quantizer.amax = largest
+
+
+def check_amax(name: str, amax: float) -> None:
+    """See that what was observed of an input gives a scale.
+
+    Raises:
+        QuantizerError: it was zero throughout, NaN or infinite.
+    """
+    if not 0 < amax < math.inf:
+        what = "was zero on all calibration data" if amax == 0 else f"reached {amax} on calibration data"
+        raise QuantizerError(f"{name}: its input {what}, so it has no scale; use more or other data")
 
 
 def share_global_amax(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ names are those of the feature in ModelOpt; the numerics are `fp4cast.exact` and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fp4cast.checkpoint import open_checkpoint
 from fp4cast.errors import QuantizerError, ScaleError, ShapeError, UnsupportedError
-from fp4cast.exact import ArrayBlocks, Scaling, choose
+from fp4cast.exact import E_MAX, M_NORMAL, ArrayBlocks, Scaling, choose, outside_window
 from fp4cast.files import Files
 from fp4cast.formats import E4M3, E4M3_MAX, E8M0_BIAS, E8M0_NAN, Bytes, mxfp4_values, nvfp4_values
 from fp4cast.kernels.reference import round_e2m1
@@ -30,6 +30,8 @@ from fp4cast.sources import BLOCK_BYTES, Pair, read_source
 from fp4cast.targets import choose_target
 
 __all__ = [
+    "Scaled",
+    "apply_domains",
     "apply_to_model",
     "build_amax_map",
     "cast_domains",
@@ -81,7 +83,7 @@ def compute_global_amax_for_scales(scales: Tensor) -> Tensor:
         raise ShapeError("scales are empty")
     if found.max() == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
-    return _global_amax(2.0 ** max(int(found.max()) - E8M0_BIAS - 8, -126))
+    return _global_amax(2.0 ** max(int(found.max()) - E8M0_BIAS - E_MAX, M_NORMAL))
 
 
 def _global_amax(tensor_scale: float) -> Tensor:
@@ -143,9 +145,7 @@ def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> i
     """How many blocks keep every value: all, or as measured on those outside of the window."""
     if scaling.exact:
         return pair.blocks
-    k = exponents.astype(np.int64) - pair.bias
-    m = scaling.m
-    odd = np.arange(len(k)) if m is None else np.flatnonzero((k < m - 9) | (k > m + 8))
+    odd = outside_window(exponents.astype(np.int64) - pair.bias, scaling.m)
     codes = _codes(pair, files, odd)
     written = encode(codes, exponents[odd], scaling, pair.bias)
     before = mxfp4_values(codes, exponents[odd, None], pair.bias)
@@ -153,7 +153,10 @@ def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> i
     return pair.blocks - int((before != after).any(axis=1).sum())
 
 
-def cast_domains(directory: Path, inexact: str) -> Iterator[tuple[str, Pair, Scaling]]:
+Scaled = tuple[str, Pair, Scaling]  # a quantizer's name, the tensor that it belongs to, how that is scaled
+
+
+def cast_domains(directory: Path, inexact: str) -> Iterator[Scaled]:
     """(quantizer's name, tensor, scaling) for every MXFP4 tensor of a checkpoint."""
     source = read_source(open_checkpoint(directory))
     for domain in scan(castable(source, choose_target(source.family, activations="w4a4")), inexact=inexact):
@@ -207,7 +210,11 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
         QuantizerError: a quantizer is missing, of another kind, or of another size; nothing is changed then.
         InexactError: some tensor cannot be exact and `inexact` is "fail".
     """
-    found = list(cast_domains(Path(checkpoint_dir), inexact))
+    return apply_domains(model, list(cast_domains(Path(checkpoint_dir), inexact)))
+
+
+def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, dict[str, Any]]:
+    """`apply_to_model` with what `cast_domains` found."""
     quantizers = {name: _find(model, name, pair) for name, pair, _ in found}
     weights = {id(quantizer): rows for _, quantizer, rows in quantized_weights(model)}
     applied = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4cast.errors import DatasetError, MissingExtraError
+from fp4cast.batches import spans
+from fp4cast.errors import DatasetError, MissingExtraError, UsageError
 from fp4cast.extras import require
 
-__all__ = ["Dataset", "open_dataset", "split", "tokenize"]
+__all__ = ["Dataset", "check_counts", "open_dataset", "split", "tokenize"]
 
 _KEYS = ("text", "content", "article", "prompt", "question")
 _LINES = (".jsonl", ".ndjson")
@@ -57,6 +58,21 @@ class Dataset:
     def whole(self) -> bool:
         """One long text that is cut into samples, instead of samples that are cut off."""
         return self.path is not None and self.path.suffix not in _LINES
+
+
+def check_counts(calib_size: int | None, calib_seq: int | None, batch_size: int) -> None:
+    """Samples and tokens are positive, or left open; a batch of 0 is one that is chosen.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    for name, number, least in (
+        ("calib_size", calib_size, 1),
+        ("calib_seq", calib_seq, 1),
+        ("batch_size", batch_size, 0),
+    ):
+        if number is not None and number < least:
+            raise UsageError(f"--{name}: expected a positive number, got {number}")
 
 
 def open_dataset(name: str) -> Dataset:
@@ -160,9 +176,4 @@ def split(samples: Iterable[Tensor], size: int) -> list[Tensor]:
     groups: dict[int, list[Tensor]] = defaultdict(list)
     for sample in samples:
         groups[sample.shape[1]].append(sample)
-    return [torch.cat(list(part)) for group in groups.values() for part in _parts(group, size)]
-
-
-def _parts(group: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    for first in range(0, len(group), size):
-        yield group[first : first + size]
+    return [torch.cat(group[a:b]) for group in groups.values() for a, b in spans(0, len(group), size)]

@@ -22,10 +22,10 @@ from fp4cast.completion import Progress, write_documents
 from fp4cast.configs import documents, to_bytes
 from fp4cast.conversion import real_path
 from fp4cast.engines import Engine, make_engine
-from fp4cast.errors import CheckpointError, VerificationError
+from fp4cast.errors import VerificationError
 from fp4cast.hub import resolve
 from fp4cast.outputs import Made, Output, OutputShard, index, nvfp4, place
-from fp4cast.plan import stamp
+from fp4cast.plan import check_stamps, stamp
 from fp4cast.ptq.held import Weight, check_untouched, held_weights
 from fp4cast.ptq.measure import measure
 from fp4cast.report import InexactTensor
@@ -116,8 +116,7 @@ def export(
     files, companions = _documents(checkpoint, weights, replaced, shards), list(checkpoint.companions())
     with staging(checkpoint.path, target_path, overwrite=overwrite, keep=False) as stage:
         total = _write(shards, stage, engine, progress)
-        if stamp(checkpoint) != stamps:
-            raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was exported; export it again")
+        check_stamps(checkpoint, stamps, "export")
         write_documents(stage, files, companions, checkpoint.path)
         inexact = measure(weights, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)

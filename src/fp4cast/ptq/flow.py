@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fp4cast.checkpoint import Checkpoint, open_checkpoint
 from fp4cast.completion import Progress
 from fp4cast.conversion import real_path
-from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
+from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.hub import resolve
-from fp4cast.plan import stamp
+from fp4cast.plan import check_stamps, stamp
 from fp4cast.ptq.calibrate import max_calibrate
-from fp4cast.ptq.cast import apply_to_model, cast_domains
-from fp4cast.ptq.data import open_dataset, split, tokenize
+from fp4cast.ptq.cast import Scaled, apply_domains, cast_domains
+from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, export
 from fp4cast.ptq.held import matching_weights
 from fp4cast.ptq.load import choose_device, current, empty_model, load_model, load_tokenizer, running
@@ -126,28 +126,23 @@ def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantize
         UsageError: options that do not fit together, or not the checkpoint; before anything is loaded.
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
-    checkpoint, samples = _check(options)
-    device = choose_device(options.device)
-    with current(device):
-        return _quantize(options, checkpoint, samples, device, progress)
+    job = _check(options)
+    with current(job.device):
+        return _quantize(options, job, progress)
 
 
-def _quantize(
-    options: Options, checkpoint: Checkpoint, samples: list[Tensor], device: str, progress: Progress
-) -> Quantized:
-    clock, stamps = dict[str, float](), stamp(checkpoint)
+def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
+    checkpoint, samples, clock = job.checkpoint, job.samples, dict[str, float]()
     with _timed(clock, "load"):
-        model = load_model(checkpoint, device, options.trust_remote_code)
-    loop = _Loop(samples, options.batch_size, device, progress)
+        model = load_model(checkpoint, job.device, options.trust_remote_code)
+    loop = _Loop(samples, options.batch_size, job.device, progress)
     with _timed(clock, "calibrate"):
         loop.fit(model)  # before there are quantizers: what is tried must leave no trace
         attach(model, QFORMATS[options.qformat], static=options.cast_mxfp4_to_nvfp4)
         max_calibrate(model, loop if samples else None)
     with _timed(clock, "cast"):
-        cast = options.cast_mxfp4_to_nvfp4
-        applied = apply_to_model(model, checkpoint.path, options.inexact) if cast else None
-    if stamp(checkpoint) != stamps:
-        raise CheckpointError(f"{checkpoint.path}: a shard changed while the model was calibrated; start again")
+        applied = apply_domains(model, job.domains) if options.cast_mxfp4_to_nvfp4 else None
+    check_stamps(checkpoint, job.stamps, "export")
     with _timed(clock, "export"):
         exported = export(
             model,
@@ -166,7 +161,7 @@ def _quantize(
         calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
         exported=exported,
         seconds=clock,
-        peak_memory=_peaks(device),
+        peak_memory=_peaks(job.device),
     )
 
 
@@ -176,19 +171,40 @@ def _lossless(applied: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name.removesuffix("weight_quantizer")[:-1] for name in kept]
 
 
-def _check(options: Options) -> tuple[Checkpoint, list[Tensor]]:
-    """Everything that can be known before a model is loaded: (the source, the calibration samples)."""
+@dataclass(frozen=True)
+class _Job:
+    """What is known before a model is loaded.
+
+    Attributes:
+        checkpoint: the source.
+        stamps: of its shards, before anything was read of them.
+        domains: what the cast will set; empty where nothing is cast.
+        samples: token ids to calibrate on.
+        device: where.
+    """
+
+    checkpoint: Checkpoint
+    stamps: tuple[tuple[str, int, int], ...]
+    domains: list[Scaled]
+    samples: list[Tensor]
+    device: str
+
+
+def _check(options: Options) -> _Job:
+    """Find out everything that can be known before a model is loaded."""
     _check_words(options)
-    choose_device(options.device)
+    device = choose_device(options.device)
     data = None if options.dataset is None else open_dataset(options.dataset)
     require("transformers", "ptq")
     checkpoint = open_checkpoint(resolve(options.pyt_ckpt_path))
-    _check_source(checkpoint, options)
+    stamps = stamp(checkpoint)
+    domains = _check_source(checkpoint, options)
     check_destination(checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
-    if data is None:
-        return checkpoint, []
-    tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
-    return checkpoint, tokenize(data, tokenizer, options.calib_size or CALIB_SIZE, options.calib_seq or CALIB_SEQ)
+    samples: list[Tensor] = []
+    if data is not None:
+        tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
+        samples = tokenize(data, tokenizer, options.calib_size or CALIB_SIZE, options.calib_seq or CALIB_SEQ)
+    return _Job(checkpoint, stamps, domains, samples, device)
 
 
 def _check_words(options: Options) -> None:
@@ -200,19 +216,16 @@ def _check_words(options: Options) -> None:
         raise UsageError(f"inexact must be 'fail' or 'nearest', got {options.inexact!r}")
     if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
         raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
-    numbers = {"--calib_size": options.calib_size, "--calib_seq": options.calib_seq, "--batch_size": options.batch_size}
-    for name, number in numbers.items():
-        if number is not None and number < (0 if name == "--batch_size" else 1):
-            raise UsageError(f"{name}: expected a positive number, got {number}")
+    check_counts(options.calib_size, options.calib_seq, options.batch_size)
     if qformat.activations == "w4a4" and options.dataset is None:
         raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
-    given = [name for name, value in {"--dataset": options.dataset, **numbers}.items() if value]
+    given = [f"--{name}" for name in ("dataset", "calib_size", "calib_seq", "batch_size") if getattr(options, name)]
     if qformat.activations == "w4a16" and given:
         raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")
 
 
-def _check_source(checkpoint: Checkpoint, options: Options) -> None:
-    """Whether the checkpoint is one that the options are for."""
+def _check_source(checkpoint: Checkpoint, options: Options) -> list[Scaled]:
+    """Whether the checkpoint is one that the options are for; what the cast will set, if every tensor can be kept."""
     try:
         choose_target(read_source(checkpoint).family, options.layout, "w4a4")
     except UnsupportedError as error:
@@ -221,11 +234,11 @@ def _check_source(checkpoint: Checkpoint, options: Options) -> None:
                 f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {error} Drop the option to "
                 "quantize a BF16 model."
             ) from error
-    if options.cast_mxfp4_to_nvfp4:
-        list(cast_domains(checkpoint.path, options.inexact))  # whether every tensor can be kept
+    domains = list(cast_domains(checkpoint.path, options.inexact)) if options.cast_mxfp4_to_nvfp4 else []
     model = empty_model(checkpoint, options.trust_remote_code)
     attach(model, QFORMATS[options.qformat])
     matching_weights(model, checkpoint, options.layout)  # whether all that will be quantized can be written
+    return domains
 
 
 @dataclass

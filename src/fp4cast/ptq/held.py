@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from fp4cast.formats import NV_BLOCK, Bytes
 from fp4cast.inputs import InputScales
 from fp4cast.kernels import quantize_nvfp4
 from fp4cast.kernels.reference import block_scales, own_block_scales, tensor_scale
+from fp4cast.ptq.calibrate import check_amax
 from fp4cast.ptq.modules import input_quantizer, quantized_weights
 from fp4cast.ptq.quantizer import TensorQuantizer
 from fp4cast.shards import Tensor
@@ -168,9 +168,7 @@ def input_amax(model: nn.Module) -> dict[str, float]:
                 f"{name}: nothing was seen of its input; run the model on calibration data, or use a W4A16 format"
             )
         value = amax[_module(name)] = float(quantizer.amax)
-        if not 0 < value < math.inf:
-            what = "was zero on all calibration data" if value == 0 else f"reached {value} on calibration data"
-            raise QuantizerError(f"{name}: its input {what}, so it has no scale; use more or other data")
+        check_amax(name, value)
     return amax
 
 

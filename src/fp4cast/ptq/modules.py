@@ -19,7 +19,7 @@ from fp4cast.errors import QuantizerError, UnsupportedError
 from fp4cast.ptq.qformats import QFormat
 from fp4cast.ptq.quantizer import TensorQuantizer
 
-__all__ = ["QuantLinear", "attach", "block_rows", "input_quantizer", "quantized_weights", "weight_quantizers"]
+__all__ = ["QuantLinear", "attach", "input_quantizer", "quantized_weights", "weight_quantizers"]
 
 _BATCHED = ("gate_up_proj", "down_proj")
 
@@ -35,17 +35,12 @@ class QuantLinear(nn.Linear):
         return functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
-def block_rows(weight: Tensor, batched: bool) -> Tensor:
-    """A weight with its blocks along the last axis: [N, K] as it is, batched experts [E, K, N] as [E, N, K]."""
-    return weight.transpose(-1, -2) if batched else weight
-
-
 def _through(module: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """An input and a batched weight, quantized."""
-    quantizer = getattr(module, f"{name}_weight_quantizer")
-    weight = quantizer(block_rows(getattr(module, name), batched=True).contiguous()) if quantizer.is_enabled else None
-    rounded = getattr(module, name) if weight is None else block_rows(weight, batched=True)
-    return getattr(module, f"{name}_input_quantizer")(x), rounded
+    quantizer, weight = getattr(module, f"{name}_weight_quantizer"), getattr(module, name)
+    if quantizer.is_enabled:
+        weight = quantizer(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
+    return getattr(module, f"{name}_input_quantizer")(x), weight
 
 
 def _gpt_oss_forward(
@@ -188,11 +183,11 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
 def weight_quantizers(module: nn.Module) -> Iterator[tuple[str, TensorQuantizer, Tensor]]:
     """(attribute of the weight, its quantizer, the weight with its blocks along the last axis) of one module."""
     if isinstance(module, QuantLinear):
-        yield "weight", module.weight_quantizer, block_rows(module.weight, batched=False)
+        yield "weight", module.weight_quantizer, module.weight
     elif type(module) in _MADE.values():
         for name in _BATCHED:
             quantizer = getattr(module, f"{name}_weight_quantizer")
-            yield name, quantizer, block_rows(getattr(module, name), batched=True)
+            yield name, quantizer, getattr(module, name).transpose(-1, -2)
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer, Tensor]]:

@@ -32,9 +32,9 @@ _FP8_BLOCK = 128  # rows and columns that share a scale, unless the config says 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of a parameter: its module (or name), and the pattern of transformers' conversion, if there is one."""
+    """One tensor of a parameter: its name, and the pattern of transformers' conversion, if there is one."""
 
-    module: str
+    name: str
     pattern: str | None
 
 
@@ -70,13 +70,18 @@ class Weights(ExitStack):
         return weight is not None and weight.dtype == "F8_E4M3"
 
     def modules(self, parameter: str) -> list[list[str]]:
-        """The checkpoint's modules that a parameter is made of, by expert; one list where there are no experts."""
+        """The modules, as of `Pair`, that a parameter is made of, by expert; one list where there are no experts."""
         if parameter not in self._modules:
-            patterns: dict[str | None, list[str]] = defaultdict(list)
-            for part in self._parts.get(parameter, []):
-                patterns[part.pattern].append(part.module)
-            self._modules[parameter] = [list(experts) for experts in zip(*patterns.values(), strict=False)]
+            experts = self._experts(parameter)
+            self._modules[parameter] = [[name.removesuffix(".weight") for name in names] for names in experts]
         return self._modules[parameter]
+
+    def _experts(self, parameter: str) -> list[list[str]]:
+        """The names of a parameter's tensors, likewise."""
+        patterns: dict[str | None, list[str]] = defaultdict(list)
+        for part in self._parts.get(parameter, []):
+            patterns[part.pattern].append(part.name)
+        return [list(names) for names in zip(*patterns.values(), strict=False)]
 
     def read(self, parameter: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """One parameter.
@@ -92,25 +97,25 @@ class Weights(ExitStack):
             )
         if parts[0].pattern is None:
             if len(parts) > 1:
-                names = " and ".join(part.module for part in parts[:2])
+                names = " and ".join(part.name for part in parts[:2])
                 raise UnsupportedError(f"{self.checkpoint.path}: {names} are both {parameter}; expected one of them")
-            found = self._value(parts[0].module, dtype)
+            found = self._value(parts[0].name, dtype)
             self._check_shape(parameter, found.shape, shape)
             return found
         self._check_operations(parameter, parts[0].pattern)
-        experts = self.modules(parameter)
+        experts = self._experts(parameter)
         bank = torch.empty(shape, dtype=dtype, device=self.device)
-        for out, modules in zip(bank, experts, strict=False):
-            value = torch.cat([self._value(module, dtype) for module in modules])
+        for out, projections in zip(bank, experts, strict=False):
+            value = torch.cat([self._value(name, dtype) for name in projections])
             self._check_shape(parameter, torch.Size([len(experts), *value.shape]), shape)
             out.copy_(value)
         return bank
 
     def _check_shape(self, parameter: str, found: torch.Size, expected: torch.Size) -> None:
         if found != expected:
-            module = self._parts[parameter][0].module
+            parts = self._parts[parameter]
             raise UnsupportedError(
-                f"{self.checkpoint.path}: {module} (of {len(self._parts[parameter])} tensors) gives {list(found)}, "
+                f"{self.checkpoint.path}: {parts[0].name} (of {len(parts)} tensors) gives {list(found)}, "
                 f"the model expects {parameter} {list(expected)}"
             )
 
@@ -119,24 +124,25 @@ class Weights(ExitStack):
         if names not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             raise UnsupportedError(f"{parameter}: transformers makes it by {', '.join(names)}, which is not known here")
 
-    def _value(self, module: str, dtype: torch.dtype) -> Tensor:
+    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
         """A plain tensor, [N, K] of a projection, or a bank as the model holds it, [E, K, N]."""
-        name = module.removesuffix(".weight")
-        if (pair := self.pairs.get(name)) is not None:
+        module = name.removesuffix(".weight")
+        if (pair := self.pairs.get(module)) is not None:
             codes, scales = self._raw(pair.codes.name), self._raw(pair.scales.name)
             if codes.ndim == 2:
                 return self._mxfp4(codes, scales, pair.bias, dtype)
-            bank = torch.empty(codes.shape[0], codes.shape[1], pair.row_blocks * 32, dtype=dtype, device=self.device)
+            experts, rows, columns = pair.shape
+            bank = torch.empty(experts, columns, rows, dtype=dtype, device=self.device)
             for expert, out in enumerate(bank):
-                out.copy_(self._mxfp4(codes[expert].flatten(1), scales[expert], pair.bias, dtype))
-            return bank.transpose(1, 2).contiguous()
-        raw = self._raw(module)
-        scale = next((name + suffix for suffix in _FP8_SCALES if name + suffix in self.checkpoint.tensors), None)
+                out.copy_(self._mxfp4(codes[expert].flatten(1), scales[expert], pair.bias, dtype).T)
+            return bank
+        raw = self._raw(name)
+        scale = next((module + suffix for suffix in _FP8_SCALES if module + suffix in self.checkpoint.tensors), None)
         if raw.dtype == torch.float8_e4m3fn and scale is not None:
             return self._fp8(raw, self._raw(scale), dtype)
         if raw.dtype.itemsize == 1:
             raise UnsupportedError(
-                f"{self.checkpoint.tensors[module]}: expected MXFP4, FP8 with scales, or plain numbers"
+                f"{self.checkpoint.tensors[name]}: expected MXFP4, FP8 with scales, or plain numbers"
             )
         return raw.to(dtype)
 
