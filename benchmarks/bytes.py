@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from common import Sample, alternate, finish, parser, summary
-from fp4cast import compare
-from fp4cast.exact import halve, scale_table
-from fp4cast.transpose import compiled, transpose
-from fp4cast.writer import BAND_ROWS
+from fp4cast.casting.tight_rule import halve, scale_table
+from fp4cast.checkpoints.transpose import compiled, transpose
+from fp4cast.conversion.writer import BAND_ROWS
+from fp4cast.verification import values as compare
 from host import machine
 
 SHAPES = ((5760, 1440), (2880, 1440))  # codes of gpt-oss's two projections
@@ -30,7 +30,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def turn(bank: np.ndarray, out: np.ndarray, transpose: Callable[[np.ndarray, np.ndarray], None]) -> None:
-    """Transpose matrices one by one, in bands of rows, as `fp4cast.writer` does."""
+    """Transpose matrices one by one, in bands of rows, as `fp4cast.conversion.writer` does."""
     for matrix, turned in zip(bank, out, strict=True):
         for i in range(0, len(matrix), BAND_ROWS):
             transpose(matrix[i : i + BAND_ROWS], turned[:, i : i + BAND_ROWS])

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp4cast.miniature.families import compressed
-from fp4cast.shards import DTYPE_BITS, layout
+from fp4cast.checkpoints.header import DTYPE_BITS, layout
+from fp4cast.miniatures.families import compressed
 
 POOL_BYTES = {"codes": 64 << 20, "scales": 8 << 20, "dense": 8 << 20}
 STEP = 2 * 4_987_003  # from one tensor's rotation to the next; even, so that BF16 stays aligned

@@ -27,9 +27,9 @@ import numpy as np
 
 from checkpoints import KIMI_CONFIG, KIMI_NAMES, Draft, experts, kimi_expert, write
 from common import FP4CAST, Sample, alternate, apart, claim, finish, parser, scratch, step, summary, timed, verified
-from fp4cast.files import File
+from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.header import Tensor, read_header
 from fp4cast.formats import nvfp4_values
-from fp4cast.shards import Tensor, read_header
 from host import cache_state, machine, need, prepare, size
 
 INNER, HIDDEN = 2048, 7168

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fp4cast.checkpoint import open_checkpoint
+from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.ptq import QFORMATS, apply_to_model, attach, max_calibrate
 from fp4cast.ptq.data import open_dataset, split, tokenize
 from fp4cast.ptq.load import load_model, load_tokenizer

@@ -90,7 +90,7 @@ def run_peer(source: Path, out: Path, text: Path, device: str) -> dict[str, Any]
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    from fp4cast.checkpoint import open_checkpoint
+    from fp4cast.checkpoints.directory import open_checkpoint
     from fp4cast.ptq.data import open_dataset, split, tokenize
     from fp4cast.ptq.load import load_model, load_tokenizer
 
@@ -139,7 +139,7 @@ def pin(model: Any, source: Path) -> None:
 
 
 def run_calibrate(source: Path, out: Path, text: Path, device: str) -> dict[str, Any]:
-    from fp4cast.ptq.activations import calibrate
+    from fp4cast.ptq.layerwise.calibrate import calibrate
 
     import_transformers()
     out.mkdir()

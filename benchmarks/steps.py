@@ -19,8 +19,8 @@ PREAD_BYTES = 8 << 20
 
 def headers(source: str) -> float:
     """Parse and check all headers, recognise the family, pair the tensors."""
-    from fp4cast.checkpoint import open_checkpoint
-    from fp4cast.sources import read_source
+    from fp4cast.checkpoints.directory import open_checkpoint
+    from fp4cast.families.recognise import read_source
 
     begin = time.perf_counter()
     read_source(open_checkpoint(Path(source)))
@@ -29,7 +29,7 @@ def headers(source: str) -> float:
 
 def plan(source: str) -> float:
     """Everything that `convert` does before it writes: headers, all scales, the plan and its fingerprint."""
-    from fp4cast.plan import make_plan
+    from fp4cast.conversion.plan import make_plan
 
     begin = time.perf_counter()
     _ = make_plan(Path(source)).fingerprint
@@ -40,7 +40,7 @@ def plan_unread(source: str) -> float:
     """The same, with every read of tensor bytes answered by zeros from memory: all but the reading."""
     import numpy as np
 
-    from fp4cast.files import File
+    from fp4cast.checkpoints.byte_ranges import File
 
     zeros = np.zeros(PREAD_BYTES, np.uint8)
 
@@ -56,7 +56,7 @@ def plan_unread(source: str) -> float:
 
 def preads(source: str, threads: str) -> float:
     """The ceiling: read the bytes of all scales with plain preads."""
-    from fp4cast.checkpoint import open_checkpoint
+    from fp4cast.checkpoints.directory import open_checkpoint
 
     tensors = [t for t in open_checkpoint(Path(source)).tensors.values() if t.name.endswith(".weight_scale")]
     descriptors = {path: os.open(path, os.O_RDONLY) for path in {t.path for t in tensors}}

@@ -5,31 +5,25 @@ import signal
 
 import pytest
 
-from fp4cast import miniature
+from fp4cast import miniatures as mini
+from helpers import options
 
 # One thread a test process: two processes on two cores would wait for each other's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-DEEPSEEK = {"deepseek-v4", "deepseek-v4.1"}
-
-
-def options(kind):
-    """What convert needs for a kind beside the defaults."""
-    return {"activations": "w4a4", "input_scales": 1.0} if kind in DEEPSEEK else {}
 
 
 @pytest.fixture(scope="session")
 def miniatures(tmp_path_factory):
     """kind -> directory; read-only by convention."""
     root = tmp_path_factory.mktemp("miniatures")
-    return {kind: miniature.make(kind, root / kind) for kind in miniature.KINDS}
+    return {kind: mini.make(kind, root / kind) for kind in mini.KINDS}
 
 
 @pytest.fixture(scope="session")
 def plain_miniatures(tmp_path_factory):
     """The same without traps: every half-block verbatim."""
     root = tmp_path_factory.mktemp("plain")
-    return {kind: miniature.make(kind, root / kind, traps=False) for kind in miniature.KINDS}
+    return {kind: mini.make(kind, root / kind, traps=False) for kind in mini.KINDS}
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import fp4cast  # noqa: E402
-from fp4cast.errors import InexactError, ScaleError, ShapeError  # noqa: E402
-from fp4cast.torch import cast  # noqa: E402
+import fp4cast
+from fp4cast.errors import InexactError, ScaleError, ShapeError
+from fp4cast.torch import cast
 
 pytestmark = pytest.mark.oracle
 

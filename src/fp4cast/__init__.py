@@ -8,11 +8,11 @@ True
 
 __version__ = "0.1.0"
 
-from fp4cast.conversion import convert
+from fp4cast.casting.one_tensor import Cast, cast
+from fp4cast.conversion.convert import convert
+from fp4cast.conversion.inspection import Inspection, inspect
 from fp4cast.errors import Fp4CastError
-from fp4cast.inspection import Inspection, inspect
-from fp4cast.memory import Cast, cast
-from fp4cast.report import Report
-from fp4cast.verify import verify
+from fp4cast.verification.report import Report
+from fp4cast.verification.verify import verify
 
 __all__ = ["Cast", "Fp4CastError", "Inspection", "Report", "cast", "convert", "inspect", "verify"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from fp4cast import memory
+from fp4cast.casting import one_tensor
+from fp4cast.casting.tight_rule import E_MAX, E_MIN, M_NORMAL
 from fp4cast.errors import ScaleError, ShapeError
-from fp4cast.exact import E_MAX, E_MIN, M_NORMAL
 from fp4cast.extras import require
 from fp4cast.formats import E8M0_BIAS, E8M0_NAN
 
@@ -103,7 +103,7 @@ def _powers(exponents: Tensor, m: int) -> Tensor:
 
 def _slow(codes: Tensor, exponents: Tensor, inexact: str) -> Cast:
     """By the codes, on the CPU."""
-    made = memory.cast(codes.cpu().contiguous().numpy(), exponents.cpu().contiguous().numpy(), inexact)
+    made = one_tensor.cast(codes.cpu().contiguous().numpy(), exponents.cpu().contiguous().numpy(), inexact)
     kept = made.shifted == 0 and made.rounded == 0
     return Cast(
         codes if kept else torch.from_numpy(made.codes).to(codes.device),

@@ -10,22 +10,9 @@ from __future__ import annotations
 
 import logging
 
-from fp4cast.errors import MissingExtraError
-from fp4cast.extras import require
-
-require("torch", "ptq")
-_transformers = require("transformers", "ptq")
-# Its loader's interface for quantizers changes; what is new in 5.23 is asked for, not the number.
-if not hasattr(require("transformers.core_model_loading", "ptq").ConversionOps, "supports_many_to_many"):
-    raise MissingExtraError(
-        f"fp4cast.hf needs transformers 5.23 or newer, {_transformers.__version__} is installed: "
-        "pip install --upgrade 'fp4cast[ptq]' 'transformers>=5.23'"
-    )
-
-from transformers.quantizers import auto  # noqa: E402
-
-from fp4cast.hf.config import METHODS, ModelOptNvfp4Config  # noqa: E402
-from fp4cast.hf.quantizer import ModelOptNvfp4Quantizer  # noqa: E402
+from fp4cast.hf import _require  # noqa: F401
+from fp4cast.hf.config import METHODS, ModelOptNvfp4Config
+from fp4cast.hf.quantizer import ModelOptNvfp4Quantizer
 
 __all__ = ["METHODS", "ModelOptNvfp4Config", "ModelOptNvfp4Quantizer", "register"]
 
@@ -45,6 +32,8 @@ def register(replace: bool = False) -> tuple[str, ...]:
 
 
 def _register(method: str, replace: bool) -> bool:
+    from transformers.quantizers import auto
+
     tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     there = [table[method] for table in tables if method in table]
     if not replace and any(not each.__module__.startswith(f"{__name__}.") for each in there):

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fp4cast.claims import read_claims
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import NV_BLOCK
+from fp4cast.layouts.engine_view import read_claims
 
 __all__ = ["METHODS", "ModelOptNvfp4Config"]
 

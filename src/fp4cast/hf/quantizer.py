@@ -11,10 +11,10 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import HfQuantizer
 
 from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
-from fp4cast.hf.checks import check_partners, check_places, headers
 from fp4cast.hf.config import ModelOptNvfp4Config
-from fp4cast.hf.places import places, reading
-from fp4cast.hf.values import Dequantize
+from fp4cast.hf.dequantize import Dequantize
+from fp4cast.hf.placement import places, reading
+from fp4cast.hf.validate import check_partners, check_places, headers
 
 __all__ = ["ModelOptNvfp4Quantizer"]
 

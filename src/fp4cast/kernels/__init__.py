@@ -13,11 +13,8 @@ A global amax of 0 counts as 6 * 448. A value x becomes E2M1(x / (s * S)) * (s *
 
 from __future__ import annotations
 
-from fp4cast.extras import require
-
-require("torch", "ptq")
-
-from fp4cast.kernels.dispatch import (  # noqa: E402
+from fp4cast import _require_torch  # noqa: F401
+from fp4cast.kernels.dispatch import (
     dynamic_fp4_fake_quant,
     quantize_nvfp4,
     static_blockwise_fp4_fake_quant,

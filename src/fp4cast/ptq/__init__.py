@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from fp4cast.extras import require
-
-require("torch", "ptq")
-
-from fp4cast.ptq.calibrate import max_calibrate, set_expert_quantizer_amax  # noqa: E402
-from fp4cast.ptq.cast import (  # noqa: E402
+from fp4cast import _require_torch  # noqa: F401
+from fp4cast.ptq.cast import (
     apply_to_model,
     build_amax_map,
     compute_global_amax_for_scales,
     compute_per_block_amax_for_mxfp4,
     quantizer_name_from_blocks_key,
 )
-from fp4cast.ptq.export import Exported, export  # noqa: E402
-from fp4cast.ptq.flow import Options, Quantized, quantize  # noqa: E402
-from fp4cast.ptq.modules import attach  # noqa: E402
-from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat  # noqa: E402
-from fp4cast.ptq.quantizer import (  # noqa: E402
+from fp4cast.ptq.export import Exported, export
+from fp4cast.ptq.flow import Options, Quantized, quantize
+from fp4cast.ptq.max_calibration import max_calibrate, set_expert_quantizer_amax
+from fp4cast.ptq.modules import attach
+from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat
+from fp4cast.ptq.quantizer import (
     NVFP4StaticQuantizer,
     TensorQuantizer,
     promote_nvfp4_static_quantizers,

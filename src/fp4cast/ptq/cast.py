@@ -2,7 +2,7 @@
 
 A quantizer with `global_amax` = 6 * 448 * S and `_amax` = 6 * s * S rounds a weight under the block scale s and the
 tensor scale S. Both are those that `fp4cast convert` writes, so an export of the model holds the same bytes. Function
-names are those of the feature in ModelOpt; the numerics are `fp4cast.exact` and `fp4cast.nearest`.
+names are those of the feature in ModelOpt; the numerics are `fp4cast.casting.tight_rule` and `fp4cast.casting.nearest`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp4cast.checkpoint import open_checkpoint
+from fp4cast.casting.nearest import block_scale_bytes, choose_nearest, encode
+from fp4cast.casting.tight_rule import E_MAX, M_NORMAL, ArrayBlocks, Scaling, choose, outside_window
+from fp4cast.checkpoints.byte_ranges import Files
+from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.conversion.domains import scan
+from fp4cast.conversion.plan import castable
 from fp4cast.errors import QuantizerError, ScaleError, ShapeError, UnsupportedError
-from fp4cast.exact import E_MAX, M_NORMAL, ArrayBlocks, Scaling, choose, outside_window
-from fp4cast.files import Files
+from fp4cast.families.recognise import BLOCK_BYTES, Pair, read_source
 from fp4cast.formats import E4M3, E4M3_MAX, E8M0_BIAS, E8M0_NAN, Bytes, mxfp4_values, nvfp4_values
 from fp4cast.kernels.reference import round_e2m1
-from fp4cast.nearest import block_scale_bytes, choose_nearest, encode
-from fp4cast.plan import castable
+from fp4cast.layouts.layout import choose_target
 from fp4cast.ptq.modules import quantized_weights
 from fp4cast.ptq.quantizer import NVFP4StaticQuantizer
-from fp4cast.scan import scan
-from fp4cast.sources import BLOCK_BYTES, Pair, read_source
-from fp4cast.targets import choose_target
 
 __all__ = [
     "Scaled",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4cast.batches import spans
 from fp4cast.errors import DatasetError, MissingExtraError, UsageError
 from fp4cast.extras import require
+from fp4cast.parallel.ranges import spans
 
 __all__ = ["Dataset", "check_counts", "open_dataset", "split", "tokenize"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ from typing import Any
 from torch import nn
 
 from fp4cast import __version__
-from fp4cast.checkpoint import Checkpoint, open_checkpoint
-from fp4cast.completion import Progress, write_documents
-from fp4cast.configs import documents, to_bytes
-from fp4cast.conversion import real_path
-from fp4cast.engines import Engine, make_engine
+from fp4cast.checkpoints.directory import Checkpoint, open_checkpoint
+from fp4cast.checkpoints.hub import resolve
+from fp4cast.conversion.convert import real_path
+from fp4cast.conversion.execute import run
+from fp4cast.conversion.plan import check_stamps, stamp
+from fp4cast.conversion.publish import Progress, write_documents
+from fp4cast.conversion.recipe import Made, Output, OutputShard, index, nvfp4, place
+from fp4cast.conversion.staging import Staging, check_destination, staging
 from fp4cast.errors import VerificationError
-from fp4cast.hub import resolve
-from fp4cast.outputs import Made, Output, OutputShard, index, nvfp4, place
-from fp4cast.plan import check_stamps, stamp
-from fp4cast.ptq.held import Weight, check_untouched, held_weights
-from fp4cast.ptq.measure import measure
-from fp4cast.report import InexactTensor
-from fp4cast.run import run
-from fp4cast.staging import Staging, check_destination, staging
+from fp4cast.layouts.documents import documents, to_bytes
+from fp4cast.parallel.engines import Engine, make_engine
+from fp4cast.ptq.model_weights import Weight, check_untouched, held_weights
+from fp4cast.ptq.read_back import measure
+from fp4cast.verification.report import InexactTensor
 
 __all__ = ["Exported", "export"]
 
@@ -147,7 +147,10 @@ def _write(shards: Sequence[OutputShard], stage: Staging, engine: Engine, progre
     sizes = {shard.file: shard.layout.size for shard in shards}
     total = sum(sizes.values())
     stage.check_space(sizes)
-    count: Callable[[int], None] = lambda n: progress("write", n, total)  # noqa: E731
+
+    def count(nbytes: int) -> None:
+        progress("write", nbytes, total)
+
     run(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
     return total
 

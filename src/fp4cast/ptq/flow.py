@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4cast.checkpoint import Checkpoint, open_checkpoint
-from fp4cast.completion import Progress
-from fp4cast.conversion import real_path
+from fp4cast.checkpoints.directory import Checkpoint, open_checkpoint
+from fp4cast.checkpoints.hub import resolve
+from fp4cast.conversion.convert import real_path
+from fp4cast.conversion.plan import check_stamps, stamp
+from fp4cast.conversion.publish import Progress
+from fp4cast.conversion.staging import check_destination
 from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.extras import require
-from fp4cast.hub import resolve
-from fp4cast.plan import check_stamps, stamp
-from fp4cast.ptq.calibrate import max_calibrate
+from fp4cast.families.recognise import read_source
+from fp4cast.layouts.layout import LAYOUTS, choose_target
 from fp4cast.ptq.cast import Scaled, apply_domains, cast_domains
 from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, export
-from fp4cast.ptq.held import matching_weights
 from fp4cast.ptq.load import choose_device, current, empty_model, load_model, load_tokenizer, running
+from fp4cast.ptq.max_calibration import max_calibrate
+from fp4cast.ptq.model_weights import matching_weights
 from fp4cast.ptq.modules import attach
 from fp4cast.ptq.qformats import QFORMATS, find_qformat
-from fp4cast.sources import read_source
-from fp4cast.staging import check_destination
-from fp4cast.targets import LAYOUTS, choose_target
 
 __all__ = ["Options", "Quantized", "quantize"]
 

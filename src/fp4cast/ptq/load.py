@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp4cast.checkpoint import Checkpoint
+from fp4cast.checkpoints.directory import Checkpoint
+from fp4cast.checkpoints.quantization_config import manifest
 from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageError
 from fp4cast.extras import require
-from fp4cast.manifest import manifest
 
 __all__ = [
     "choose_device",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4cast.exact import Ints
+from fp4cast.casting.tight_rule import Ints
+from fp4cast.checkpoints.header import read_header
 from fp4cast.extras import require
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, pack
-from fp4cast.shards import read_header
 from fp4cast.study.scenarios import Rng, Scenario, generator
 from fp4cast.study.tensors import Mxfp4, Values, quantize
 

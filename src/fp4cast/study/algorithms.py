@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from fp4cast.exact import E_MAX, E_MIN, ArrayBlocks, Ints, halve, scale_table
+from fp4cast.casting.nearest import choose_nearest, encode
+from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, halve, scale_table
 from fp4cast.formats import E2M1, E4M3, E4M3_MAX, E8M0_BIAS, MX_BLOCK, Bytes, pack, unpack
-from fp4cast.nearest import choose_nearest, encode
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fp4cast.exact import E_MAX, E_MIN
+from fp4cast.casting.tight_rule import E_MAX, E_MIN
 from fp4cast.study.algorithms import ALGORITHMS
 from fp4cast.study.brute_force import TRIED
 from fp4cast.study.record import Record

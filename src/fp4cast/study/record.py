@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fp4cast.exact import E_MAX
+from fp4cast.casting.tight_rule import E_MAX
 from fp4cast.study.algorithms import ALGORITHMS, sweep_errors
 from fp4cast.study.measure import Errors, measure
 from fp4cast.study.scenarios import Scenario

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fp4cast.exact import E_MAX
+from fp4cast.casting.tight_rule import E_MAX
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK
 from fp4cast.study.algorithms import ALGORITHMS, closed_form, hybrid, requantize, search, tight, verbatim
 from fp4cast.study.measure import measure

@@ -1,0 +1,204 @@
+"""A checkpoint directory: config.json, the index, the shards that it names, and the files beside them.
+
+Subfolders are never searched for weights: what the index (or the single `model.safetensors`) does not name is not
+part of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fp4cast.bulk import many_objects
+from fp4cast.checkpoints.header import Shard, Tensor, read_header
+from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
+
+__all__ = ["CONFIG", "INDEX", "QUANT_CONFIG", "RECEIPT", "SINGLE", "Checkpoint", "open_checkpoint", "read_json"]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+QUANT_CONFIG = "hf_quant_config.json"
+RECEIPT = "fp4cast.json"
+MAX_JSON_BYTES = 1 << 30
+
+# Weights in other formats and other tools' leavings: never carried along.
+_SKIPPED_DIRECTORIES = {"original", "metal", "onnx", "__pycache__"}
+_SKIPPED_ENDINGS = (".bin.index.json", ".safetensors.index.json")
+_SKIPPED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".lock", ".incomplete"}
+_SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: every header parsed and checked, nothing else read.
+
+    Attributes:
+        path: its directory.
+        config: config.json.
+        shards: by file name, in the order of their names.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Shard]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by name, shard after shard, in the order of their bytes."""
+        table: dict[str, Tensor] = {}
+        for shard in self.shards.values():
+            for tensor in shard.tensors.values():
+                if tensor.name in table:
+                    raise IndexFileError(
+                        f"{self.path}: tensor {tensor.name!r} is in both {table[tensor.name].path.name} "
+                        f"and {tensor.path.name}"
+                    )
+                table[tensor.name] = tensor
+        return table
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def companions(self) -> Iterator[PurePosixPath]:
+        """The files that belong to the model and are no weights: tokenizer, code, licence; relative paths, sorted."""
+        for path in sorted(self.path.rglob("*")):
+            relative = PurePosixPath(path.relative_to(self.path).as_posix())
+            skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
+            skipped = skipped or relative.name.endswith(_SKIPPED_ENDINGS)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
+                check_link(self.path, path)
+                yield relative
+
+
+def check_link(root: Path, path: Path) -> None:
+    """A link may lead into the checkpoint or into the hub cache's blobs, not to somebody's private files.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    if not path.is_symlink():
+        return
+    roots = [root.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside of the checkpoint; expected a file inside. "
+            "Replace the link by the file that you want to carry along, or remove it."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, too large, or no JSON object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than the {MAX_JSON_BYTES} bytes of JSON that are allowed")
+        document = json.loads(raw.decode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index's weight_map, its file names checked to be plain names inside of the directory."""
+    weights = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise IndexFileError(f"{path / INDEX}: expected a non-empty weight_map, got {str(weights)[:200]}")
+    usable: set[str] = set()
+    for name, file in weights.items():
+        if not isinstance(file, str) or file not in usable:
+            _check_file_name(path, name, file)
+            usable.add(file)
+    return weights
+
+
+def _check_file_name(path: Path, name: str, file: object) -> None:
+    if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file or file in {".", ".."}:
+        raise IndexFileError(
+            f"{path / INDEX}: tensor {name!r} points to {file!r}; expected the name of a file in the same directory"
+        )
+    if not file.endswith(".safetensors"):
+        raise IndexFileError(f"{path / INDEX}: tensor {name!r} is in {file!r}; expected a .safetensors file")
+
+
+def _check_index(path: Path, weights: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
+    for name, file in weights.items():
+        if name not in shards[file].tensors:
+            raise IndexFileError(f"{path / INDEX}: tensor {name!r} is not in {file}, where the index says it is")
+    for file, shard in shards.items():
+        for name in shard.tensors:
+            if weights.get(name) != file:
+                raise IndexFileError(
+                    f"{path / file}: tensor {name!r} is in this file, but {INDEX} says {weights.get(name, 'nowhere')!r}"
+                )
+
+
+def _refuse_without_weights(path: Path) -> UnsupportedError:
+    """What a directory without safetensors weights is, in words."""
+    files = {file.name for file in path.iterdir()}
+    if any(name.endswith(".gguf") for name in files):
+        return UnsupportedError(
+            f"{path}: holds GGUF files; fp4cast reads safetensors. Convert the original checkpoint."
+        )
+    if "model.bin" in files and CONFIG not in files:
+        return UnsupportedError(
+            f"{path}: looks like gpt-oss's metal/ format (model.bin), a layout of its own; "
+            "pass the directory above it, which holds the Hugging Face layout."
+        )
+    return UnsupportedError(f"{path}: no {INDEX} and no {SINGLE}; expected a Hugging Face checkpoint in safetensors")
+
+
+@many_objects()
+def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
+    """Open a checkpoint directory; every header is checked, no tensor is read.
+
+    Args:
+        path: the directory.
+        config: the name of its config file.
+
+    Raises:
+        CheckpointError: and its subclasses, for anything that is not as it must be.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is not a directory")
+    for name in (INDEX, config):
+        if (path / name).exists():
+            check_link(path, path / name)
+    if (path / INDEX).exists():
+        weights = _weight_map(path)
+        files = sorted(set(weights.values()))
+    elif (path / SINGLE).exists():
+        weights, files = {}, [SINGLE]
+    else:
+        raise _refuse_without_weights(path)
+    document = read_json(path / config)
+    if missing := [file for file in files if not (path / file).is_file()]:
+        raise IndexFileError(
+            f"{path / INDEX}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
+            "Finish the download."
+        )
+    shards = {file: read_header(path / file) for file in files}  # threads would only wait for each other
+    if weights:
+        _check_index(path, weights, shards)
+    return Checkpoint(path, document, shards)

@@ -1,0 +1,60 @@
+"""How commands speak: one JSON document on stdout or text for people, errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fp4cast.cli.display import printable
+from fp4cast.cli.progress import Meter, Steps
+from fp4cast.errors import Fp4CastError, UsageError
+
+__all__ = ["fail", "guarded", "print_json", "say"]
+
+T = TypeVar("T")
+
+
+def say(as_json: bool) -> Console:
+    """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
+    """Print an error and leave with an exit code."""
+    message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": message}})
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def guarded(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
+    """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
+    try:
+        with meter_of(Console(stderr=True, highlight=False)) as meter:
+            return work(meter)
+    except UsageError as error:
+        fail(error, as_json, 2)
+    except Fp4CastError as error:
+        fail(error, as_json, 1)
+    except OSError as error:
+        fail(error, as_json, 1)
+    except KeyboardInterrupt:
+        fail(
+            KeyboardInterrupt(
+                "interrupted; nothing half done is in place (convert: --resume goes on; a part: run it again)"
+            ),
+            as_json,
+            130,
+        )
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The document that `--json` asks for."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")

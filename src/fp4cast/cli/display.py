@@ -1,0 +1,198 @@
+"""What a person sees: progress, tables and sentences. No logic of the program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
+from fp4cast.cli.progress import gigabytes
+from fp4cast.conversion.inspection import Inspection
+from fp4cast.conversion.job_array import Part
+from fp4cast.verification.report import InexactTensor, Report
+
+__all__ = [
+    "printable",
+    "show_demo",
+    "show_facts",
+    "show_inexact",
+    "show_inspection",
+    "show_part",
+    "show_report",
+]
+
+WINDOW = E_MAX - E_MIN
+_SHOWN = 8
+
+
+def printable(text: str) -> str:
+    """Text from a checkpoint without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A title, and lines of a name and a text."""
+    console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+
+
+def show_inspection(console: Console, info: Inspection) -> None:
+    """What a checkpoint is, and what a conversion would do."""
+    domains = info.domains
+    inexact = [domain for domain in domains if not domain.exact]
+    narrow = sum(domain.marlin_exact for domain in domains)
+    size = info.bytes
+    rows = [
+        ("family", info.title),
+        ("cast", f"{info.cast} MXFP4 tensors in {len(domains)} scale domains"),
+        ("copied", f"{info.copied} tensors, byte for byte"),
+        ("size", f"{gigabytes(size['source'])} -> {gigabytes(size['destination'])}"),
+        ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
+        ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
+    ]
+    layouts: dict[str, list[str]] = {}
+    for target in info.targets:
+        layouts.setdefault(target.layout, []).append(target.activations)
+    served: dict[str, str] = {target.layout: target.served for target in info.targets}
+    rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
+    show_facts(console, info.source, rows)
+    console.print()
+    console.print(_spreads(info))
+    if inexact:
+        console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]))
+        console.print("convert with --inexact nearest to write the nearest values there")
+
+
+def _exact_sentence(exact: int, total: int) -> str:
+    if exact == total:
+        return f"[green]yes[/]: all {total} scale domains can be cast bit for bit"
+    return f"[red]no[/]: {total - exact} of {total} scale domains cannot"
+
+
+def _spreads(info: Inspection) -> Table:
+    """The picture of the exponents: how many domains span how many binades, and the two windows."""
+    counts = Counter(domain.spread for domain in info.domains)
+    table = Table(title="spread of the exponents, in binades", title_justify="left", box=None, pad_edge=False)
+    table.add_column("spread", justify="right")
+    table.add_column("domains", justify="right")
+    table.add_column("")
+    most = max(counts.values(), default=1)
+    for spread, count in sorted(counts.items()):
+        style = "green" if spread <= MARLIN_BINADES else "yellow" if spread <= WINDOW else "red"
+        table.add_row(str(spread), str(count), f"[{style}]{'█' * max(1, round(40 * count / most))}[/]")
+    table.caption = (
+        f"[green]to {MARLIN_BINADES}[/]: exact on disk and in Marlin; [yellow]to {WINDOW}[/]: exact on disk; "
+        "[red]beyond[/]: exact only where the codes leave room"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return escape(printable(", ".join(names[:_SHOWN]))) + more
+
+
+def show_report(console: Console, report: Report, verb: str) -> None:
+    """What was done or found, and in words what is exact and what is not."""
+    t, h = report.tensors, report.half_blocks
+    moved = report.bytes["read"] + report.bytes["written"]
+    rows = [
+        ("layout", f"{report.layout}, {report.activations.upper()}"),
+        ("tensors", f"{t['cast']} cast, {t['copied']} copied byte for byte"),
+        (
+            "half-blocks",
+            f"{h['verbatim']:,} keep their codes, {h['shifted']:,} shifted by a power of two, {h['rounded']:,} rounded",
+        ),
+        ("weights", _weights_sentence(report)),
+    ]
+    if report.activations == "w4a4":
+        rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
+    marlin = (
+        "[green]exact too[/]" if report.marlin_exact else "[yellow]loses blocks that lie 15 or more binades down[/]"
+    )
+    rows += [
+        ("Marlin", f"{marlin} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
+        ("served by", report.served),
+        (
+            "time",
+            f"{report.seconds:.1f} s, {gigabytes(report.bytes['read'])} read, "
+            f"{gigabytes(report.bytes['written'])} written, {gigabytes(moved / max(report.seconds, 1e-9))}/s",
+        ),
+    ]
+    show_facts(console, f"{verb} {report.destination}", rows)
+    if report.inexact:
+        console.print(show_inexact(report.inexact))
+    for difference in report.differences[:_SHOWN]:
+        console.print(f"[red]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
+    if len(report.differences) > _SHOWN:
+        console.print(f"[red]and {len(report.differences) - _SHOWN} more[/]")
+
+
+def _weights_sentence(report: Report) -> str:
+    if report.differences:
+        return f"[red]WRONG[/]: {len(report.differences)} differences from the source"
+    how = "measured on what was written" if report.verified else "while writing; not read back (--no-verify)"
+    if report.exact:
+        return f"[green]exact[/]: every value equals the source's, bit for bit ({how})"
+    return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"
+
+
+def show_inexact(inexact: Sequence[InexactTensor]) -> Table:
+    """The tensors that are not exact, worst first."""
+    table = Table(title="rounded tensors", title_justify="left", box=None, pad_edge=False)
+    for column in ("tensor", "half-blocks", "max |error|", "MSE", "SNR"):
+        table.add_column(column, justify="left" if column == "tensor" else "right")
+    for tensor in sorted(inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
+        table.add_row(
+            escape(printable(tensor.name)),
+            f"{tensor.rounded_half_blocks:,}",
+            f"{tensor.max_abs_error:.3g}",
+            f"{tensor.mse:.3g}",
+            f"{tensor.snr_db:.1f} dB",
+        )
+    return table
+
+
+def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """One line a family, and what to do next."""
+    table = Table(title="MXFP4 -> NVFP4, a miniature of each family", title_justify="left", box=None, pad_edge=False)
+    for column in ("family", "as", "spread", "tensors", "verbatim", "shifted", "weights", "flipped bit"):
+        numeric = column in ("spread", "tensors", "verbatim", "shifted")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["kind"],
+            row["activations"].upper(),
+            str(row["spread"]),
+            str(row["tensors"]["cast"]),
+            str(row["half_blocks"]["verbatim"]),
+            str(row["half_blocks"]["shifted"]),
+            "[green]exact[/]" if row["exact"] else "[red]not exact[/]",
+            "[green]found[/]" if row["flip_found"] else "[red]missed[/]",
+        )
+    console.print(table)
+    console.print(
+        "\nEvery value of every tensor was compared with its source; then one bit was flipped, to see it found.\n"
+        "Your own: [bold]fp4cast inspect SRC[/] says what will happen, [bold]fp4cast convert SRC DST[/] does it.\n"
+        "SRC is a directory or a model id such as openai/gpt-oss-20b."
+    )
+
+
+def show_part(console: Console, part: Part) -> None:
+    """What one part of several has written."""
+    rows = [
+        ("shards", f"{len(part.shards)}, {gigabytes(part.bytes)} in {part.seconds:.1f} s"),
+        ("next", "when all parts are written, the same command with --finish instead of --shards"),
+    ]
+    show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)

@@ -1,0 +1,1 @@
+"""From SRC to DST: decide, write, publish. Knows the order of things; the numbers come from `casting`."""

@@ -1,0 +1,178 @@
+"""Finding the tensor scale of every scale domain of a checkpoint: the only step that must see all scales first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp4cast.casting.nearest import choose_nearest
+from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose
+from fp4cast.checkpoints.byte_ranges import Files
+from fp4cast.errors import InexactError
+from fp4cast.families.recognise import BLOCK_BYTES, Pair, fused_group
+from fp4cast.formats import Bytes
+from fp4cast.parallel.ranges import grouped
+from fp4cast.parallel.workers import workers
+
+__all__ = ["Domain", "FileBlocks", "group_domains", "scan"]
+
+CHUNK_BYTES = 1 << 20  # scales looked at together; the search makes int64 indices of them
+_SLICE = 128  # domains that one task of the pool scans at most
+_SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
+_SHOWN = 5  # inexact domains that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class FileBlocks:
+    """An `exact.BlockSource` over a pair on disk: scales in chunks, codes only where they are asked for.
+
+    Attributes:
+        pair: the tensor.
+        files: where it is read.
+        check: called before every read; may raise to stop.
+    """
+
+    pair: Pair
+    files: Files
+    check: Callable[[], None] = lambda: None
+
+    @property
+    def name(self) -> str:
+        """The module's name and where its scales are."""
+        return f"{self.pair.module} ({self.pair.scales.path})"
+
+    @property
+    def bias(self) -> int:
+        """The pair's exponent bias."""
+        return self.pair.bias
+
+    def exponents(self) -> Iterator[tuple[int, Bytes]]:
+        """See `exact.BlockSource`."""
+        scales = self.pair.scales
+        file = self.files[scales.path]
+        for start in range(0, scales.nbytes, CHUNK_BYTES):
+            self.check()
+            yield start, file.read(scales.start + start, min(CHUNK_BYTES, scales.nbytes - start))
+
+    def codes(self, blocks: Ints) -> Bytes:
+        """See `exact.BlockSource`."""
+        self.check()
+        codes = self.pair.codes
+        return self.files[codes.path].gather(codes.start, blocks, BLOCK_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Pairs that share a tensor scale.
+
+    Attributes:
+        name: the module's name, or `parent.w1+w3` for projections that engines fuse.
+        pairs: its MXFP4 tensors.
+        scaling: the tensor scale, and what it is exact for.
+        search: which blocks decided, where exponents alone did not.
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+    scaling: Scaling
+    search: Search | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every value of the domain can be written."""
+        return self.scaling.exact
+
+    @property
+    def marlin_exact(self) -> bool:
+        """Whether vLLM's Marlin kernels keep every value, too; where codes were not read, as the exponents say."""
+        return self.scaling.marlin_exact
+
+    @property
+    def spread(self) -> int:
+        """Binades between its smallest and its largest exponent."""
+        return self.scaling.spread
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "name": self.name,
+            "tensors": [pair.module for pair in self.pairs],
+            "k_min": self.scaling.k_min,
+            "k_max": self.scaling.k_max,
+            "spread": self.spread,
+            "m": self.scaling.m if self.exact else None,
+            "exact": self.exact,
+            "marlin_exact": self.marlin_exact,
+        }
+
+
+def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
+    """Pairs by scale domain, in the order of each domain's first pair; partners may lie in different shards."""
+    table = {pair.module: pair for pair in pairs}
+    domains: dict[str, tuple[Pair, ...]] = {}
+    for pair in pairs:
+        name, modules = fused_group(pair.module)
+        members = tuple(table[module] for module in modules if module in table)
+        domains.setdefault(name if len(members) > 1 else pair.module, members)
+    return list(domains.items())
+
+
+def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool, check: Callable[[], None]) -> Domain:
+    blocks: list[BlockSource] = [FileBlocks(pair, files, check) for pair in pairs]
+    scaling, search = choose(blocks)
+    if nearest and not scaling.exact:
+        scaling = choose_nearest(blocks)
+    return Domain(name, pairs, scaling, search)
+
+
+def scan(
+    pairs: Sequence[Pair],
+    *,
+    inexact: str = "fail",
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Domain]:
+    """Read every scale once and choose every domain's tensor scale.
+
+    Args:
+        pairs: the MXFP4 tensors to cast.
+        inexact: "nearest" looks for the scale of least error where none is exact, "fail" and "report" do not.
+        jobs: threads.
+        progress: called with the number of scale bytes just read, and of all.
+
+    Raises:
+        ScaleError: a scale byte of 255.
+        InexactError: some domain is not exact and `inexact` is "fail".
+    """
+    groups = group_domains(pairs)
+    total = sum(pair.scales.nbytes for pair in pairs)
+    with Files() as files, workers(jobs) as pool:
+
+        def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
+            for scales in (pair.scales for _, members in part for pair in members):
+                files[scales.path].prefetch(scales.start, min(scales.nbytes, _SLICE_BYTES))
+            domains = [_scan_one(name, members, files, inexact == "nearest", pool.check) for name, members in part]
+            progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
+            return domains
+
+        sized = ((group, sum(pair.scales.nbytes for pair in group[1])) for group in groups)
+        domains = [domain for part in pool.map(work, grouped(sized, _SLICE_BYTES, _SLICE)) for domain in part]
+    if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
+        raise InexactError(_explain(bad, len(domains)))
+    return domains
+
+
+def _explain(bad: Sequence[Domain], total: int) -> str:
+    lines = [f"{len(bad)} of {total} scale domains cannot be represented exactly in NVFP4; nothing was written."]
+    for domain in bad[:_SHOWN]:
+        scaling, search = domain.scaling, domain.search
+        lines.append(f"  {domain.name}: exponents {scaling.k_min} to {scaling.k_max}, a spread of {domain.spread}")
+        if search is not None:
+            (top, top_block), (low, low_block) = search.lo_block, search.hi_block
+            lines.append(f"    block {top_block} of {top} needs a tensor scale of at least 2^{search.lo},")
+            lines.append(f"    block {low_block} of {low} one of at most 2^{search.hi}")
+    if len(bad) > _SHOWN:
+        lines.append(f"  and {len(bad) - _SHOWN} more")
+    lines.append("To write the nearest values instead, with the error measured and reported: --inexact nearest")
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Executes a Plan, shard by shard, without a decision of its own.
+
+A shard is written beside its final name and renamed when it is whole; a note with what was measured makes it finished.
+Any number of workers, on any number of machines, write the same bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fp4cast.checkpoints.byte_ranges import Files, write_all
+from fp4cast.conversion.recipe import OutputShard
+from fp4cast.conversion.staging import write_whole
+from fp4cast.conversion.tasks import Piece, pieces
+from fp4cast.conversion.writer import Tallies, Tally, Writer
+from fp4cast.errors import DestinationError
+from fp4cast.parallel.engines import Engine
+from fp4cast.parallel.workers import Workers
+
+__all__ = ["Tallies", "finished", "run"]
+
+
+def run(
+    shards: Iterable[OutputShard],
+    directory: Path,
+    *,
+    fingerprint: str,
+    state: Path,
+    engine: Engine,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Tallies:
+    """Write shards of a plan into `directory`.
+
+    Args:
+        shards: what to write.
+        directory: where, existing.
+        fingerprint: the plan's, which marks what is finished as its own.
+        state: where finished shards leave a note, so that a later run of the same plan skips them.
+        engine: who does it.
+        progress: called with the number of bytes just written, maybe from the workers.
+
+    Returns:
+        By module, what was done to the tensors whose codes had to be looked at.
+    """
+    tallies: Tallies = {}
+    for measured in engine.map(_FinishShard(fingerprint, directory, state), list(shards), progress):
+        tallies |= measured
+    return tallies
+
+
+def finished(
+    shards: Iterable[OutputShard], directory: Path, *, fingerprint: str, state: Path
+) -> tuple[Tallies, list[str]]:
+    """What earlier runs measured, and the files that none of them has finished."""
+    tallies: Tallies = {}
+    missing: list[str] = []
+    earlier = _FinishShard(fingerprint, directory, state)
+    for shard in shards:
+        known = earlier.known(shard)
+        tallies |= known or {}
+        missing += [shard.file] if known is None else []
+    return tallies, missing
+
+
+@dataclass(frozen=True)
+class _FinishShard:
+    """Write one shard, or find that an earlier run did."""
+
+    fingerprint: str
+    directory: Path
+    state: Path
+
+    def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
+        if (known := self.known(shard)) is not None:
+            pool.advance(shard.layout.size)
+            return known
+        # A name of this attempt's own: one that a cluster took for dead may still be writing under another.
+        partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
+        with _writing(self.directory / shard.file):
+            tallies = _write_shard(shard, partial, pool.advance, pool)
+            return self._publish(shard, partial, tallies)
+
+    def known(self, shard: OutputShard) -> Tallies | None:
+        """What an earlier run of this plan noted of a shard; None where none finished it, or the note is damaged."""
+        try:
+            if (self.directory / shard.file).stat().st_size != shard.layout.size:
+                return None
+            note = json.loads(self._note(shard).read_bytes())
+            if note["plan"] != self.fingerprint:
+                return None
+            return {module: Tally(**tally) for module, tally in note["tallies"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def _note(self, shard: OutputShard) -> Path:
+        return self.state / f"{shard.file}.done"
+
+    def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies) -> Tallies:
+        """Let a written shard appear, with its note; other attempts have nothing left to do."""
+        try:
+            partial.replace(self.directory / shard.file)
+        except FileNotFoundError:
+            if (known := self.known(shard)) is None:
+                raise
+            return known  # another attempt was faster, and has cleared this one away
+        figures = {module: asdict(tally) for module, tally in tallies.items()}
+        write_whole(self._note(shard), json.dumps({"plan": self.fingerprint, "tallies": figures}).encode())
+        for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
+            left.unlink(missing_ok=True)
+        return tallies
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the file system is told with the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None], pool: Workers) -> Tallies:
+    tallies: Tallies = {}
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with Files() as files:
+            os.ftruncate(target, shard.layout.size)
+            write_all(target, 0, np.frombuffer(shard.layout.header, np.uint8))
+            progress(len(shard.layout.header))
+
+            def write(piece: Piece) -> Tallies:
+                # Here, where it happens: another shard's worker may be the one that hears of it first.
+                with _writing(path), pool.turn(len(piece)):
+                    return Writer(files, target, progress).write(piece)
+
+            # In the order of the pieces, so that sums of errors do not depend on the workers.
+            for measured in pool.map(write, pieces(shard)):
+                for module, tally in measured.items():
+                    tallies.setdefault(module, Tally()).merge(tally)
+    finally:
+        os.close(target)
+    return tallies

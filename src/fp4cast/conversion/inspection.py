@@ -1,0 +1,118 @@
+"""What a checkpoint is and what a conversion would do to it; writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4cast.bulk import many_objects
+from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.hub import resolve
+from fp4cast.conversion.domains import Domain, scan
+from fp4cast.conversion.plan import castable
+from fp4cast.errors import UsageError
+from fp4cast.families.recognise import read_source
+from fp4cast.layouts.layout import LAYOUTS, Target, choose_target
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        source: the directory.
+        family: the family's name.
+        title: the family's name for people.
+        domains: every scale domain that would be cast, with its tensor scale.
+        cast: MXFP4 tensors that would be cast.
+        copied: tensors that would be carried over byte for byte.
+        bytes: of "source", its "codes", its "scales", its "other" tensors, and of the "destination".
+        targets: the layouts that the family has, and where each is served.
+    """
+
+    source: str
+    family: str
+    title: str
+    domains: Sequence[Domain]
+    cast: int
+    copied: int
+    bytes: dict[str, int]
+    targets: Sequence[Target]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every domain can be cast exactly."""
+        return all(domain.exact for domain in self.domains)
+
+    @property
+    def marlin_exact(self) -> bool:
+        """Whether every domain also fits the window of vLLM's Marlin kernels."""
+        return all(domain.marlin_exact for domain in self.domains)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document that the command line prints."""
+        return {
+            "source": self.source,
+            "family": self.family,
+            "exact": self.exact,
+            "marlin_exact": self.marlin_exact,
+            "tensors": {"cast": self.cast, "copied": self.copied},
+            "domains": [domain.to_json() for domain in self.domains],
+            "bytes": self.bytes,
+            "layouts": [{"layout": t.layout, "activations": t.activations, "served": t.served} for t in self.targets],
+        }
+
+
+def inspect(
+    src: str | Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
+) -> Inspection:
+    """Say what a checkpoint is and what a conversion would do; nothing is written.
+
+    Args:
+        src: a directory, or a Hugging Face model id.
+        jobs: threads; None for one a core.
+        progress: called, from worker threads, with the number of scale bytes just read, and of all.
+
+    Returns:
+        Family, scale domains with their spreads and windows, sizes.
+
+    Raises:
+        CheckpointError: the source is malformed, or holds nothing to cast.
+    """
+    return _inspect(resolve(src), jobs, progress)
+
+
+@many_objects()
+def _inspect(path: Path, jobs: int | None, progress: Callable[[int, int], None]) -> Inspection:
+    source = read_source(open_checkpoint(path))
+    targets = []
+    for layout in LAYOUTS:
+        for activations in ("w4a16", "w4a4"):
+            try:
+                targets.append(choose_target(source.family, layout, activations))
+            except UsageError:
+                continue
+    cast = castable(source, targets[0])
+    domains = scan(cast, inexact="report", jobs=jobs, progress=progress)
+    codes, scales = sum(pair.codes.nbytes for pair in cast), sum(pair.scales.nbytes for pair in cast)
+    total = source.checkpoint.total_size
+    return Inspection(
+        source=str(path),
+        family=source.family.name,
+        title=source.family.title,
+        domains=domains,
+        cast=len(cast),
+        copied=len(source.checkpoint.tensors) - 2 * len(cast),
+        bytes={
+            "source": total,
+            "codes": codes,
+            "scales": scales,
+            "other": total - codes - scales,
+            "destination": total + scales + 4 * len(cast),
+        },
+        targets=targets,
+    )

@@ -1,0 +1,166 @@
+"""One conversion by many processes that need no cluster software: each writes some shards, a last one finishes.
+
+Every part makes the plan again, from the same headers and scales, and writes its shards into the same working
+directory; the plan's fingerprint tells whether they agree. This is what a Slurm array runs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fp4cast.conversion.convert import prepare
+from fp4cast.conversion.execute import finished, run
+from fp4cast.conversion.plan import check_unchanged
+from fp4cast.conversion.publish import Progress, complete
+from fp4cast.conversion.staging import staging
+from fp4cast.errors import DestinationError, UsageError
+from fp4cast.parallel.engines import make_engine
+from fp4cast.verification.report import Report
+
+__all__ = ["Part", "convert_part", "finish", "parse_part"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part did.
+
+    Attributes:
+        source: the source directory.
+        destination: the destination that will be.
+        part: which part this is, from 1.
+        parts: how many there are.
+        shards: the files that it was responsible for.
+        bytes: their size.
+        seconds: wall time.
+    """
+
+    source: str
+    destination: str
+    part: int
+    parts: int
+    shards: Sequence[str]
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self) | {"seconds": round(self.seconds, 3)}
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", the i-th of n parts.
+
+    >>> parse_part("2/8")
+    (2, 8)
+
+    Raises:
+        UsageError: it is no such thing.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    part, parts = (int(group) for group in match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise UsageError(f"a part is written i/n with 1 <= i <= n, as in 2/8; got {text!r}")
+    return part, parts
+
+
+def convert_part(
+    src: str | Path,
+    dst: str | Path,
+    part: int,
+    parts: int,
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+    **options: Any,
+) -> Part:
+    """Write the i-th of n parts of a conversion's shards; other parts may run at the same time, on other machines.
+
+    A part that was interrupted is run again and keeps what it had finished.
+
+    Args:
+        src: as for `convert`.
+        dst: likewise, on a file system that all parts share.
+        part: which, from 1 to `parts`.
+        parts: how many; more than there are shards leaves some with nothing to do.
+        jobs: threads; None for one a core.
+        overwrite: `finish` will be called with it, too.
+        progress: see `convert`.
+        options: `layout`, `activations`, `input_scales` and `inexact` of `convert`, the same for all parts.
+
+    Raises:
+        Fp4CastError: see `fp4cast.errors`; what other parts have written is as it was.
+    """
+    begin = time.monotonic()
+    parse_part(f"{part}/{parts}")
+    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
+    shards = plan.shards[part - 1 :: parts]
+    total = sum(shard.layout.size for shard in shards)
+    with staging(source, destination, overwrite=overwrite, shared=True) as stage:
+        stage.join(plan.fingerprint)
+        stage.check_space({shard.file: shard.layout.size for shard in shards})
+        run(
+            shards,
+            stage.out,
+            fingerprint=plan.fingerprint,
+            state=stage.state,
+            engine=make_engine("local", jobs),
+            progress=lambda n: progress("write", n, total),
+        )
+        check_unchanged(plan)
+    files = [shard.file for shard in shards]
+    return Part(str(source), str(dst), part, parts, files, total, time.monotonic() - begin)
+
+
+def finish(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    jobs: int | None = None,
+    engine: str = "local",
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = lambda *_: None,
+    **options: Any,
+) -> Report:
+    """Let `dst` appear when all parts have written their shards: documents, verification, one rename.
+
+    Args:
+        src: as for the parts.
+        dst: likewise.
+        jobs: threads; None for one a core.
+        engine: who verifies; see `convert`.
+        overwrite: as for the parts.
+        verify: compare every value before `dst` appears.
+        progress: see `convert`.
+        options: as for the parts.
+
+    Raises:
+        DestinationError: shards are missing, named in the message, or the options are not those of the parts.
+        Fp4CastError: see `fp4cast.errors`.
+    """
+    begin = time.monotonic()
+    doer = make_engine(engine, jobs)
+    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
+    with staging(source, destination, overwrite=overwrite) as stage:
+        stage.join(plan.fingerprint, first=False)
+        tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
+        if missing:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            raise DestinationError(
+                f"{stage.state}: {len(missing)} of {len(plan.shards)} shards are not finished: {shown}; "
+                "run their parts (--shards i/n) again, then --finish"
+            )
+        stage.keep_only(plan.sizes)
+        check_unchanged(plan)
+        report = complete(
+            plan, stage, tallies, str(dst), engine=doer, verify=verify, overwrite=overwrite, progress=progress
+        )
+    return replace(report, seconds=time.monotonic() - begin)

@@ -1,0 +1,148 @@
+"""Where transformers will put every tensor of a checkpoint: its own renaming, on names alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from fp4cast.checkpoints.header import Tensor
+from fp4cast.hf.dequantize import Dequantize
+from fp4cast.layouts.layout import MODELOPT, MODELOPT_FUSED, Names
+
+__all__ = ["FUSED", "LAYOUTS", "Place", "companions", "is_linear", "module_of", "places", "reading"]
+
+LAYOUTS = (MODELOPT, MODELOPT_FUSED)
+FUSED = (".experts.gate_up_proj", ".experts.down_proj")  # banks in one tensor, as of gpt-oss
+
+
+class Place(NamedTuple):
+    """One tensor of a checkpoint, and what the loader makes of it.
+
+    Attributes:
+        tensor: as the header describes it.
+        parameter: the loader's name for it: the first of the parameters that are made of it.
+        made: all of them; more than one where a fused tensor is split.
+        converter: that collects it; None where it is only renamed.
+        pattern: the converter's source pattern that matches.
+    """
+
+    tensor: Tensor
+    parameter: str
+    made: tuple[str, ...]
+    converter: WeightConverter | None
+    pattern: str | None
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether quantized weights are understood here."""
+        return self.converter is not None and isinstance(self.converter.operations[0], Dequantize)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the parameter is what one tensor holds, quantized or not."""
+        return self.converter is not None and len(self.converter.operations) == 1 and self.reads_codes
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the tensor belongs to a bank of experts."""
+        return "*" in (self.pattern or "") or self.tensor.name.endswith(FUSED)
+
+    @property
+    def sources(self) -> list[str]:
+        """The patterns of all weights of which the parameter is made."""
+        operation = self.converter.operations[0] if self.converter is not None else None
+        return [names.codes for names in operation.names] if isinstance(operation, Dequantize) else []
+
+
+def companions(codes: str) -> Names:
+    """The names of an NVFP4 weight's four tensors by that of its codes, or the patterns by that of the codes."""
+    suffixes = MODELOPT if codes.endswith(MODELOPT.codes) else MODELOPT_FUSED
+    return Names(*(module_of(codes) + suffix for suffix in suffixes))
+
+
+def module_of(name: str) -> str:
+    """The module of a weight, as configs name it: for a fused bank, the name of its tensor."""
+    return name.removesuffix(MODELOPT.codes)
+
+
+def reading(
+    conversions: Sequence[WeightTransform], faults: list[str]
+) -> list[tuple[WeightTransform, WeightTransform | None]]:
+    """A model's conversions with NVFP4 read first, and behind them what reads all other weights.
+
+    Args:
+        conversions: of the model.
+        faults: see `Dequantize`.
+
+    Returns:
+        (conversion to load with, that to save with or None).
+    """
+    pairs: list[tuple[WeightTransform, WeightTransform | None]] = [
+        (_reading(each, faults), each) for each in conversions
+    ]
+    for target in (MODELOPT.codes, *FUSED):
+        names = companions(target.replace(".", r"\."))
+        pairs.append((WeightConverter(list(names), target, [Dequantize([names], faults, last=True)]), None))
+    return pairs
+
+
+def _reading(conversion: WeightTransform, faults: list[str]) -> WeightTransform:
+    """A converter of `.weight` tensors collects their scales too; all others stay as they are."""
+    sources = conversion._original_source_patterns
+    if not isinstance(conversion, WeightConverter) or not all(source.endswith(".weight") for source in sources):
+        return conversion
+    names = [companions(source) for source in sources]
+    operations = [Dequantize(names, faults, last=False), *conversion.operations]
+    patterns = [pattern for each in names for pattern in each]
+    return conversion.copy(patterns, list(conversion._original_target_patterns), operations=operations)
+
+
+def places(
+    tensors: Iterable[Tensor], conversions: Sequence[WeightTransform], model: PreTrainedModel
+) -> dict[str, Place]:
+    """By name, where the loader puts each tensor; in the loader's order.
+
+    Args:
+        tensors: of the checkpoint.
+        conversions: to load with; they are not changed.
+        model: on any device.
+    """
+    conversions = copy.deepcopy(list(conversions))  # renaming marks them as used
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for tensor in sorted(tensors, key=lambda each: dot_natural_key(each.name)):
+        parameter, pattern = rename_source_key(tensor.name, renamings, converters, prefix, known)
+        if parameter not in known and tensor.name in known:
+            parameter, pattern = rename_source_key(tensor.name, [], [], prefix, known)
+        converter = by_pattern[pattern] if pattern is not None else None
+        found[tensor.name] = Place(tensor, parameter, _made(parameter, converter, known), converter, pattern)
+    return found
+
+
+def _made(parameter: str, converter: WeightConverter | None, known: Mapping[str, object]) -> tuple[str, ...]:
+    if parameter not in known:
+        return ()
+    if converter is None:
+        return (parameter,)
+    first = converter.target_patterns[0]
+    names = (parameter.replace(first, target) for target in converter.target_patterns)
+    return tuple(name for name in names if name in known)
+
+
+def is_linear(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is the weight of a linear layer, and not of an embedding or a norm."""
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Linear)

@@ -1,0 +1,72 @@
+"""Who does the work: this process with its threads, or the tasks of a Ray cluster. Both give the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from fp4cast.errors import UsageError
+from fp4cast.extras import require
+from fp4cast.parallel.workers import Workers, workers
+
+__all__ = ["ENGINES", "Engine", "Local", "make_engine"]
+
+ENGINES = ("local", "ray")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Progress = Callable[[int], None]
+
+
+class Engine(Protocol):
+    """Something that does a piece of work on each of some items."""
+
+    def map(
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+    ) -> Iterator[Result]:
+        """Results in the order of the items.
+
+        Args:
+            work: called with an item and the workers that it may use; both can be pickled, and doing it twice does no
+                harm.
+            items: what to work on.
+            progress: called with the number of bytes just done, maybe from other threads; may be less than nothing
+                where work was lost and is done again.
+
+        Raises:
+            BaseException: the first error of any work; the rest is stopped.
+        """
+
+
+@dataclass(frozen=True)
+class Local:
+    """This process: as many items at a time as there are threads, which they share."""
+
+    jobs: int | None = None
+
+    def map(
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+    ) -> Iterator[Result]:
+        """See `Engine`."""
+        with workers(self.jobs, progress) as pool:
+            yield from pool.lanes(lambda item: work(item, pool), items)
+
+
+def make_engine(name: str, jobs: int | None) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        UsageError: there is none.
+        MissingExtraError: it needs a package that is not installed.
+    """
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    if name == "local":
+        return Local(jobs)
+    if name == "ray":
+        from fp4cast.parallel.ray_engine import Ray  # what it needs is large and optional
+
+        require("ray", "ray")
+        return Ray(jobs)
+    raise UsageError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")

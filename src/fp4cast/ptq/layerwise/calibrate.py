@@ -1,0 +1,180 @@
+"""`fp4cast calibrate`: activation amax of a checkpoint's MXFP4 weights, for `convert --activations w4a4`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.hub import resolve
+from fp4cast.conversion.convert import real_path
+from fp4cast.conversion.plan import castable
+from fp4cast.conversion.publish import Progress
+from fp4cast.conversion.staging import write_whole
+from fp4cast.errors import DestinationError, UnsupportedError, UsageError
+from fp4cast.extras import require
+from fp4cast.families.recognise import Pair, read_source
+from fp4cast.layouts.documents import to_bytes
+from fp4cast.layouts.layout import choose_target
+from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
+from fp4cast.ptq.layerwise.observer import Observer
+from fp4cast.ptq.layerwise.parameters import Weights
+from fp4cast.ptq.layerwise.run import find_decoder, run_layers
+from fp4cast.ptq.load import choose_device, current, empty_model, load_tokenizer, running
+from fp4cast.ptq.max_calibration import check_amax
+
+__all__ = ["Calibrated", "calibrate"]
+
+_BATCH = {"cpu": 4, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` found.
+
+    Attributes:
+        source: the checkpoint.
+        out: the file that was written.
+        amax: the largest magnitude of what each MXFP4 weight is multiplied with, by module.
+        idle: experts that saw no token, and have the largest amax of their layer's others.
+        samples: how many were run.
+        tokens: in all of them.
+        seconds: wall time.
+    """
+
+    source: str
+    out: str
+    amax: Mapping[str, float]
+    idle: int
+    samples: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "source": self.source,
+            "out": self.out,
+            "modules": len(self.amax),
+            "amax": {"least": min(self.amax.values()), "most": max(self.amax.values())},
+            "idle": self.idle,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dataset: str,
+    calib_size: int = 512,
+    calib_seq: int = 512,
+    batch_size: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Calibrated:
+    """Run a model layer by layer and write the amax of what its MXFP4 weights are multiplied with.
+
+    One layer is in memory at a time, so a model need not fit on the device, or in memory.
+
+    Args:
+        source: an MXFP4 checkpoint: a directory, or a Hugging Face model id.
+        out: a .json or .safetensors file: module -> amax, as `convert(input_scales=...)` takes it.
+        dataset: a text or .jsonl file, or a data set of the hub.
+        calib_size: samples at most.
+        calib_seq: tokens of a sample at most.
+        batch_size: samples that run together; 0 for 4 on a CPU and 16 on a GPU.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+        trust_remote_code: run model code that the checkpoint brings along.
+        overwrite: replace an existing file.
+        progress: called with ("layers", layers just done, layers in all).
+
+    Raises:
+        UnsupportedError: transformers names the model's tensors in another way than the checkpoint.
+        Fp4CastError: see `fp4cast.errors`.
+    """
+    begin = time.monotonic()
+    check_counts(calib_size, calib_seq, batch_size)
+    path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_dataset(dataset)
+    checkpoint = open_checkpoint(resolve(source))
+    found = read_source(checkpoint)
+    pairs = castable(found, choose_target(found.family, activations="w4a4"))
+    samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
+    batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
+    model, observer = empty_model(checkpoint, trust_remote_code), Observer()
+    with Weights(checkpoint, found.pairs, model, chosen) as weights:
+        _check_reached(model, weights, pairs)
+        with current(chosen), running():
+            run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
+    amax, idle = _by_module(observer.amax, weights, pairs)
+    _write(path, amax)
+    tokens = sum(sample.numel() for sample in samples)
+    return Calibrated(str(checkpoint.path), str(out), amax, idle, len(samples), tokens, time.monotonic() - begin)
+
+
+def _check_out(out: Path, overwrite: bool) -> Path:
+    if out.suffix not in (".json", ".safetensors"):
+        raise UsageError(f"--out {out}: expected a .json or .safetensors file")
+    path = real_path(out)
+    if not path.parent.is_dir():
+        raise DestinationError(f"{path.parent}: is no directory")
+    if path.exists() and not overwrite:
+        raise DestinationError(f"{path}: exists; pass --overwrite to replace it")
+    return path
+
+
+def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
+    """Every MXFP4 weight belongs to a layer, which will be run."""
+    name, decoder = find_decoder(model)
+    parameters = (f"{name}.layers.{key}".lstrip(".") for key, _ in decoder.layers.named_parameters())
+    reached = {module for key in parameters for modules in weights.modules(key) for module in modules}
+    if lost := [pair.module for pair in pairs if pair.module not in reached]:
+        raise UnsupportedError(
+            f"{weights.checkpoint.path}: {len(lost)} MXFP4 weights, the first is {lost[0]}, belong to none of the "
+            f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be seen"
+        )
+
+
+def _by_module(
+    seen: Mapping[tuple[str, int], Tensor], weights: Weights, pairs: Iterable[Pair]
+) -> tuple[dict[str, float], int]:
+    """(amax by module of the checkpoint, how many experts saw no token)."""
+    amax: dict[str, float] = {}
+    largest: dict[str, float] = {}  # of any expert, by parameter
+    of: dict[str, str] = {}
+    for (parameter, expert), tensor in seen.items():
+        experts, value = weights.modules(parameter), float(tensor)
+        modules = experts[expert if len(experts) > 1 else 0]
+        check_amax(modules[0], value)
+        for module in modules:
+            amax[module] = max(value, amax.get(module, 0.0))
+        if parameter not in largest:
+            of |= {module: parameter for each in experts for module in each}
+        largest[parameter] = max(value, largest.get(parameter, 0.0))
+    wanted = [pair.module for pair in pairs]
+    if lost := [module for module in wanted if module not in of]:
+        raise UnsupportedError(f"{lost[0]}: the model multiplied it with nothing, so nothing is known of its input")
+    idle = sum(module not in amax for module in wanted)
+    return {module: amax.get(module, largest[of[module]]) for module in wanted}, idle
+
+
+def _write(path: Path, amax: Mapping[str, float]) -> None:
+    if path.suffix == ".json":
+        data = to_bytes(amax)
+    else:
+        save = require("safetensors.torch", "ptq").save
+        data = save({module: torch.tensor(value, dtype=torch.float32) for module, value in amax.items()})
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,173 @@
+"""Max calibration: the largest magnitudes of weights and of what flows into them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fp4cast.errors import QuantizerError, ShapeError, UnsupportedError
+from fp4cast.families.recognise import fused_group
+from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
+from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
+
+__all__ = ["check_amax", "max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
+
+_EXPERT = re.compile(r"(?P<bank>.*\.experts)\.\d+\.(?P<leaf>.+)")
+
+
+def max_calibrate(
+    model: nn.Module, forward_loop: Callable[[nn.Module], object] | None = None, distributed_sync: bool = True
+) -> None:
+    """Calibrate every enabled quantizer of a model afresh, and promote those of static weights.
+
+    Weights need no forward pass. Inputs are observed while `forward_loop` runs the model.
+
+    Args:
+        model: with quantizers attached.
+        forward_loop: called with the model, to run it on calibration data; None calibrates weights only.
+        distributed_sync: take the largest amax of all ranks, where torch.distributed is initialised.
+
+    Raises:
+        UnsupportedError: no quantizer is enabled.
+    """
+    weights = {id(quantizer) for _, quantizer, _ in quantized_weights(model)}
+    inputs = [
+        module
+        for module in model.modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled and id(module) not in weights
+    ]
+    if not weights and not inputs:
+        raise UnsupportedError(f"{type(model).__name__} has no enabled quantizer: attach a qformat first")
+    try:
+        with torch.no_grad():
+            _calibrate_weights(model)
+            if forward_loop is not None:
+                _calibrate_inputs(model, inputs, forward_loop)
+            if distributed_sync and distributed.is_available() and distributed.is_initialized():
+                _take_largest(model)
+            if forward_loop is not None:
+                _fill_idle_experts(model)  # what was idle on all ranks
+    finally:
+        promote_nvfp4_static_quantizers(model)
+        share_global_amax(model)
+
+
+def _calibrate_weights(model: nn.Module) -> None:
+    for name, quantizer, weight in quantized_weights(model):
+        quantizer.reset_amax()
+        try:
+            quantizer.collect(weight)
+        except ShapeError as error:
+            raise ShapeError(f"{name}: {error}") from error
+        top = quantizer.tensor_amax
+        if top is not None and not top.is_meta and not torch.isfinite(top):
+            raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot; is the checkpoint damaged?")
+
+
+def _calibrate_inputs(
+    model: nn.Module, inputs: Sequence[TensorQuantizer], forward_loop: Callable[[nn.Module], object]
+) -> None:
+    """Weights stay as they are meanwhile: what is observed is the unquantized model."""
+    weights = [quantizer for _, quantizer, _ in quantized_weights(model)]
+    for quantizer in weights:
+        quantizer.disable()
+    for quantizer in inputs:
+        quantizer.reset_amax()
+        quantizer.enable_calib()
+    try:
+        forward_loop(model)
+    finally:
+        for quantizer in inputs:
+            quantizer.disable_calib()
+        for quantizer in weights:
+            quantizer.enable()
+
+
+def _take_largest(model: nn.Module) -> None:
+    """Every amax becomes the largest of all ranks; a rank that saw nothing takes what the others saw."""
+    for quantizer in (module for module in model.modules() if isinstance(module, TensorQuantizer)):
+        if not quantizer.is_enabled:
+            continue
+        known = quantizer.amax
+        scalar = torch.full((), -1.0) if known is None else known
+        if quantizer.static and known is None:
+            continue  # weights are calibrated on every rank
+        device = next(model.parameters()).device
+        largest = scalar.to(device)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        if (largest >= 0).all():
+            quantizer.amax = largest
+
+
+def check_amax(name: str, amax: float) -> None:
+    """See that what was observed of an input gives a scale.
+
+    Raises:
+        QuantizerError: it was zero throughout, NaN or infinite.
+    """
+    if not 0 < amax < math.inf:
+        what = "was zero on all calibration data" if amax == 0 else f"reached {amax} on calibration data"
+        raise QuantizerError(f"{name}: its input {what}, so it has no scale; use more or other data")
+
+
+def share_global_amax(model: nn.Module) -> None:
+    """Weights that engines fuse get the largest global amax of their group: they will share one tensor scale."""
+    groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
+    for name, quantizer, _ in quantized_weights(model):
+        group, members = fused_group(name.removesuffix(".weight"))
+        if len(members) > 1:
+            groups[group].append(quantizer)
+    for quantizers in groups.values():
+        seen = [quantizer.tensor_amax for quantizer in quantizers]
+        known = [amax for amax in seen if amax is not None and not amax.is_meta]
+        if known:
+            largest = torch.stack([amax.cpu() for amax in known]).amax()
+            for quantizer, amax in zip(quantizers, seen, strict=True):
+                if amax is not None and not amax.is_meta:
+                    quantizer.tensor_amax = largest.to(amax.device)
+
+
+def _fill_idle_experts(model: nn.Module) -> None:
+    """Give the experts of a list that saw no token what the others of their layer saw."""
+    groups: dict[tuple[str, str], list[nn.Module]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if (found := _EXPERT.fullmatch(name)) and isinstance(module, QuantLinear):
+            groups[found["bank"], found["leaf"]].append(module)
+    for experts in groups.values():
+        set_expert_quantizer_amax(experts)
+
+
+def set_expert_quantizer_amax(experts: Iterable[nn.Module], quantizer: str = "input_quantizer") -> Tensor | None:
+    """Give experts that saw no token the amax of their group.
+
+    Args:
+        experts: modules that play the same part, as the up projections of one layer's experts.
+        quantizer: name of their quantizer.
+
+    Returns:
+        What the missing ones were given: the largest amax of the group, or of its weights where no expert saw a token;
+        None if there is neither. Tensors on the meta device say nothing and are skipped.
+    """
+    modules = [module for module in experts if getattr(getattr(module, quantizer, None), "is_enabled", False)]
+    seen = [getattr(module, quantizer).amax for module in modules]
+    known = [amax.amax().cpu() for amax in seen if amax is not None and not amax.is_meta and amax.numel()]
+    if not known:
+        known = [
+            weight.abs().amax().float().cpu()
+            for module in modules
+            for _, _, weight in weight_quantizers(module)
+            if not weight.is_meta
+        ]
+    if not known:
+        return None
+    largest = torch.stack(known).amax()
+    for module, amax in zip(modules, seen, strict=True):
+        if amax is None or amax.is_meta or not amax.numel():
+            device = next((p.device for p in module.parameters() if not p.is_meta), largest.device)
+            getattr(module, quantizer).amax = largest.to(device)
+    return largest

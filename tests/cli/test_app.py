@@ -1,0 +1,249 @@
+"""The command line as a person and as a script sees it."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fp4cast
+from fp4cast import miniatures as mini
+from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.cli.app import app
+from helpers import call, flip, lossy, plain
+
+COMMANDS = {
+    "inspect": ["--jobs", "--json"],
+    "convert": [
+        "--layout", "--activations", "--input-scales", "--inexact", "--jobs", "--resume", "--overwrite", "--no-verify",
+        "--json",
+    ],
+    "verify": ["--jobs", "--json"],
+    "calibrate": [
+        "--out", "--dataset", "--calib_size", "--calib_seq", "--batch_size", "--device", "--trust_remote_code",
+        "--overwrite", "--json",
+    ],
+    "ptq": [
+        "--pyt_ckpt_path", "--qformat", "--export_path", "--cast_mxfp4_to_nvfp4", "--dataset", "--calib_size",
+        "--calib_seq", "--batch_size", "--device", "--layout", "--inexact", "--trust_remote_code", "--jobs",
+        "--overwrite", "--json",
+    ],
+    "study": ["--out", "--quick", "--json"],
+    "demo": ["--out", "--json"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_has_a_help_text(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    for option in COMMANDS[command]:
+        assert option in plain(result.stdout)
+
+
+def test_there_is_no_command_beside_those():
+    assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+
+
+def test_version():
+    assert call("--version").stdout.strip() == f"fp4cast {fp4cast.__version__}"
+
+
+def test_wrong_usage_is_exit_status_2(miniatures, tmp_path):
+    assert call("convert", miniatures["moe"]).exit_code == 2
+    assert call("convert", miniatures["moe"], tmp_path / "d", "--layout", "gguf").exit_code == 2
+    assert call("convert", miniatures["moe"], tmp_path / "d", "--activations", "w4a4").exit_code == 2
+    assert call("convert", miniatures["deepseek-v4"], tmp_path / "d").exit_code == 2
+    assert call("nothing").exit_code == 2
+    assert not (tmp_path / "d").exists()
+
+
+def test_inspect_json_is_the_contract(miniatures):
+    result = call("inspect", miniatures["kimi-k3"], "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert {"source", "family", "exact", "domains", "bytes"} <= document.keys()
+    assert document["family"] == "kimi-k3"
+    at = "language_model.model.layers.1.block_sparse_moe.experts.0"
+    (domain,) = [d for d in document["domains"] if d["name"] == f"{at}.w1+w3"]
+    top = domain["k_max"]
+    assert domain == {
+        "name": f"{at}.w1+w3",
+        "tensors": [f"{at}.w1", f"{at}.w3"],
+        "k_min": top - 18,
+        "k_max": top,
+        "spread": 18,
+        "m": top - 8,
+        "exact": True,
+        "marlin_exact": False,
+    }
+    assert len({d["m"] for d in document["domains"]}) > 3, "domains differ, so that no two could be confused"
+
+
+def test_inspect_of_an_inexact_checkpoint_is_an_answer_not_a_failure(miniatures, tmp_path):
+    result = call("inspect", lossy(miniatures, tmp_path), "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["exact"] is False
+    assert [d["m"] for d in document["domains"] if not d["exact"]] == [None]
+
+
+KEYS = {
+    "source", "destination", "family", "layout", "activations", "exact", "tensors", "half_blocks", "inexact",
+    "marlin_exact", "bytes", "seconds",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", mini.KINDS)
+def test_convert_and_verify_json_are_the_contract(miniatures, tmp_path, kind):
+    extra = ["--activations", "w4a4", "--input-scales", "1.0"] if "deepseek" in kind else []
+    done = call("convert", miniatures[kind], tmp_path / "dst", "--json", *extra)
+    assert done.exit_code == 0
+    for document in (
+        json.loads(done.stdout),
+        json.loads(call("verify", miniatures[kind], tmp_path / "dst", "--json").stdout),
+    ):
+        assert document.keys() >= KEYS
+        assert document["exact"] is True
+        assert set(document["tensors"]) == {"cast", "exact", "inexact", "copied"}
+        assert set(document["half_blocks"]) == {"verbatim", "shifted", "rounded"}
+        assert set(document["bytes"]) == {"read", "written"}
+        assert document["seconds"] > 0
+
+
+def test_nearest_says_what_is_lost(miniatures, tmp_path):
+    source = lossy(miniatures, tmp_path)
+    refused = call("convert", source, tmp_path / "dst")
+    assert refused.exit_code == 1
+    assert "--inexact nearest" in refused.stderr
+    done = call("convert", source, tmp_path / "dst", "--inexact", "nearest", "--json")
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["exact"] is False
+    (tensor,) = document["inexact"]
+    assert set(tensor) == {"name", "rounded_half_blocks", "max_abs_error", "mse", "snr_db"}
+    text = call("verify", source, tmp_path / "dst").stdout
+    assert "not exact: 1 of 24 tensors are rounded" in text
+    assert "dB" in text
+
+
+def test_a_failed_verification_is_exit_status_1_and_says_what(miniatures, converted, tmp_path):
+    destination = shutil.copytree(converted["moe"], tmp_path / "dst")
+    tensor = open_checkpoint(destination).tensors["model.layers.0.mlp.experts.1.up_proj.weight"]
+    flip(tensor, 3)
+    result = call("verify", miniatures["moe"], destination)
+    assert result.exit_code == 1
+    assert "WRONG" in result.stdout
+    assert "model.layers.0.mlp.experts.1.up_proj.weight: 1 half-blocks hold other values" in result.stdout
+    document = json.loads(call("verify", miniatures["moe"], destination, "--json").stdout)
+    assert document["exact"] is False
+    assert [d["kind"] for d in document["differences"]] == ["values"]
+
+
+def test_errors_in_json_are_one_document_on_stdout_and_a_message_on_stderr(tmp_path):
+    result = call("inspect", tmp_path / "nothing", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "CheckpointError"
+    assert "is not a directory" in result.stderr
+
+
+def test_names_with_markup_are_printed_as_they_are(tmp_path):
+    result = call("inspect", tmp_path / "[bold]x")
+    assert "[bold]x: is not a directory" in result.stderr
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "foo/bar--baz", "foo/..", "no\0thing"])
+def test_impossible_sources_are_errors_not_crashes(source):
+    result = call("inspect", source)
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path):
+    codes, scales = np.zeros((1, 16), np.uint8), np.full((1, 1), 255, np.uint8)
+    tensors = {"\x1b[31mred.weight_packed": ("U8", codes), "\x1b[31mred.weight_scale": ("U8", scales)}
+    mini.write_checkpoint(tmp_path / "src", {"model-1.safetensors": tensors}, {})
+    result = call("inspect", tmp_path / "src")
+    assert result.exit_code == 1
+    assert "\x1b" not in result.stderr.replace("\x1b[1;31merror:\x1b[0m", "")
+    assert "\\x1b[31mred" in result.stderr
+
+
+def test_a_destination_that_claims_what_nobody_serves_is_a_failed_check(miniatures, converted, tmp_path):
+    destination = shutil.copytree(converted["deepseek-v4"], tmp_path / "dst")
+    text = (destination / "config.json").read_text().replace('"NVFP4"', '"W4A16_NVFP4"')
+    (destination / "config.json").write_text(text)
+    assert call("verify", miniatures["deepseek-v4"], destination).exit_code == 1
+
+
+def test_the_summary_says_in_words_what_is_exact(miniatures, tmp_path):
+    text = call("convert", miniatures["kimi-k3"], tmp_path / "dst").stdout
+    assert "exact: every value equals the source's, bit for bit (measured on what was written)" in text
+    assert "44 shifted by a power of two, 0 rounded" in text
+    assert "Marlin" in text
+    w4a4 = call("convert", miniatures["moe"], tmp_path / "x", "--activations", "w4a4", "--input-scales", "1").stdout
+    assert "that part is not lossless" in w4a4
+    unread = call("convert", miniatures["moe"], tmp_path / "y", "--no-verify").stdout
+    assert "not read back" in unread
+
+
+def test_inspect_shows_both_windows(miniatures):
+    text = call("inspect", miniatures["kimi-k3"]).stdout
+    assert "yes: all 16 scale domains can be cast bit for bit" in text
+    assert "2 of 16 domains fit its window of 14 binades" in text
+
+
+def test_the_demo_shows_every_family(tmp_path):
+    result = call("demo", "--json", "--out", tmp_path / "kept")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["exact"] is True
+    assert [row["kind"] for row in document["families"]] == list(mini.KINDS)
+    assert all(row["flip_found"] for row in document["families"])
+    assert (tmp_path / "kept" / "gpt-oss-NVFP4" / "config.json").exists()
+    assert call("demo", "--out", tmp_path / "kept").exit_code == 2
+    assert "exact" in call("demo").stdout
+
+
+@pytest.mark.parametrize("module", [["-m", "fp4cast"], ["-c", "from fp4cast.cli import main; main()"]])
+def test_as_a_process(module, miniatures, tmp_path):
+    done = subprocess.run(
+        [sys.executable, *module, "convert", miniatures["dense"], tmp_path / "dst", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["exact"] is True
+
+
+def test_a_model_id_is_found_in_the_hub_cache_when_offline(miniatures, tmp_path):
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(miniatures["dense"], cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def inspect(name):
+        command = [sys.executable, "-m", "fp4cast", "inspect", name, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    assert json.loads(inspect("someone/tiny").stdout)["family"] == "compressed-tensors"
+    missing = inspect("someone/else")
+    assert missing.returncode == 1
+    assert "not in the hub's cache" in missing.stderr
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal():
+    from rich.console import Console
+
+    from fp4cast.cli.progress import Meter
+
+    console = Console(record=True, force_terminal=False, width=100, file=io.StringIO())
+    with Meter(console, every=0.0) as meter:
+        meter("write", 500_000_000, 2_000_000_000)
+    assert re.search(r"writing: 500 MB of 2 GB, .*/s, \d+ s left", console.export_text())

@@ -1,0 +1,109 @@
+"""What tests share: reading and changing checkpoints, interrupting a conversion, calling the command line."""
+
+import hashlib
+import re
+import shutil
+import threading
+
+import pytest
+from typer.testing import CliRunner
+
+import fp4cast
+from fp4cast import miniatures as mini
+from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.header import Tensor
+from fp4cast.cli.app import app
+
+DEEPSEEK = {"deepseek-v4", "deepseek-v4.1"}
+
+VARIANTS = [
+    (kind, layout, activations)
+    for kind in mini.KINDS
+    for layout in ("modelopt", "compressed-tensors")
+    for activations in ("w4a16", "w4a4")
+    if not (layout == "compressed-tensors" and (kind in DEEPSEEK or kind == "gpt-oss"))
+    and not (activations == "w4a16" and kind in DEEPSEEK)
+]
+
+
+def options(kind):
+    """What convert needs for a kind beside the defaults."""
+    return {"activations": "w4a4", "input_scales": 1.0} if kind in DEEPSEEK else {}
+
+
+def tree(path):
+    """Every file below a directory by its digest."""
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def raw(path, name):
+    tensor = open_checkpoint(path).tensors[name]
+    with File(tensor.path) as file:
+        return file.read(tensor.start, tensor.nbytes)
+
+
+def scalar(path, name):
+    return float(raw(path, name).view("<f4")[0])
+
+
+def edit(path, name, change):
+    """Change the bytes of one tensor in place."""
+    tensor = open_checkpoint(path).tensors[name]
+    data = raw(path, name)
+    change(data)
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(data.tobytes())
+
+
+def lossy(miniatures, tmp_path):
+    """A copy with one domain that is not exact: a spread of 18 with codes that fill both ends."""
+    source = shutil.copytree(miniatures["moe"], tmp_path / "src")
+    name = "model.layers.0.mlp.experts.0.down_proj.weight"
+    edit(source, f"{name}_scale", lambda data: data.__setitem__(1, data[0] - 18))  # block 0 is the largest
+    edit(source, f"{name}_packed", lambda data: data.__setitem__(slice(0, 32), 0x71))
+    return source
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(source, destination, after, **extra):
+    """A conversion that dies after some bytes."""
+    done = [0]
+    lock = threading.Lock()
+
+    def progress(phase, nbytes, total):
+        if phase == "write":
+            with lock:
+                done[0] += nbytes
+                if done[0] > after * total:
+                    raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fp4cast.convert(source, destination, progress=progress, jobs=1, **extra)
+
+
+def flip(tensor: Tensor, bit: int) -> None:
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.start + bit // 8)
+        byte = file.read(1)[0]
+        file.seek(tensor.start + bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
+
+
+def contents(directory):
+    """All files' bytes by path, but for the receipt, which only `convert` writes."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "fp4cast.json")
+    return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def call(*args):
+    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, [str(arg) for arg in args])
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -1,0 +1,324 @@
+"""The study: algorithms against independent references, exact errors, the kept page, and what the page says."""
+
+import json
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from fp4cast.casting import tight_rule as exact
+from fp4cast.cli.app import app
+from fp4cast.formats import E2M1, E4M3, mxfp4_values, nvfp4_values
+from fp4cast.study import algorithms, brute_force, page
+from fp4cast.study.added import ADDED
+from fp4cast.study.algorithms import ALGORITHMS, closed_form, hybrid, requantize, sweep_errors
+from fp4cast.study.claims import Facts, claims
+from fp4cast.study.measure import measure
+from fp4cast.study.record import examine
+from fp4cast.study.scenarios import LARGE, ORIGINAL, Scenario
+from fp4cast.study.survey import study
+from fp4cast.study.tensors import Mxfp4, nearest, quantize
+
+KEPT = Path(__file__).parents[2] / "docs" / "study"
+KNOWN = {"github.com", "www.w3.org", "purl.org", "creativecommons.org"}  # a link, and SVG's vocabularies
+STATUSES = {"reproduced", "corrected", "refuted"}
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return json.loads((KEPT / "study.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return study(quick=True)
+
+
+def values(source: Mxfp4):
+    return mxfp4_values(source.codes, source.exponents[:, None])
+
+
+def written_values(out):
+    return nvfp4_values(out.codes, out.block_scales, out.tensor_scale)
+
+
+@st.composite
+def tensors(draw):
+    """A few blocks of any exponents and codes, zeros and one-sided sets among them, finite in BF16."""
+    blocks = draw(st.integers(1, 6))
+    exponents = draw(st.lists(st.integers(0, 252), min_size=blocks, max_size=blocks))
+    near = draw(st.booleans())
+    if near:
+        base = draw(st.integers(0, 226))
+        exponents = [base + draw(st.integers(0, 26)) for _ in exponents]
+    allowed = draw(st.sampled_from([range(16), (0, 6, 14), (0, 1, 9), (4, 6, 7, 12), (0, 1, 2, 3), (0, 8)]))
+    codes = draw(st.lists(st.sampled_from(list(allowed)), min_size=32 * blocks, max_size=32 * blocks))
+    low, high = np.array(codes, np.uint8).reshape(blocks, 16, 2).transpose(2, 0, 1)
+    return Mxfp4(low | high << np.uint8(4), np.array(exponents, np.uint8), (blocks, 32))
+
+
+def test_rounding_is_that_of_ml_dtypes():
+    rng = np.random.default_rng(0)
+    table = E4M3.values[:0x7F]
+    middle = (table[:-1] + table[1:]) / 2
+    single = middle.astype(np.float32)  # ml_dtypes rounds to FP32 first: neighbours of a tie must be FP32's
+    near = [np.nextafter(single, np.float32(0)), np.nextafter(single, np.float32(500))]
+    points = np.concatenate([table, middle, *near, rng.uniform(0, 448, 9999).astype(np.float32)])
+    expected = points.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    assert np.array_equal(nearest(table, points), expected)
+    fours = np.concatenate([np.arange(0, 6, 0.125), rng.uniform(0, 6, 999)])
+    assert np.array_equal(
+        E2M1.values[nearest(E2M1.values[:8], fours)], fours.astype(ml_dtypes.float4_e2m1fn).astype(float)
+    )
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=32, max_size=32))
+def test_quantizing_takes_the_smallest_scale_that_does_not_saturate(block):
+    source = quantize(np.array(block))
+    amax, k = max(map(abs, block)), int(source.exponents[0]) - 127
+    assert amax <= 6 * 2.0**k
+    assert k == -127 or amax > 6 * 2.0 ** (k - 1)
+    ours = values(source)[0]
+    theirs = (np.array(block) / 2.0**k).astype(ml_dtypes.float4_e2m1fn).astype(float) * 2.0**k
+    assert np.array_equal(ours, theirs)
+
+
+@given(tensors())
+@settings(max_examples=150, deadline=None)
+def test_errors_are_those_of_the_values_in_exact_arithmetic(source):
+    for algorithm in ALGORITHMS.values():
+        out = algorithm(source)
+        found = measure(source, out)
+        pairs = zip(values(source).reshape(-1), written_values(out).reshape(-1), strict=True)
+        errors = [abs(Fraction(a) - Fraction(b)) for a, b in pairs]
+        assert found.squared == sum(error**2 for error in errors)
+        assert found.largest == max(errors)
+        assert found.elements == len(errors)
+        assert found.energy == sum(Fraction(a) ** 2 for a in values(source).reshape(-1))
+
+
+@given(tensors())
+@settings(max_examples=150, deadline=None)
+def test_ours_is_never_worse(source):
+    errors = {name: measure(source, algorithm(source)).squared for name, algorithm in ALGORITHMS.items()}
+    assert errors["4"] == min(errors.values())
+    assert errors["3-sweep"] <= errors["3"] <= min(errors["2-midpoint"], errors["2-search"])
+    assert errors["2-search"] <= errors["2-midpoint"]
+
+
+@given(tensors())
+@settings(max_examples=50, deadline=None)
+def test_the_sweep_weighs_what_would_be_written(source):
+    for m, error in sweep_errors(source).items():
+        assert measure(source, hybrid(source, m)).squared == error
+
+
+@given(tensors())
+@settings(max_examples=50, deadline=None)
+def test_algorithm_2_searches_every_m(source):
+    best = measure(source, ALGORITHMS["2-search"](source)).squared
+    for m in range(source.k_min - 12, source.k_max + 13):
+        if -149 <= m <= 125:
+            assert best <= measure(source, algorithms.verbatim(source, m)).squared
+
+
+def standard_nvfp4(source: Mxfp4):
+    """Standard NVFP4 again, on values in FP32 and with ml_dtypes' rounding."""
+    x = values(source).astype(np.float32).reshape(-1, 16)
+    scale = np.float32(np.abs(x).max()) / np.float32(6 * 448)
+    wanted = np.abs(x).max(axis=1) / (np.float32(6) * scale)
+    scales = np.clip(wanted, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    steps = scales[:, None] * float(scale)
+    return (np.clip(x / steps, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(float) * steps).reshape(-1)
+
+
+def equally_near(exact, ours, theirs) -> bool:
+    """FP32 may put what lies within its precision of a tie on the other side; it must not err more than that."""
+    return np.allclose(np.abs(ours - exact), np.abs(theirs - exact), rtol=1e-6, atol=0)
+
+
+def test_algorithm_1_is_standard_nvfp4():
+    for name in ("gaussian", "heavy tail", "mostly zero", "spread 50", "single extreme outlier", "power law"):
+        source = next(s for s in ORIGINAL if s.name == name).make()
+        ours, theirs = written_values(requantize(source)), standard_nvfp4(source)
+        assert equally_near(values(source).reshape(-1), ours.reshape(-1), theirs)
+
+
+def test_algorithm_1_refuses_what_bf16_makes_infinite():
+    with pytest.raises(OverflowError, match="infinite in BF16"):
+        requantize(Mxfp4(np.full((1, 16), 0x77, np.uint8), np.array([254], np.uint8)))
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_algorithm_1_is_what_modelopt_writes():
+    torch = pytest.importorskip("torch")
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    source = next(s for s in ORIGINAL if s.name == "gaussian").make()
+    bf16 = torch.from_numpy(values(source)).to(torch.bfloat16)
+    packed, scales, tensor_scale = NVFP4QTensor.quantize(bf16, 16)
+    out = requantize(source)
+    assert float(tensor_scale) == out.tensor_scale
+    assert np.array_equal(scales.view(torch.uint8).numpy().reshape(-1, 2), out.block_scales)
+    theirs = nvfp4_values(packed._quantized_data.numpy().reshape(-1, 16), out.block_scales, out.tensor_scale)
+    assert equally_near(values(source), written_values(out), theirs)
+
+
+def test_there_are_27_and_names_are_unique():
+    names = [scenario.name for scenario in (*ORIGINAL, *ADDED)]
+    assert len(ORIGINAL) == 27
+    assert len(set(names)) == len(names)
+    assert all(scenario.original for scenario in ORIGINAL) and not any(scenario.original for scenario in ADDED)
+
+
+@pytest.mark.parametrize("scenario", [s for s in (*ORIGINAL, *ADDED) if s.elements <= LARGE], ids=lambda s: s.name)
+def test_scenarios_are_what_they_say(scenario: Scenario):
+    source = scenario.make()
+    assert source.codes.shape == (len(source.exponents), 16)
+    assert source.exponents.max() < 255
+    assert 32 * len(source.exponents) == scenario.elements == np.prod(source.shape)
+    again = scenario.make()
+    assert np.array_equal(source.codes, again.codes) and np.array_equal(source.exponents, again.exponents)
+    if match := re.search(r"code-.*spread (\d+)", scenario.name):
+        assert source.spread == int(match[1])
+
+
+def test_the_tight_rule_is_brute_force():
+    assert list(brute_force.disagreements()) == []
+
+
+def test_the_code_that_casts_uses_the_same_shifts():
+    for members in brute_force.SETS:
+        assert (exact.A_MIN[members], exact.A_MAX[members]) == brute_force._shifts(members)
+
+
+def test_what_the_captions_say_is_true(kept):
+    for errors in kept["spread_curve"].values():
+        assert errors["3-sweep"] == errors["3"] == errors["4"]
+
+
+def test_brute_force_would_notice(monkeypatch):
+    right = brute_force.rule
+    monkeypatch.setattr(brute_force, "rule", lambda members, e: right(members, e) != (members == 5 and e == 9))
+    assert list(brute_force.disagreements()) == [(5, 9)]
+    assert brute_force.main() == 1
+
+
+def test_the_document_has_the_promised_keys(quick):
+    for scenario in quick["scenarios"]:
+        assert {"name", "shape", "spread", "blocks", "outside", "algorithms"} <= set(scenario)
+        assert list(scenario["algorithms"]) == ["1", "2-midpoint", "2-search", "3-sweep", "3", "4"]
+        for result in scenario["algorithms"].values():
+            assert set(result) == {"m", "tensor_scale", "mse", "max_abs_error", "snr_db", "exact"}
+            assert (result["snr_db"] is None) == result["exact"] == (result["mse"] == 0)
+            assert result["m"] is None or result["tensor_scale"] == 2.0 ** result["m"]
+    for claim in quick["claims"]:
+        assert set(claim) == {"claim", "status", "figure"} and claim["status"] in STATUSES
+    assert json.loads(json.dumps(quick, allow_nan=False)) == quick
+
+
+def same(found, expected):
+    """Documents agree: numbers to nine digits, for other processors' powers and logarithms, all else exactly."""
+    if isinstance(expected, float) and isinstance(found, float):
+        return found == pytest.approx(expected, rel=1e-9)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+def test_quick_figures_are_the_kept_ones(quick, kept):
+    by_name = {scenario["name"]: scenario for scenario in kept["scenarios"]}
+    assert len(quick["scenarios"]) > 30
+    for scenario in quick["scenarios"]:
+        assert same(scenario, by_name[scenario["name"]]), scenario["name"]
+    assert same(quick["spread_curve"], {key: kept["spread_curve"][key] for key in quick["spread_curve"]})
+    assert quick["exactness_map"] == kept["exactness_map"]
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_kept_document_is_what_the_code_gives(kept):
+    assert same(study(), kept)
+
+
+def test_the_kept_claims(kept):
+    status = {claim["claim"].split(".")[0]: claim["status"] for claim in kept["claims"]}
+    assert len(kept["scenarios"]) == 27 + len(ADDED) and not kept["left_out"]
+    assert list(status.values()).count("refuted") == 0
+    assert all(state == "reproduced" for claim, state in status.items() if claim.startswith("Ours"))
+
+
+def test_the_kept_page_is_made_of_the_kept_document(kept):
+    assert page.markdown(kept) == (KEPT / "index.md").read_text()
+    text = (KEPT / "index.html").read_text()
+    assert text == page.html(page.markdown(kept), {name: (KEPT / f"{name}.svg").read_text() for name in page.PLOTS})
+    assert set(re.findall(r"https?://([^/\"]+)", text)) <= KNOWN
+    assert text.count("<svg") == 4 and "<img" not in text and "<script" not in text
+
+
+@pytest.mark.oracle
+def test_the_command_writes_the_page(tmp_path, kept, monkeypatch):
+    monkeypatch.setattr("fp4cast.study.survey.study", lambda *_: kept)
+    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "page"), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout) == kept
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert names == {"index.md", "index.html", "study.json", "snr.svg", "spread.svg", "exactness.svg", "landing.svg"}
+    assert (tmp_path / "page" / "study.json").read_text() == (KEPT / "study.json").read_text()
+
+
+def test_the_command_prints_tables_and_claims(quick, monkeypatch):
+    monkeypatch.setattr("fp4cast.study.survey.study", lambda *_: quick)
+    result = CliRunner().invoke(app, ["study", "--quick"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "single extreme outlier" in result.stdout and "reproduced" in result.stdout
+    assert "left out: QKV weight (16,777,216 weights; run without --quick)" in result.stdout
+
+
+def test_what_fails_fails_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("fp4cast.study.survey.study", lambda *_: pytest.fail("worked first"))
+    (tmp_path / "file").write_text("")
+    pytest.importorskip("matplotlib")
+    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2 and "is a file; --out takes a directory" in result.stderr
+    monkeypatch.setattr("fp4cast.extras.importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "page")])
+    assert result.exit_code == 1 and "pip install 'fp4cast[study]'" in result.stderr
+    assert not (tmp_path / "page").exists()
+
+
+def test_scenarios_that_need_more_say_so(monkeypatch):
+    monkeypatch.setattr("fp4cast.study.survey.importlib.util.find_spec", lambda _: None)
+    from fp4cast.study.survey import _left_out
+
+    real = next(scenario for scenario in ADDED if scenario.extra)
+    assert _left_out(real, quick=False) == "wordllama and gfloat not installed: pip install 'fp4cast[study]'"
+
+
+def test_a_claim_that_fails_is_refuted():
+    """Ours, on results in which 4 has been swapped with 3."""
+    rich, poor = (s for s in ADDED if s.name in ("code-rich, spread 18", "code-poor above, spread 20"))
+    records = [examine(rich), examine(poor)]
+    facts = Facts(records, 1, {}, [], {}, (1e9, 1.0), 0)
+    assert [c.status for c in claims(facts) if c.claim.startswith("Ours")] == ["reproduced"] * 3
+    swapped = [replace(r, errors=r.errors | {"4": r.errors["3"], "3": r.errors["4"]}) for r in records]
+    statuses = {c.claim: c.status for c in claims(replace(facts, records=swapped, disagreements=1))}
+    assert [status for claim, status in statuses.items() if claim.startswith("Ours")] == ["refuted"] * 3
+
+
+def test_a_tie_is_a_tie_and_a_win_is_a_win():
+    record = examine(next(s for s in ORIGINAL if s.name == "gaussian"))
+    assert record.winners() == ["2-midpoint", "2-search", "3-sweep", "3", "4"]
+    assert record.ratio("1", "3") is None and record.ratio("3", "1") == 0
+    outlier = examine(next(s for s in ORIGINAL if s.name == "single extreme outlier"))
+    assert outlier.ratio("3", "1") > 1 >= outlier.ratio("4", "1")
+    assert measure(outlier.scenario.make(), closed_form(outlier.scenario.make())).squared == outlier.errors["3"].squared
