@@ -20,8 +20,8 @@ import numpy as np
 
 from common import Sample, alternate, finish, parser, summary
 from fp4cast.casting.tight_rule import halve, scale_table
+from fp4cast.checkpoints.tiles import LIMITS
 from fp4cast.checkpoints.transpose import compiled, transpose
-from fp4cast.conversion.writer import BAND_ROWS
 from fp4cast.verification import values as compare
 from host import machine
 
@@ -32,8 +32,8 @@ CHUNK_BYTES = 1 << 20
 def turn(bank: np.ndarray, out: np.ndarray, transpose: Callable[[np.ndarray, np.ndarray], None]) -> None:
     """Transpose matrices one by one, in bands of rows, as `fp4cast.conversion.writer` does."""
     for matrix, turned in zip(bank, out, strict=True):
-        for i in range(0, len(matrix), BAND_ROWS):
-            transpose(matrix[i : i + BAND_ROWS], turned[:, i : i + BAND_ROWS])
+        for i in range(0, len(matrix), LIMITS.band_rows):
+            transpose(matrix[i : i + LIMITS.band_rows], turned[:, i : i + LIMITS.band_rows])
 
 
 def by_numpy(matrix: np.ndarray, out: np.ndarray) -> None:

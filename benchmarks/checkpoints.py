@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp4cast.checkpoints.header import DTYPE_BITS, layout
-from fp4cast.miniatures.families import compressed
+from fp4cast.checkpoints.header import DTYPE_BITS, lay_out
+from fp4cast.miniatures.compressed_tensors import compressed
 
 POOL_BYTES = {"codes": 64 << 20, "scales": 8 << 20, "dense": 8 << 20}
 STEP = 2 * 4_987_003  # from one tensor's rotation to the next; even, so that BF16 stays aligned
@@ -100,7 +100,7 @@ def write(path: Path, draft: Draft, sparse: bool = False) -> None:
     number = 0
     for i, specs in enumerate(draft.shards, draft.first):
         file = f"model-{i:05d}-of-{last:05d}.safetensors"
-        placed = layout(((spec.name, spec.dtype, spec.shape) for spec in specs), {"format": "pt"})
+        placed = lay_out(((spec.name, spec.dtype, spec.shape) for spec in specs), {"format": "pt"})
         with (path / file).open("wb") as out:
             out.write(placed.header)
             out.truncate(placed.size)

@@ -1,84 +1,121 @@
 """Who may import whom, what is public, and how large things may grow."""
 
 import ast
-from pathlib import Path
+import shutil
+from dataclasses import replace
 
 import pytest
 
 import fp4cast
+from fp4cast.layouts import choose
+from imports import MODULES, SOURCE, imports_of, names_in, reach, room
 
-SOURCE = Path(fp4cast.__file__).parent
-FILES = sorted(SOURCE.rglob("*.py"))
+GROUND = {"_require_torch", "_version", "errors", "extras", "formats"}
 
-
-def imports_of(path):
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def reach(module):
-    """Everything of fp4cast that a module imports, directly or not."""
-    seen, todo = set(), [module]
-    while todo:
-        name = todo.pop()
-        path = SOURCE / f"{name}.py"
-        if name in seen or not path.exists():
-            continue
-        seen.add(name)
-        todo += [i.removeprefix("fp4cast.") for i in imports_of(path) if i.startswith("fp4cast.")]
-    return seen - {module}
-
-
-@pytest.mark.parametrize("witness", ["verify", "checks", "match", "compare", "claims", "structure"])
-def test_the_witness_shares_no_code_with_what_casts(witness):
-    assert not reach(witness) & {
-        "exact", "nearest", "scan", "plan", "pieces", "writer", "run", "configs", "conversion"
-    }  # fmt: skip
+# From bottom to top: what each room may import, by room or by module; a room imports nothing that stands below it here.
+ALLOWED = {
+    "parallel": GROUND,
+    "checkpoints": GROUND | {"parallel.progress"},
+    "families": GROUND | {"checkpoints"},
+    "layouts": GROUND | {"checkpoints", "families"},
+    "casting": GROUND,
+    "verification": GROUND
+    | {"checkpoints", "families", "layouts.choose", "layouts.engine_view", "layouts.layout", "parallel"},
+    "conversion": GROUND | {"casting", "checkpoints", "families", "layouts", "parallel", "verification"},
+    "__init__": GROUND | {"casting", "conversion", "verification"},
+    "kernels": GROUND,
+    "torch": GROUND | {"casting", "kernels"},
+    "miniatures": GROUND | {"checkpoints", "families"},
+    "hf": GROUND | {"checkpoints", "layouts"},
+    "ptq": GROUND
+    | {"casting", "checkpoints", "conversion", "families", "kernels", "layouts", "parallel", "verification"},
+    "study": GROUND | {"casting", "checkpoints", "parallel"},
+    "cli": GROUND
+    | {"__init__", "casting", "checkpoints", "conversion", "layouts", "miniatures", "parallel", "ptq", "study"}
+    | {"verification"},
+    "__main__": {"cli"},
+}
+ROOMS = [name for name in ALLOWED if (SOURCE / name).is_dir()]
 
 
-ORDER = ["formats", "exact", "nearest", "scan", "plan", "run", "conversion", "cli"]
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_what_it_may(module):
+    own = room(module)
+    allowed = ALLOWED.get(own, GROUND)
+    foreign = {name for name in imports_of(module) if room(name) != own}
+    assert not {name for name in foreign if not {name, room(name)} & allowed}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_data_flows_one_way(module):
-    assert not reach(module) & set(ORDER[ORDER.index(module) + 1 :])
+def test_no_import_runs_up_and_no_room_is_forgotten():
+    order = [*sorted(GROUND), *ALLOWED]
+    for position, name in enumerate(order):
+        assert not {room(each) for each in ALLOWED.get(name, set())} & set(order[position:])
+    assert {room(module) for module in MODULES} == set(order)
 
 
-CORE = [path for path in FILES if not {"kernels", "ptq", "hf", "torch.py"} & set(path.parts)]
+def test_the_house_is_small_enough_to_know():
+    assert len([module for module in MODULES if module == room(module) and module not in ROOMS]) <= 8
+    for name in ROOMS:
+        first, *_ = (ast.get_docstring(ast.parse((SOURCE / name / "__init__.py").read_text())) or "").splitlines()
+        assert "nows" in ast.get_docstring(ast.parse((SOURCE / name / "__init__.py").read_text())), name
+        assert first.endswith("."), name
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: p.stem)
-def test_the_core_needs_no_torch(path):
+def test_verification_reaches_nothing_that_casts_plans_or_writes():
+    for module in MODULES:
+        if room(module) == "verification":
+            assert not {room(name) for name in reach(module)} & {"casting", "conversion", "kernels", "ptq", "torch"}
+
+
+def test_verification_never_calls_what_writes_the_documents(miniatures, converted, tmp_path, monkeypatch):
+    """It reaches the layouts' files for their rows, but reads configs by another hand: `engine_view`."""
+
+    def refuse(_):
+        pytest.fail("verification wrote a document")
+
+    monkeypatch.setattr(choose, "LAYOUTS", tuple(replace(layout, documents=refuse) for layout in choose.LAYOUTS))
+    for kind in ("gpt-oss", "deepseek-v4", "kimi-k3", "dense"):
+        assert fp4cast.verify(miniatures[kind], converted[kind]).ok
+    changed = shutil.copytree(converted["dense"], tmp_path / "dst")
+    config = (changed / "config.json").read_text().replace('"ignore": [', '"ignore": ["model.layers.0.mlp.down_proj",')
+    (changed / "config.json").write_text(config)
+    assert not fp4cast.verify(miniatures["dense"], changed).ok
+
+
+WITH_TORCH = {"_require_torch", "hf", "kernels", "ptq", "torch"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) not in WITH_TORCH])
+def test_the_core_needs_no_torch(module):
     heavy = {"torch", "transformers", "triton", "ray", "matplotlib", "safetensors", "ml_dtypes"}
-    assert not {name.split(".")[0] for name in imports_of(path)} & heavy
+    assert not {name.partition(".")[0] for name in names_in(MODULES[module])} & heavy
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_no_assert_on_what_comes_from_outside(path):
-    assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+@pytest.mark.parametrize("module", MODULES)
+def test_no_assert_on_what_comes_from_outside(module):
+    tree = ast.parse(MODULES[module].read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_files_and_functions_stay_small(path):
-    text = path.read_text()
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_stay_small(module):
+    text = MODULES[module].read_text()
     assert len(text.splitlines()) <= 300
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False) or ""
             length = (node.end_lineno or 0) - node.lineno + 1 - len(docstring.splitlines())
-            assert length <= 50, f"{path.name}: {node.name} has {length} lines"
+            assert length <= 50, f"{module}: {node.name} has {length} lines"
 
 
 def test_the_public_names():
     assert fp4cast.__all__ == ["Cast", "Fp4CastError", "Inspection", "Report", "cast", "convert", "inspect", "verify"]
     for name in fp4cast.__all__:
         assert getattr(fp4cast, name).__doc__
+
+
+def test_the_words_of_options_are_the_rows_of_their_tables():
+    assert tuple(layout.name for layout in choose.LAYOUTS) == choose.LayoutName.__args__
 
 
 def test_every_error_is_in_the_tree_of_the_docstring():

@@ -6,8 +6,7 @@
 True
 """
 
-__version__ = "0.1.0"
-
+from fp4cast._version import __version__ as __version__
 from fp4cast.casting.one_tensor import Cast, cast
 from fp4cast.conversion.convert import convert
 from fp4cast.conversion.inspection import Inspection, inspect

@@ -9,8 +9,10 @@ and NVIDIA's NVFP4 (E2M1 codes, E4M3 block scales for 16 elements, one FP32 tens
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,11 @@ __all__ = [
     "E8M0_BIAS",
     "E8M0_NAN",
     "MX_BLOCK",
+    "MX_BLOCK_BYTES",
     "NV_BLOCK",
+    "NV_BLOCK_BYTES",
+    "TENSOR_TOP",
+    "Activations",
     "Bytes",
     "Float64s",
     "Format",
@@ -31,6 +37,7 @@ __all__ = [
     "nvfp4_values",
     "pack",
     "unpack",
+    "usable_scale",
 ]
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,6 +45,9 @@ Float64s = npt.NDArray[np.float64]
 
 MX_BLOCK = 32  # elements that share an E8M0 scale
 NV_BLOCK = 16  # elements that share an E4M3 scale: half of an MX block
+MX_BLOCK_BYTES, NV_BLOCK_BYTES = MX_BLOCK // 2, NV_BLOCK // 2  # of packed codes
+
+Activations = Literal["w4a16", "w4a4"]  # 4-bit weights, and activations of 16 or of 4 bits
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ E4M3 = Format("E4M3", sign_bits=1, exponent_bits=4, mantissa_bits=3, bias=7, nan
 E8M0 = Format("E8M0", sign_bits=0, exponent_bits=8, mantissa_bits=0, bias=127, subnormals=False, nans=frozenset({0xFF}))
 
 E4M3_MAX = 448.0
+TENSOR_TOP = 6 * E4M3_MAX  # the largest magnitude under a tensor scale of 1: amax = TENSOR_TOP * S
 E8M0_BIAS = E8M0.bias
 E8M0_NAN = 0xFF
 
@@ -143,3 +154,8 @@ def nvfp4_values(packed: Bytes, block_scales: Bytes, tensor_scale: float) -> Flo
         float64 [..., K]; the product of 2, 4 and 24 significant bits is exact in float64.
     """
     return _scaled(packed, E4M3.values[block_scales] * tensor_scale, NV_BLOCK)
+
+
+def usable_scale(value: float) -> bool:
+    """Whether a stored scale is a positive normal FP32 number: a GPU flushes subnormal ones to zero."""
+    return math.isfinite(value) and value >= float(np.finfo(np.float32).tiny)

@@ -9,10 +9,10 @@ import importlib.util
 from dataclasses import dataclass
 
 from fp4cast.casting import one_tensor
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, M_NORMAL
+from fp4cast.casting.tight_rule import E_MAX, E_MIN, closed_form
 from fp4cast.errors import ScaleError, ShapeError
 from fp4cast.extras import require
-from fp4cast.formats import E8M0_BIAS, E8M0_NAN
+from fp4cast.formats import E8M0_BIAS, E8M0_NAN, MX_BLOCK_BYTES
 
 require("torch", "ptq")
 
@@ -72,7 +72,7 @@ def cast(codes: Tensor, scales: Tensor, inexact: str = "fail") -> Cast:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
     if high - low > E_MAX - E_MIN:
         return _slow(codes, exponents, inexact)
-    m = max(high - E8M0_BIAS - E_MAX, M_NORMAL)
+    m = closed_form(high - E8M0_BIAS)
     block_scales = _powers(exponents, m).view(torch.float8_e4m3fn)
     return Cast(codes, block_scales, torch.tensor(2.0**m, device=codes.device), True, 0, 0)
 
@@ -81,7 +81,7 @@ def _check(codes: Tensor, exponents: Tensor) -> None:
     for name, tensor in (("codes", codes), ("scales", exponents)):
         if tensor.dtype != torch.uint8:
             raise ShapeError(f"{name}: expected uint8, got {tensor.dtype}")
-    if not exponents.numel() or codes.shape != (*exponents.shape[:-1], exponents.shape[-1] * 16):
+    if not exponents.numel() or codes.shape != (*exponents.shape[:-1], exponents.shape[-1] * MX_BLOCK_BYTES):
         raise ShapeError(
             f"codes {tuple(codes.shape)} and scales {tuple(exponents.shape)}: expected [..., K/2] and [..., K/32]"
         )

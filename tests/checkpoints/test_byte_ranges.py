@@ -1,11 +1,12 @@
 """Reads are whole or an error; copies are the same bytes, inside the kernel or not."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
 
-from fp4cast.checkpoints.byte_ranges import File, copy_range
+from fp4cast.checkpoints.byte_ranges import BUFFERS, File, copy_range
 from fp4cast.errors import CheckpointError
 
 
@@ -49,3 +50,14 @@ def test_copy_range(tmp_path, monkeypatch, kernel):
     os.close(target)
     assert (tmp_path / "b").read_bytes()[7 : 7 + 1_000_000] == data[100 : 100 + 1_000_000]
     assert sum(done) == 1_000_000
+
+
+def test_a_buffer_is_reused_by_its_thread_alone():
+    a = BUFFERS.tile(10)
+    assert np.shares_memory(a, BUFFERS.tile(2, 5))
+    assert not np.shares_memory(a, BUFFERS.copy(10))
+    others = []
+    thread = threading.Thread(target=lambda: others.append(BUFFERS.tile(10)))
+    thread.start()
+    thread.join()
+    assert not np.shares_memory(a, others[0])

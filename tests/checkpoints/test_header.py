@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4cast.checkpoints import header as shards
-from fp4cast.checkpoints.header import DTYPE_BITS, layout, read_header
+from fp4cast.checkpoints.header import DTYPE_BITS, lay_out, read_header
 from fp4cast.errors import CheckpointError, HeaderError
 
 
@@ -139,7 +139,7 @@ tensors = st.lists(st.tuples(dtypes, st.lists(st.integers(0, 4), max_size=3)), m
 def test_layouts_are_aligned_and_open_in_the_reference(tmp_path_factory, drawn):
     path = tmp_path_factory.mktemp("layout") / "x.safetensors"
     wanted = [(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(drawn)]
-    placed = layout(wanted, {"format": "pt"})
+    placed = lay_out(wanted, {"format": "pt"})
     path.write_bytes(placed.header + bytes(placed.size - len(placed.header)))
     assert len(placed.header) % 8 == 0
     shard = read_header(path)

@@ -13,9 +13,11 @@ import safetensors
 
 import fp4cast
 from fp4cast import miniatures as mini
+from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.directory import open_checkpoint
-from fp4cast.conversion import convert as conversion
-from fp4cast.conversion import execute as run
+from fp4cast.checkpoints.tiles import Limits
+from fp4cast.conversion import convert as converting
+from fp4cast.conversion import execute as executing
 from fp4cast.errors import (
     CheckpointError,
     DestinationError,
@@ -97,19 +99,20 @@ def test_bytes_do_not_depend_on_workers_or_verification(miniatures, tmp_path, ki
     assert tree(tmp_path / "one") == tree(tmp_path / "many") == tree(tmp_path / "plain")
 
 
-def test_tiles_do_not_change_a_byte(miniatures, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr("fp4cast.conversion.tasks.TILE_BYTES", 1)
-    monkeypatch.setattr("fp4cast.conversion.tasks._SQUARE", 5)
-    monkeypatch.setattr("fp4cast.conversion.tasks.PIECE_BYTES", 100)
-    monkeypatch.setattr("fp4cast.conversion.writer.CHUNK_BLOCKS", 64)
-    monkeypatch.setattr("fp4cast.conversion.writer.BAND_ROWS", 3)
-    monkeypatch.setattr("fp4cast.conversion.domains.CHUNK_BYTES", 5)
-    monkeypatch.setattr("fp4cast.verification.fast_path.CHUNK_BLOCKS", 3)
-    monkeypatch.setattr("fp4cast.verification.fast_path.CHUNK_BYTES", 48)
-    monkeypatch.setattr("fp4cast.verification.fast_path.TILE_BYTES", 7 * 48)
-    monkeypatch.setattr("fp4cast.verification.fast_path._SQUARE", 5)
-    monkeypatch.setattr("fp4cast.verification.fast_path.BAND_ROWS", 3)
-    monkeypatch.setattr("fp4cast.verification.shard_check.PIECE_BYTES", 100)
+@pytest.mark.parametrize("tile_bytes", [1, 7 * 48])
+def test_tiles_do_not_change_a_byte(miniatures, converted, tmp_path, monkeypatch, tile_bytes):
+    small = Limits(
+        write_bytes=100,
+        compare_bytes=100,
+        tile_bytes=tile_bytes,
+        tile_rows=5,
+        band_rows=3,
+        scan_bytes=5,
+        scale_blocks=64,
+        compare_blocks=3,
+        copy_bytes=48,
+    )
+    monkeypatch.setattr(tiles, "LIMITS", small)
     for kind in ("gpt-oss", "moe"):
         fp4cast.convert(miniatures[kind], tmp_path / kind)
         assert tree(tmp_path / kind) == tree(converted[kind])
@@ -330,7 +333,7 @@ def test_an_existing_destination_is_kept_unless_told_otherwise(miniatures, tmp_p
 def test_a_failed_overwrite_keeps_the_old_destination(miniatures, tmp_path, monkeypatch):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "mine").write_text("precious")
-    monkeypatch.setattr(conversion, "run", lambda *_, **__: (_ for _ in ()).throw(DestinationError("disk full")))
+    monkeypatch.setattr(converting, "execute", lambda *_, **__: (_ for _ in ()).throw(DestinationError("disk full")))
     with pytest.raises(DestinationError, match="disk full"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
     assert (tmp_path / "dst" / "mine").read_text() == "precious"
@@ -364,14 +367,14 @@ def test_a_rename_that_fails_gives_the_old_destination_back(miniatures, tmp_path
 
 
 def test_what_appears_at_the_destination_meanwhile_is_kept(miniatures, tmp_path, monkeypatch):
-    execute = conversion.run
+    execute = converting.execute
 
     def meddle(*args, **kwargs):
         (tmp_path / "dst").mkdir()
         (tmp_path / "dst" / "mine").write_text("precious")
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "run", meddle)
+    monkeypatch.setattr(converting, "execute", meddle)
     with pytest.raises(DestinationError):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert (tmp_path / "dst" / "mine").read_text() == "precious"
@@ -459,8 +462,8 @@ def test_a_killed_run_leaves_nothing_loadable_and_resumes_to_the_same_bytes(mini
 def test_resume_does_not_write_finished_shards_again(miniatures, tmp_path, monkeypatch):
     interrupted(miniatures["gpt-oss"], tmp_path / "dst", 0.7)
     written = []
-    write = run._write_shard
-    monkeypatch.setattr(run, "_write_shard", lambda s, *rest: (written.append(s.file), write(s, *rest))[1])
+    write = executing.write_shard
+    monkeypatch.setattr(executing, "write_shard", lambda s, *rest: (written.append(s.file), write(s, *rest))[1])
     fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst", resume=True)
     assert written == ["model-00001-of-00002.safetensors"]
 
@@ -495,9 +498,11 @@ def test_a_damaged_shard_is_written_again_after_a_failed_verification(miniatures
 def test_resume_keeps_nothing_that_the_source_has_lost(miniatures, tmp_path, monkeypatch, name):
     source = shutil.copytree(miniatures["dense"], tmp_path / "src")
     (source / name).write_text("{}")
-    monkeypatch.setattr(
-        "fp4cast.conversion.publish._write_receipt", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
-    )
+
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fp4cast.verification.receipt.Receipt.to_bytes", broken)
     with pytest.raises(DestinationError, match="Input/output error"):
         fp4cast.convert(source, tmp_path / "dst")
     monkeypatch.undo()
@@ -521,7 +526,7 @@ def test_resume_with_other_input_scales_is_refused(miniatures, tmp_path):
 
 
 def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(converting, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(DestinationError, match="No space left") as error:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert f"{tmp_path}/.dst.fp4cast: --resume goes on" in error.value.__notes__[0]
@@ -530,14 +535,14 @@ def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkey
 def test_a_source_that_changes_underneath_is_an_error(miniatures, tmp_path, monkeypatch):
     source = shutil.copytree(miniatures["moe"], tmp_path / "src")
     shard = source / "model-00001-of-00002.safetensors"
-    execute = conversion.run
+    execute = converting.execute
 
     def meddle(*args, **kwargs):
         result = execute(*args, **kwargs)
         os.utime(shard, ns=(1, 1))
         return result
 
-    monkeypatch.setattr(conversion, "run", meddle)
+    monkeypatch.setattr(converting, "execute", meddle)
     with pytest.raises(CheckpointError, match="changed while it was converted"):
         fp4cast.convert(source, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
@@ -546,20 +551,20 @@ def test_a_source_that_changes_underneath_is_an_error(miniatures, tmp_path, monk
 def test_a_shard_truncated_while_it_is_read_is_an_error(miniatures, tmp_path, monkeypatch):
     source = shutil.copytree(miniatures["moe"], tmp_path / "src")
     shard = source / "model-00002-of-00002.safetensors"
-    execute = conversion.run
+    execute = converting.execute
 
     def meddle(*args, **kwargs):
         os.truncate(shard, shard.stat().st_size // 2)
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "run", meddle)
+    monkeypatch.setattr(converting, "execute", meddle)
     with pytest.raises(CheckpointError, match=r"00002-of-00002.*ended at byte"):
         fp4cast.convert(source, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
 
 def test_what_does_not_verify_is_not_published(miniatures, tmp_path, monkeypatch):
-    execute = conversion.run
+    execute = converting.execute
 
     def damage(plan, directory, **kwargs):
         result = execute(plan, directory, **kwargs)
@@ -569,7 +574,7 @@ def test_what_does_not_verify_is_not_published(miniatures, tmp_path, monkeypatch
         path.write_bytes(data)
         return result
 
-    monkeypatch.setattr(conversion, "run", damage)
+    monkeypatch.setattr(converting, "execute", damage)
     with pytest.raises(VerificationError, match="nothing was published"):
         fp4cast.convert(miniatures["moe"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()

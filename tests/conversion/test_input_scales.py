@@ -17,7 +17,7 @@ def test_a_number_is_the_input_scale_itself():
     assert load_input_scales(1.0).scale(["a"]) == np.float32(1)
 
 
-def test_a_mapping_holds_amax_and_fused_projections_take_the_largest():
+def test_a_mapping_holds_amax_and_merged_projections_take_the_largest():
     scales = load_input_scales({"a.w1": 2688.0, "a.w3": 5376.0})
     assert scales.scale(["a.w1", "a.w3"]) == np.float32(2)
     assert scales.scale(["a.w1"]) == np.float32(1)
@@ -52,7 +52,9 @@ def test_useless_amax_values_are_refused_with_their_name(value):
 
 
 def test_numpy_numbers_are_numbers():
-    load_input_scales({"proj": np.float32(2688)}).require(["proj"])
+    scales = load_input_scales({"proj": np.float32(2688)})
+    scales.require(["proj"])
+    assert scales.scale(["proj"]) == 1
 
 
 def test_a_reciprocal_that_no_fp32_number_holds_is_refused():

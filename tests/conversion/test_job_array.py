@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from fp4cast.conversion import execute as run
+from fp4cast.conversion import execute as executing
 from fp4cast.conversion.job_array import convert_part, finish, parse_part
+from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.errors import DestinationError, UsageError
 from helpers import call, lossy, tree
 
@@ -21,10 +22,10 @@ def test_parts_in_any_order_give_the_same_bytes(miniatures, converted, tmp_path,
     for part in reversed(range(1, parts + 1)):
         assert not (tmp_path / "dst").exists()
         assert not list(tmp_path.rglob("config.json"))
-        done = convert_part(miniatures[kind], tmp_path / "dst", part, parts, **options)
+        done = convert_part(miniatures[kind], tmp_path / "dst", part, parts, ConvertOptions(**options))
         written += done.shards
         assert done.bytes == sum((tmp_path / ".dst.fp4cast" / "out" / f).stat().st_size for f in done.shards)
-    report = finish(miniatures[kind], tmp_path / "dst", **options)
+    report = finish(miniatures[kind], tmp_path / "dst", ConvertOptions(**options))
     assert report.exact
     assert report.verified
     assert sorted(written) == sorted(path.name for path in (tmp_path / "dst").glob("*.safetensors"))
@@ -48,8 +49,8 @@ def test_figures_of_rounded_tensors_survive_the_parts(miniatures, tmp_path):
     source = lossy(miniatures, tmp_path)
     whole = convert(source, tmp_path / "whole", inexact="nearest")
     for part in (1, 2):
-        convert_part(source, tmp_path / "dst", part, 2, inexact="nearest")
-    assert finish(source, tmp_path / "dst", inexact="nearest").facts() == whole.facts()
+        convert_part(source, tmp_path / "dst", part, 2, ConvertOptions(inexact="nearest"))
+    assert finish(source, tmp_path / "dst", ConvertOptions(inexact="nearest")).facts() == whole.facts()
     assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
 
 
@@ -62,7 +63,7 @@ def test_finish_names_the_missing_shards(miniatures, tmp_path):
 
 def test_finish_before_any_part_leaves_the_plan_open(miniatures, tmp_path):
     with pytest.raises(DestinationError, match="no part has been written"):
-        finish(miniatures["moe"], tmp_path / "dst", layout="compressed-tensors")
+        finish(miniatures["moe"], tmp_path / "dst", ConvertOptions(layout="compressed-tensors"))
     convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
     assert finish(miniatures["moe"], tmp_path / "dst").exact
 
@@ -77,16 +78,16 @@ def test_a_shard_of_another_plan_does_not_count(miniatures, tmp_path):
 
 def test_an_attempt_that_another_one_has_overtaken_is_no_error(miniatures, converted, tmp_path, monkeypatch):
     """A worker that was taken for dead: its successor finishes the shard, and clears its half-written file away."""
-    write = run._write_shard
+    write = executing.write_shard
 
     def overtaken(shard, path, *rest):
         tallies = write(shard, path, *rest)
-        monkeypatch.setattr(run, "_write_shard", write)
+        monkeypatch.setattr(executing, "write_shard", write)
         convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
         assert not path.exists()
         return tallies
 
-    monkeypatch.setattr(run, "_write_shard", overtaken)
+    monkeypatch.setattr(executing, "write_shard", overtaken)
     convert_part(miniatures["moe"], tmp_path / "dst", 1, 1, jobs=1)
     finish(miniatures["moe"], tmp_path / "dst")
     assert tree(tmp_path / "dst") == tree(converted["moe"])
@@ -96,9 +97,9 @@ def test_parts_with_other_options_are_refused(miniatures, tmp_path):
     convert_part(miniatures["moe"], tmp_path / "dst", 1, 2)
     for other in ({"layout": "compressed-tensors"}, {"activations": "w4a4", "input_scales": 2.0}):
         with pytest.raises(DestinationError, match="other options"):
-            convert_part(miniatures["moe"], tmp_path / "dst", 2, 2, **other)
+            convert_part(miniatures["moe"], tmp_path / "dst", 2, 2, ConvertOptions(**other))
         with pytest.raises(DestinationError, match="other options"):
-            finish(miniatures["moe"], tmp_path / "dst", **other)
+            finish(miniatures["moe"], tmp_path / "dst", ConvertOptions(**other))
 
 
 def test_a_part_that_is_run_again_keeps_what_it_has(miniatures, tmp_path):

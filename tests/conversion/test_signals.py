@@ -13,9 +13,9 @@ from helpers import tree
 # The first shard is written at once, the second waits to be interrupted.
 SLOW = """
 import sys, time
-from fp4cast.conversion import execute as run
+from fp4cast.conversion import execute as executing
 from fp4cast.cli.app import main
-write = run._write_shard
+write = executing.write_shard
 def slow(shard, *rest):
     if shard.file.startswith("model-00001"):
         print("waiting", file=sys.stderr, flush=True)
@@ -23,7 +23,7 @@ def slow(shard, *rest):
             time.sleep(0.01)
             rest[1](0)
     return write(shard, *rest)
-run._write_shard = slow
+executing.write_shard = slow
 main()
 """
 

@@ -9,10 +9,11 @@ import pytest
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import open_checkpoint
-from fp4cast.checkpoints.quantization_config import manifest
+from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.conversion.domains import group_domains
 from fp4cast.errors import PartnerError, ShapeError, UnsupportedError
-from fp4cast.families.recognise import fused_group, read_source
+from fp4cast.families.merging import shared_scale_group
+from fp4cast.families.recognise import read_source
 from fp4cast.formats import mxfp4_values
 
 FAMILY = {
@@ -72,8 +73,8 @@ def test_partners_and_domains_are_found_across_shards(miniatures):
         ("w1", "w1+w3"),
     ],
 )
-def test_fused_projections_share_a_domain(module, domain):
-    assert fused_group(module)[0] == domain
+def test_merged_projections_share_a_domain(module, domain):
+    assert shared_scale_group(module)[0] == domain
 
 
 def test_a_lone_member_of_a_group_is_a_domain_of_its_own(tmp_path):
@@ -139,7 +140,7 @@ REFUSED = {
     "fused NVFP4": (
         {"x.up_proj": ("U8", (2, 16, 4)), "x.up_proj_weight_scale": ("F8_E4M3", (2, 2, 4))},
         {},
-        r"already NVFP4 \(ModelOpt, fused",
+        r"already NVFP4 \(ModelOpt, banks",
     ),
     "compressed NVFP4": ({"a.weight_packed": ("U8", (4, 16)), **NVFP4}, {}, r"already NVFP4 \(compressed-tensors\)"),
     "MLX": ({"a.weight": ("U32", (4, 4)), "a.scales": ("U8", (4, 1))}, {}, "MLX mxfp4"),
@@ -199,9 +200,9 @@ def test_only_version_0_13_has_the_trap(miniatures, tmp_path, version, bias):
     assert {pair.bias for pair in read_source(open_checkpoint(source)).pairs.values()} == {bias}
 
 
-def test_the_manifest_is_found_one_level_down():
-    assert manifest({"text_config": {"quantization_config": {"a": 1}}}) == (
+def test_the_quantization_config_is_found_one_level_down():
+    assert find_quantization_config({"text_config": {"quantization_config": {"a": 1}}}) == (
         ("text_config", "quantization_config"),
         {"a": 1},
     )
-    assert manifest({"quantization_config": None, "x": 3}) == ((), {})
+    assert find_quantization_config({"quantization_config": None, "x": 3}) == ((), {})

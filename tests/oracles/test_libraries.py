@@ -12,7 +12,7 @@ from fp4cast import miniatures as mini
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.families.recognise import read_source
-from fp4cast.layouts.layout import choose_target
+from fp4cast.layouts.choose import choose_target
 from helpers import DEEPSEEK
 from models import static
 
@@ -89,7 +89,7 @@ def test_modelopt_reads_the_same_values(miniatures, converted, kind):
     pairs, target = pairs_of(miniatures[kind])
     for pair, names in pairs:
         source = modelopt_source(pair, miniatures[kind])
-        output = modelopt_output(names, converted[kind], target.transposed)
+        output = modelopt_output(names, converted[kind], target.form.transposed)
         assert source.abs().max() > 0
         # Its table of NVFP4 values has no -0, so zeros are compared by `test_compressed_tensors...` and by us.
         assert torch.equal(source, output), pair.module

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fp4cast
-from fp4cast.conversion import execute as run
+from fp4cast.conversion import execute as executing
 from fp4cast.errors import CheckpointError, EngineError
 from fp4cast.parallel.ray_engine import Ray
 from helpers import tree
@@ -96,10 +96,10 @@ class DiesOnce:
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced(miniatures, converted, tmp_path, monkeypatch):
-    finish = run._FinishShard
+    finish = executing.FinishShard
     marks = tmp_path / "marks"
     marks.mkdir()
-    monkeypatch.setattr(run, "_FinishShard", lambda *args: DiesOnce(finish(*args), marks))
+    monkeypatch.setattr(executing, "FinishShard", lambda *args: DiesOnce(finish(*args), marks))
     report = fp4cast.convert(miniatures["gpt-oss"], tmp_path / "dst", engine="ray", jobs=1)
     assert report.exact
     assert [mark.name for mark in marks.iterdir()] == ["model-00001-of-00002.safetensors"]
@@ -184,7 +184,7 @@ def test_more_cpus_than_any_node_has():
 # A driver of its own, with a Ray of its own, whose tasks would never end.
 ENDLESS = """
 import time
-from fp4cast.conversion import execute as run
+from fp4cast.conversion import execute as executing
 from fp4cast.cli.app import main
 class Endless:
     def __init__(self, inner):
@@ -194,8 +194,8 @@ class Endless:
         while True:
             pool.advance(0)
             time.sleep(0.02)
-finish = run._FinishShard
-run._FinishShard = lambda *args: Endless(finish(*args))
+finish = executing.FinishShard
+executing.FinishShard = lambda *args: Endless(finish(*args))
 main()
 """
 

@@ -1,24 +1,14 @@
-"""Workers keep the order, stop together, and leave nothing behind; pieces cover every byte of a shard once."""
+"""Workers keep the order, stop together, and leave nothing behind."""
 
 import itertools
 import sys
 import threading
 import time
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import fp4cast
-from fp4cast.checkpoints.byte_ranges import scratch
-from fp4cast.checkpoints.header import Tensor
-from fp4cast.conversion import tasks as cut
-from fp4cast.conversion.plan import make_plan
-from fp4cast.conversion.recipe import Codes
-from fp4cast.conversion.tasks import Computed, Copied, Known, Tiling, pieces
 from fp4cast.errors import MissingExtraError, UsageError
-from fp4cast.families.recognise import Pair
 from fp4cast.parallel import workers as module
 from fp4cast.parallel.workers import Stopped, Workers, workers
 
@@ -108,7 +98,7 @@ def test_lanes_share_the_workers_and_keep_the_order(jobs):
         return results
 
     with workers(jobs) as pool:
-        found = list(pool.lanes(work, range(7)))
+        found = list(pool.map_outer(work, range(7)))
     assert found == [[(item, i) for i in range(10)] for item in range(7)]
     assert len(threads) <= jobs
     assert 1 < most <= jobs if jobs > 1 else most == 1
@@ -137,7 +127,7 @@ def test_an_error_in_one_lane_stops_the_others(where):
 
     begin = time.monotonic()
     with pytest.raises(OSError, match="disk full"), workers(3) as pool:
-        list(pool.lanes(work, [0, 1, 2, 3]))
+        list(pool.map_outer(work, [0, 1, 2, 3]))
     assert not finished
     assert time.monotonic() - begin < 15
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
@@ -158,7 +148,7 @@ def test_a_lane_that_only_looks_whether_to_stop_does_not_hide_the_error():
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"), workers(2) as pool:
-        list(pool.lanes(work, [0, 1]))
+        list(pool.map_outer(work, [0, 1]))
 
 
 def test_a_map_that_fails_leaves_no_task_behind():
@@ -199,60 +189,6 @@ def test_jobs_are_limited_by_what_the_process_may_use(monkeypatch):
     assert Workers(40).jobs == 40
     with pytest.raises(UsageError, match="at least 1"):
         Workers(0)
-
-
-def test_scratch_is_reused_by_its_thread_alone():
-    a = scratch("test", 10)
-    assert np.shares_memory(a, scratch("test", 2, 5))
-    assert not np.shares_memory(a, scratch("other", 10))
-    others = []
-    thread = threading.Thread(target=lambda: others.append(scratch("test", 10)))
-    thread.start()
-    thread.join()
-    assert not np.shares_memory(a, others[0])
-
-
-@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
-@pytest.mark.parametrize("kind", ["gpt-oss", "deepseek-v4", "moe"])
-def test_pieces_cover_a_shard_once_and_in_order(miniatures, monkeypatch, kind, size):
-    monkeypatch.setattr(cut, "PIECE_BYTES", size)
-    options = {"activations": "w4a4", "input_scales": 1.0} if kind == "deepseek-v4" else {}
-    for shard in make_plan(miniatures[kind], **options).shards:
-        position = len(shard.layout.header)
-        parts = {}
-        for piece in pieces(shard):
-            for task in piece:
-                if isinstance(task, Copied | Known):
-                    assert task.offset == position
-                    position += task.nbytes
-                else:
-                    assert isinstance(task, Computed)
-                    first, last, _ = parts.get(task.offset, (0, 0, 0))
-                    assert task.first == last
-                    if task.offset not in parts:
-                        assert task.offset == position
-                        size_of_block = 16 if isinstance(task.step, Codes) else 2
-                        position += task.step.pair.blocks * size_of_block
-                    parts[task.offset] = (first, task.last, task.step)
-        assert position == shard.layout.size
-        for _, last, step in parts.values():
-            assert last == (len(Tiling.of(step.pair)) if step.transposed else step.pair.blocks)
-
-
-@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 4000), st.integers(1, 20))
-def test_tiles_cover_a_bank_once(experts, rows, blocks, tile_bytes, square):
-    pair = Pair("m", *(Tensor("m", "U8", (experts, rows, blocks, *tail), 0, 0, None) for tail in ((16,), ())))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cut, "TILE_BYTES", tile_bytes)
-        patch.setattr(cut, "_SQUARE", square)
-        tiling = Tiling.of(pair)
-        seen = np.zeros((experts, rows, blocks), int)
-        for i in range(len(tiling)):
-            tile = tiling[i]
-            seen[tile.expert, tile.top : tile.bottom, tile.first : tile.last] += 1
-            area = (tile.bottom - tile.top) * (tile.last - tile.first)
-            assert area * 16 <= max(tile_bytes, 16 * min(rows, square))
-    assert (seen == 1).all()
 
 
 def test_ray_that_is_not_installed_is_said_at_once(miniatures, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from fp4cast.casting.tight_rule import (
     shift_bounds,
     shift_codes,
 )
-from fp4cast.formats import E2M1, E4M3, E4M3_MAX, E8M0_BIAS, Bytes, Float64s, pack, unpack
+from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, TENSOR_TOP, Bytes, Float64s, pack, unpack
 
 __all__ = ["Encoded", "block_scale_bytes", "choose_nearest", "encode", "squared_error"]
 
@@ -137,8 +137,8 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     table = scale_table(m if m is not None else 0, bias)
     block_scales = halve(exponents, table).reshape(-1, 2)
     k = exponents.astype(np.int64) - bias
-    outside = outside_window(k, m)
-    if scaling.verbatim or not outside.size:
+    outside = scaling.undecided(k)
+    if not outside.size:
         return Encoded(codes, block_scales)
     halves, half_k = codes[outside].reshape(-1, 8), np.repeat(k[outside], 2)
     half_scales = block_scales[outside].reshape(-1)
@@ -175,9 +175,7 @@ def block_scale_bytes(exponents: Bytes, scaling: Scaling, bias: int, read_codes:
         uint8 [2n], those of a block's halves side by side.
     """
     out = halve(exponents, scale_table(scaling.m if scaling.m is not None else 0, bias))
-    if scaling.verbatim:
-        return out
-    outside = outside_window(exponents.astype(np.int64) - bias, scaling.m)
+    outside = scaling.undecided(exponents.astype(np.int64) - bias)
     for first in range(0, len(outside), _READ):
         odd = outside[first : first + _READ]
         out.reshape(-1, 2)[odd] = encode(read_codes(odd), exponents[odd], scaling, bias).block_scales
@@ -233,7 +231,7 @@ def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
         error = squared_error(domain, 2.0**m, m, least)
         if error < least:
             best, least = replace(scaling, tensor_scale=2.0**m, m=m, verbatim=False), error
-    continuous = float(np.float32(_largest_value(domain, scaling.k_max) / (6 * E4M3_MAX)))
+    continuous = float(np.float32(_largest_value(domain, scaling.k_max) / TENSOR_TOP))
     if squared_error(domain, continuous, None, least) < least:
         best = replace(scaling, tensor_scale=continuous, m=None, verbatim=False)
     return best

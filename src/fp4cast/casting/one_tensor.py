@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fp4cast.casting.inexact import check_inexact
 from fp4cast.casting.nearest import choose_nearest, encode
 from fp4cast.casting.tight_rule import ArrayBlocks, choose
 from fp4cast.errors import InexactError, ShapeError, UsageError
-from fp4cast.formats import E8M0_BIAS, Bytes
+from fp4cast.formats import E8M0_BIAS, MX_BLOCK_BYTES, Bytes
 
 __all__ = ["Cast", "cast"]
 
@@ -57,16 +58,15 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
     >>> out.tensor_scale == 2.0**-15, out.block_scales.tolist()
     (True, [[120, 120]])
     """
-    if inexact not in ("fail", "nearest"):
-        raise UsageError(f"inexact must be 'fail' or 'nearest', got {inexact!r}")
+    check_inexact(inexact)
     if bias not in (E8M0_BIAS, E8M0_BIAS - 2):
         raise UsageError(f"bias must be 127, or 125 for what compressed-tensors 0.13 wrote; got {bias}")
     for name, array in (("codes", codes), ("scales", scales)):
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
             raise ShapeError(f"{name}: expected a uint8 array, got {getattr(array, 'dtype', type(array).__name__)}")
-    if not scales.size or not scales.ndim or codes.shape != (*scales.shape[:-1], scales.shape[-1] * 16):
+    if not scales.size or not scales.ndim or codes.shape != (*scales.shape[:-1], scales.shape[-1] * MX_BLOCK_BYTES):
         raise ShapeError(f"codes {codes.shape} and scales {scales.shape}: expected [..., K/2] and [..., K/32]")
-    blocks = ArrayBlocks("the tensor", codes.reshape(-1, 16), scales.reshape(-1), bias)
+    blocks = ArrayBlocks("the tensor", codes.reshape(-1, MX_BLOCK_BYTES), scales.reshape(-1), bias)
     scaling, _ = choose([blocks])
     if not scaling.exact:
         if inexact == "fail":
@@ -77,7 +77,7 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
         scaling = choose_nearest([blocks])
     encoded = encode(blocks.packed, blocks.scales, scaling, bias)
     return Cast(
-        codes if scaling.verbatim else encoded.codes.reshape(codes.shape),
+        codes if encoded.codes is blocks.packed else encoded.codes.reshape(codes.shape),
         encoded.block_scales.reshape(*scales.shape[:-1], -1),
         scaling.tensor_scale,
         scaling.exact,

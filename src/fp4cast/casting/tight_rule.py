@@ -29,6 +29,7 @@ __all__ = [
     "Scaling",
     "Search",
     "choose",
+    "closed_form",
     "half_masks",
     "halve",
     "outside_window",
@@ -96,6 +97,11 @@ def scale_table(m: int, bias: int = E8M0_BIAS) -> Bytes:
     table = [_POWER_CODE[min(max(b - bias - m, E_MIN), E_MAX)] for b in range(256)]
     table[E8M0_NAN] = 0x7F
     return np.frombuffer(bytes(table), np.uint8)
+
+
+def closed_form(k_max: int) -> int:
+    """The m of a domain that spans at most 17 binades: the largest exponent takes the largest power of two, 2^8."""
+    return max(k_max - E_MAX, M_NORMAL)
 
 
 def outside_window(k: Ints, m: int | None) -> Ints:
@@ -175,6 +181,10 @@ class Scaling:
     def exact(self) -> bool:
         """Whether every value of the domain is represented."""
         return self.lo <= self.hi
+
+    def undecided(self, k: Ints) -> Ints:
+        """Indices of the blocks of exponents k [n] whose codes must be read: none of a verbatim domain."""
+        return np.empty(0, np.int64) if self.verbatim else outside_window(k, self.m)
 
     @property
     def spread(self) -> int:
@@ -263,8 +273,7 @@ def choose(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
     extents = [_extent(source) for source in domain]
     k_min, k_max = min(low for low, _ in extents), max(high for _, high in extents)
     if k_max - k_min <= E_MAX - E_MIN:
-        m = max(k_max - E_MAX, M_NORMAL)
-        return _power(m, k_min, k_max, k_max - E_MAX, k_min - E_MIN), None
+        return _power(closed_form(k_max), k_min, k_max, k_max - E_MAX, k_min - E_MIN), None
     search = Search()
     for source in domain:
         search.scan(source)

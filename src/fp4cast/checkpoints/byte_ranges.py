@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,55 @@ import numpy as np
 
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import Bytes
+from fp4cast.parallel.progress import Advance, ignore
 
-__all__ = ["CHUNK_BYTES", "File", "Files", "copy_range", "scratch", "write_all"]
+__all__ = ["BUFFERS", "CHUNK_BYTES", "Buffer", "File", "Files", "copy_range", "write_all", "write_whole"]
 
 CHUNK_BYTES = 8 << 20  # what one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # what the kernel copies between two reports of progress
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[str, Bytes] = {}
-
-
-_SCRATCH = _Scratch()
-
-
-def scratch(slot: str, *shape: int) -> Bytes:
-    """A buffer of this thread, uint8 [*shape], that holds until the slot is asked for again.
+class Buffer:
+    """Memory that is used again: uint8 of the shape that is asked for, valid until it is asked for again.
 
     Fresh memory costs a page fault for every 4 kB, which takes longer than reading them from the page cache.
     """
-    size = math.prod(shape)
-    buffer = _SCRATCH.buffers.get(slot)
-    if buffer is None or buffer.nbytes < size:
-        buffer = _SCRATCH.buffers[slot] = np.empty(size, np.uint8)
-    return buffer[:size].reshape(shape)
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def __call__(self, *shape: int) -> Bytes:
+        """uint8 [*shape], not initialised."""
+        size = math.prod(shape)
+        if self._bytes.nbytes < size:
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].reshape(shape)
+
+
+class Buffers(threading.local):
+    """A thread's buffers by what they hold, so that it shows who shares one.
+
+    Attributes:
+        source: codes of the source, or bytes of one of its tensors.
+        exponents: E8M0 scales of the source.
+        codes: codes of the destination, or bytes of one of its tensors.
+        scales: E4M3 block scales.
+        expected: block scales that the source asks for.
+        tile: a transposed tile.
+        copy: bytes on their way between two files.
+    """
+
+    def __init__(self) -> None:
+        self.source = Buffer()
+        self.exponents = Buffer()
+        self.codes = Buffer()
+        self.scales = Buffer()
+        self.expected = Buffer()
+        self.tile = Buffer()
+        self.copy = Buffer()
+
+
+BUFFERS = Buffers()
 
 
 class File:
@@ -62,9 +85,9 @@ class File:
         """Give the descriptor back."""
         os.close(self.fd)
 
-    def read(self, start: int, nbytes: int, slot: str = "") -> Bytes:
-        """Bytes [start, start + nbytes) as uint8 [nbytes]; with a slot, in that `scratch` buffer."""
-        out = scratch(slot, nbytes) if slot else np.empty(nbytes, np.uint8)
+    def read(self, start: int, nbytes: int, buffer: Buffer | None = None) -> Bytes:
+        """Bytes [start, start + nbytes) as uint8 [nbytes], in a buffer where one is given."""
+        out = np.empty(nbytes, np.uint8) if buffer is None else buffer(nbytes)
         self.read_into(start, out)
         return out
 
@@ -82,6 +105,16 @@ class File:
                     "It was truncated while it was read."
                 )
             done += got
+
+    def rectangle(self, start: int, stride: int, lines: int, nbytes: int, buffer: Buffer) -> Bytes:
+        """`nbytes` of each of some lines that begin every `stride` bytes: uint8 [lines, nbytes], in a buffer."""
+        out = buffer(lines, nbytes)
+        if nbytes == stride:
+            self.read_into(start, out)
+            return out
+        for i, line in enumerate(out):
+            self.read_into(start + i * stride, line)
+        return out
 
     def prefetch(self, start: int, nbytes: int) -> None:
         """Ask the kernel to begin reading bytes that will be wanted soon."""
@@ -129,7 +162,7 @@ def copy_range(
     target: int,
     offset: int,
     nbytes: int,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Advance = ignore,
 ) -> None:
     """Copy bytes between files inside the kernel where it can, through one small buffer elsewhere.
 
@@ -147,7 +180,7 @@ def copy_range(
             got = _kernel_copy(source, start + done, target, offset + done, min(COPY_BYTES, nbytes - done))
             in_kernel = got > 0
         else:
-            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done), "copy")
+            chunk = source.read(start + done, min(CHUNK_BYTES, nbytes - done), BUFFERS.copy)
             write_all(target, offset + done, chunk)
             got = len(chunk)
         done += got
@@ -169,3 +202,10 @@ def write_all(target: int, offset: int, data: Bytes) -> None:
     view, done = data.data.cast("B"), 0
     while done < len(view):
         done += os.pwrite(target, view[done:], offset + done)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -20,10 +20,11 @@ from fp4cast.errors import CheckpointError, HeaderError
 
 __all__ = [
     "DTYPE_BITS",
-    "Layout",
+    "UNQUANTIZED",
+    "FileLayout",
     "Shard",
     "Tensor",
-    "layout",
+    "lay_out",
     "read_header",
 ]
 
@@ -36,6 +37,7 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
+UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})  # of weights that nobody quantized
 
 
 class Tensor(NamedTuple):
@@ -174,7 +176,7 @@ def read_header(path: Path) -> Shard:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """A safetensors file that is still to be written: its header, and where every tensor will be."""
 
     header: bytes
@@ -182,7 +184,7 @@ class Layout:
     size: int
 
 
-def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
     """Place tensors in a new file.
 
     Wider dtypes come first and the given order is kept otherwise, so that every tensor is aligned to its dtype.
@@ -205,4 +207,4 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappin
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Layout(header, {name: len(header) + at for name, at in relative.items()}, len(header) + position)
+    return FileLayout(header, {name: len(header) + at for name, at in relative.items()}, len(header) + position)

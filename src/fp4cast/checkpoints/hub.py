@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fp4cast.checkpoints.directory import OTHER_FORMATS
 from fp4cast.errors import CheckpointError
 
 __all__ = ["resolve"]
 
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Copies of the weights in other formats; fetching them would double the download.
-_IGNORED = ["original/*", "metal/*", "onnx/*", "*.gguf", "*.bin", "*.pt", "*.pth", "*.onnx", "*.msgpack", "*.h5"]
 
 
 def resolve(source: str | Path) -> Path:
@@ -30,7 +29,7 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(source), ignore_patterns=_IGNORED))
+        return Path(snapshot_download(str(source), ignore_patterns=list(OTHER_FORMATS)))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise CheckpointError(
             f"{source}: is no directory here, and as a model id it is not in the hub's cache while the hub cannot be "

@@ -1,4 +1,4 @@
-"""The command line: arguments, progress, tables, exit codes. Decides nothing that the library does not know."""
+"""The command line: arguments, progress, tables, exit codes. Knows how to ask and to show; the library decides."""
 
 from __future__ import annotations
 

@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 
 import fp4cast
 from fp4cast.cli import model_commands
-from fp4cast.cli.console import fail, guarded, print_json, say
+from fp4cast.cli.console import exit_with, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
 from fp4cast.cli.display import show_demo, show_inspection, show_part, show_report
 from fp4cast.cli.options import (
-    Activations,
-    Engine,
+    Destination,
     Finish,
-    Inexact,
+    InexactOption,
     InputScales,
     Jobs,
     Json,
-    Layout,
+    LayoutOption,
+    OptionalActivations,
+    Overwrite,
     Shards,
     Source,
     Where,
 )
-from fp4cast.cli.progress import Steps
+from fp4cast.cli.progress import Meter, Steps
 from fp4cast.conversion import job_array
+from fp4cast.conversion.convert import convert_checkpoint
+from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.errors import UsageError
+from fp4cast.parallel.engines import EngineName
+from fp4cast.parallel.progress import Progress
+from fp4cast.verification.report import Report
 
 __all__ = ["app", "main"]
 
@@ -60,79 +66,92 @@ def root(
 @app.command()
 def inspect(source: Source, jobs: Jobs = None, as_json: Json = False) -> None:
     """Say what SRC is and what a conversion would do: family, spreads, both windows, sizes. Writes nothing."""
-    info = guarded(
+    info = run_or_exit(
         as_json, lambda meter: fp4cast.inspect(source, jobs=jobs, progress=lambda n, total: meter("scan", n, total))
     )
     if as_json:
         print_json(info.to_json())
     else:
-        show_inspection(say(as_json), info)
+        show_inspection(people_console(as_json), info)
+
+
+class Rest(TypedDict):
+    """The arguments of a conversion that do not decide its bytes."""
+
+    jobs: int | None
+    engine: str
+    overwrite: bool
+    verify: bool
+    progress: Progress
 
 
 @app.command()
 def convert(
     source: Source,
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    layout: Annotated[Layout, typer.Option(help="How engines expect the tensors to be named.")] = Layout.modelopt,
-    activations: Annotated[
-        Activations | None, typer.Option(help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served")
-    ] = None,
+    destination: Destination,
+    layout: LayoutOption = "modelopt",
+    activations: OptionalActivations = None,
     input_scales: InputScales = None,
-    inexact: Annotated[
-        Inexact, typer.Option(help="Where no tensor scale is exact: stop before writing, or write the nearest values.")
-    ] = Inexact.fail,
+    inexact: InexactOption = "fail",
     jobs: Jobs = None,
-    engine: Where = Engine.local,
+    engine: Where = "local",
     shards: Shards = None,
     finish: Finish = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")] = False,
+    overwrite: Overwrite = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST appears."""
-    options: dict[str, Any] = {
-        "layout": layout.value,
-        "activations": activations.value if activations else None,
-        "input_scales": input_scales,
-        "inexact": inexact.value,
-        "jobs": jobs,
-        "overwrite": overwrite,
-    }
-    _check_parts(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
+    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published."""
+    refuse_together(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
+    options = ConvertOptions(layout, activations, input_scales, inexact)
     if shards is not None:
-        part = guarded(as_json, lambda meter: _part(source, destination, shards, progress=meter, **options))
-        print_json(part.to_json()) if as_json else show_part(say(as_json), part)
+        convert_part(source, destination, shards, options, jobs=jobs, overwrite=overwrite, as_json=as_json)
         return
-    options |= {"engine": engine.value, "verify": not no_verify}
-    if finish:
-        report = guarded(as_json, lambda meter: job_array.finish(source, destination, progress=meter, **options))
-    else:
-        report = guarded(
-            as_json, lambda meter: fp4cast.convert(source, destination, resume=resume, progress=meter, **options)
-        )
+
+    def work(meter: Meter) -> Report:
+        how = Rest(jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, progress=meter)
+        if finish:
+            return job_array.finish(source, destination, options, **how)
+        return convert_checkpoint(source, destination, options, resume=resume, **how)
+
+    report = run_or_exit(as_json, work)
     if as_json:
         print_json(report.to_json())
     else:
-        show_report(say(as_json), report, "wrote")
+        show_report(people_console(as_json), report, "wrote")
 
 
-def _part(source: str, destination: Path, shards: str, **options: Any) -> job_array.Part:
-    return job_array.convert_part(source, destination, *job_array.parse_part(shards), **options)
-
-
-def _check_parts(
-    shards: str | None, *, finish: bool, resume: bool, no_verify: bool, engine: Engine, as_json: bool
+def convert_part(
+    source: str, destination: Path, shards: str, options: ConvertOptions, *, jobs: Jobs, overwrite: bool, as_json: bool
 ) -> None:
-    """Refuse what cannot go together."""
+    """`convert --shards I/N`."""
+
+    def work(meter: Meter) -> job_array.Part:
+        part, parts = job_array.parse_part(shards)
+        return job_array.convert_part(
+            source, destination, part, parts, options, jobs=jobs, overwrite=overwrite, progress=meter
+        )
+
+    part = run_or_exit(as_json, work)
+    if as_json:
+        print_json(part.to_json())
+    else:
+        show_part(people_console(as_json), part)
+
+
+def refuse_together(
+    shards: str | None, *, finish: bool, resume: bool, no_verify: bool, engine: EngineName, as_json: bool
+) -> None:
+    """Exit with 2 for options that cannot go together."""
     if shards is not None and no_verify:
-        fail(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
+        exit_with(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
     if shards is not None and finish:
-        fail(UsageError("--shards writes a part, --finish comes when all parts are written: pass one"), as_json, 2)
+        exit_with(UsageError("--shards writes a part, --finish comes when all are written: pass one"), as_json, 2)
     if resume and (shards is not None or finish):
-        fail(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
-    if shards is not None and engine is Engine.ray:
-        fail(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
+        exit_with(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
+    if shards is not None and engine == "ray":
+        exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
 
 @app.command()
@@ -140,24 +159,24 @@ def verify(
     source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")],
     jobs: Jobs = None,
-    engine: Where = Engine.local,
+    engine: Where = "local",
     as_json: Json = False,
 ) -> None:
     """Read SRC and DST and compare every value; say what differs, where and by how much."""
-    report = guarded(
+    report = run_or_exit(
         as_json,
         lambda meter: fp4cast.verify(
             source,
             destination,
             jobs=jobs,
-            engine=engine.value,
+            engine=engine,
             progress=lambda n, total: meter("verify", n, total),
         ),
     )
     if as_json:
         print_json(report.to_json())
     else:
-        show_report(say(as_json), report, "verified")
+        show_report(people_console(as_json), report, "verified")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -171,14 +190,14 @@ def demo(
 ) -> None:
     """Make a miniature of each family, inspect, cast and verify it: seconds, offline."""
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
+        exit_with(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
     with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
-        rows = guarded(as_json, lambda _: list(run_demo(out or Path(scratch))))
+        rows = run_or_exit(as_json, lambda _: list(run_demo(out or Path(scratch))))
     exact = all(row["exact"] and row["flip_found"] for row in rows)
     if as_json:
         print_json({"exact": exact, "families": rows})
     else:
-        show_demo(say(as_json), rows)
+        show_demo(people_console(as_json), rows)
     if not exact:
         raise typer.Exit(1)
 
@@ -203,8 +222,11 @@ def study(
             page.write(document, out)
         return document
 
-    document = guarded(as_json, work, Steps)
-    print_json(document) if as_json else show.show(say(as_json), document, out)
+    document = run_or_exit(as_json, work, Steps)
+    if as_json:
+        print_json(document)
+    else:
+        show.show(people_console(as_json), document, out)
 
 
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)

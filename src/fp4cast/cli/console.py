@@ -15,17 +15,17 @@ from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.errors import Fp4CastError, UsageError
 
-__all__ = ["fail", "guarded", "print_json", "say"]
+__all__ = ["exit_with", "people_console", "print_json", "run_or_exit"]
 
 T = TypeVar("T")
 
 
-def say(as_json: bool) -> Console:
+def people_console(as_json: bool) -> Console:
     """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
     return Console(stderr=as_json, highlight=False)
 
 
-def fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
+def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     """Print an error and leave with an exit code."""
     message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if as_json:
@@ -34,19 +34,19 @@ def fail(error: BaseException, as_json: bool, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def guarded(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
+def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
         with meter_of(Console(stderr=True, highlight=False)) as meter:
             return work(meter)
     except UsageError as error:
-        fail(error, as_json, 2)
+        exit_with(error, as_json, 2)
     except Fp4CastError as error:
-        fail(error, as_json, 1)
+        exit_with(error, as_json, 1)
     except OSError as error:
-        fail(error, as_json, 1)
+        exit_with(error, as_json, 1)
     except KeyboardInterrupt:
-        fail(
+        exit_with(
             KeyboardInterrupt(
                 "interrupted; nothing half done is in place (convert: --resume goes on; a part: run it again)"
             ),

@@ -14,15 +14,13 @@ from fp4cast.verification.verify import verify
 
 __all__ = ["run_demo"]
 
-_VARIANTS = {"deepseek-v4": "w4a4", "deepseek-v4.1": "w4a4"}
-
 
 def run_demo(directory: Path) -> Iterator[dict[str, Any]]:
     """Make, inspect, cast and verify every kind below `directory`; yields one JSON object a kind."""
     for kind in KINDS:
         source, destination = make(kind, directory / kind), directory / f"{kind}-NVFP4"
         info = inspect(source)
-        activations = _VARIANTS.get(kind, "w4a16")
+        activations = info.targets[0].activations
         report = convert(
             source, destination, activations=activations, input_scales=1.0 if activations == "w4a4" else None
         )

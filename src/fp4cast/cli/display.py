@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables and sentences. No logic of the program."""
+"""What a person reads: tables and sentences about results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
-from fp4cast.cli.progress import gigabytes
+from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
 from fp4cast.verification.report import InexactTensor, Report
@@ -56,14 +56,14 @@ def show_inspection(console: Console, info: Inspection) -> None:
         ("family", info.title),
         ("cast", f"{info.cast} MXFP4 tensors in {len(domains)} scale domains"),
         ("copied", f"{info.copied} tensors, byte for byte"),
-        ("size", f"{gigabytes(size['source'])} -> {gigabytes(size['destination'])}"),
+        ("size", f"{format_bytes(size['source'])} -> {format_bytes(size['destination'])}"),
         ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
         ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
     ]
     layouts: dict[str, list[str]] = {}
     for target in info.targets:
-        layouts.setdefault(target.layout, []).append(target.activations)
-    served: dict[str, str] = {target.layout: target.served for target in info.targets}
+        layouts.setdefault(target.layout.name, []).append(target.activations)
+    served: dict[str, str] = {target.layout.name: target.served for target in info.targets}
     rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
     show_facts(console, info.source, rows)
     console.print()
@@ -126,8 +126,8 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         ("served by", report.served),
         (
             "time",
-            f"{report.seconds:.1f} s, {gigabytes(report.bytes['read'])} read, "
-            f"{gigabytes(report.bytes['written'])} written, {gigabytes(moved / max(report.seconds, 1e-9))}/s",
+            f"{report.seconds:.1f} s, {format_bytes(report.bytes['read'])} read, "
+            f"{format_bytes(report.bytes['written'])} written, {format_bytes(moved / max(report.seconds, 1e-9))}/s",
         ),
     ]
     show_facts(console, f"{verb} {report.destination}", rows)
@@ -192,7 +192,7 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 def show_part(console: Console, part: Part) -> None:
     """What one part of several has written."""
     rows = [
-        ("shards", f"{len(part.shards)}, {gigabytes(part.bytes)} in {part.seconds:.1f} s"),
+        ("shards", f"{len(part.shards)}, {format_bytes(part.bytes)} in {part.seconds:.1f} s"),
         ("next", "when all parts are written, the same command with --finish instead of --shards"),
     ]
     show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)

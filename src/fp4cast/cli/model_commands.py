@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fp4cast.cli.console import guarded, print_json, say
+from fp4cast.casting.inexact import Inexact
+from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_inexact
-from fp4cast.cli.options import Inexact, Jobs, Json, Layout, Source
-from fp4cast.cli.progress import gigabytes
+from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
+from fp4cast.cli.progress import format_bytes
+from fp4cast.layouts.choose import LAYOUTS
 
 if TYPE_CHECKING:
     from fp4cast.ptq.flow import Quantized
@@ -22,7 +24,7 @@ __all__ = ["ANY_SPELLING", "calibrate", "ptq"]
 
 def _underscores(word: str) -> str:
     """The original's spellings are shown; `--calib-size` does as well as `--calib_size`. Values stay as they are."""
-    return word if word in set(Layout) else word.replace("-", "_")
+    return word if word in {layout.name for layout in LAYOUTS} else word.replace("-", "_")
 
 
 ANY_SPELLING: dict[str, Any] = {"context_settings": {"token_normalize_func": _underscores}}
@@ -38,7 +40,7 @@ Format = Annotated[
     ),
 ]
 ExportPath = Annotated[Path, typer.Option("--export_path", metavar="DST", help="The directory to make.")]
-Cast = Annotated[
+CastWeights = Annotated[
     bool, typer.Option("--cast_mxfp4_to_nvfp4", help="Keep the weights of an MXFP4 checkpoint, bit for bit.")
 ]
 Dataset = Annotated[
@@ -60,25 +62,23 @@ Batch = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 Remote = Annotated[bool, typer.Option("--trust_remote_code", help="Run model code that the checkpoint brings along.")]
-Words = Annotated[Layout, typer.Option(help="How engines expect the tensors to be named.")]
 Nearest = Annotated[
     Inexact, typer.Option(help="With the cast, where no tensor scale is exact: stop, or write the nearest values.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")]
 
 
 def ptq(
     pyt_ckpt_path: Checkpoint,
     qformat: Format,
     export_path: ExportPath,
-    cast_mxfp4_to_nvfp4: Cast = False,
+    cast_mxfp4_to_nvfp4: CastWeights = False,
     dataset: Dataset = None,
     calib_size: Samples = None,
     calib_seq: Tokens = None,
     batch_size: Batch = 0,
     device: Device = "auto",
-    layout: Words = Layout.modelopt,
-    inexact: Nearest = Inexact.fail,
+    layout: LayoutOption = "modelopt",
+    inexact: Nearest = "fail",
     trust_remote_code: Remote = False,
     jobs: Jobs = None,
     overwrite: Overwrite = False,
@@ -102,16 +102,19 @@ def ptq(
             calib_seq=calib_seq,
             batch_size=batch_size,
             device=device,
-            layout=layout.value,
-            inexact=inexact.value,
+            layout=layout,
+            inexact=inexact,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             jobs=jobs,
         )
         return quantize(options, meter)
 
-    done = guarded(as_json, work)
-    print_json(done.to_json()) if as_json else _show(say(as_json), done)
+    done = run_or_exit(as_json, work)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _show(people_console(as_json), done)
 
 
 def calibrate(
@@ -149,8 +152,11 @@ def calibrate(
             progress=meter,
         )
 
-    done = guarded(as_json, work)
-    print_json(done.to_json()) if as_json else _show_amax(say(as_json), done)
+    done = run_or_exit(as_json, work)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _show_amax(people_console(as_json), done)
 
 
 def _show_amax(console: Console, done: Calibrated) -> None:
@@ -182,7 +188,7 @@ def _show(console: Console, done: Quantized) -> None:
     rows += [
         ("served by", exported.served),
         ("time", ", ".join(f"{name} {value:.1f} s" for name, value in done.seconds.items())),
-        ("memory", ", ".join(f"{name} {gigabytes(size)}" for name, size in done.peak_memory.items() if size)),
+        ("memory", ", ".join(f"{name} {format_bytes(size)}" for name, size in done.peak_memory.items() if size)),
     ]
     show_facts(console, f"wrote {exported.destination}", rows)
     if exported.inexact:

@@ -1,54 +1,31 @@
-"""The command line's arguments and options: what commands share, and the values that an option takes."""
+"""The command line's arguments and options that commands share; the values of an option are the library's own."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fp4cast.casting.inexact import Inexact
+from fp4cast.formats import Activations
+from fp4cast.layouts.choose import LayoutName
+from fp4cast.parallel.engines import EngineName
+
 __all__ = [
-    "Activations",
-    "Engine",
+    "Destination",
     "Finish",
-    "Inexact",
+    "InexactOption",
     "InputScales",
     "Jobs",
     "Json",
-    "Layout",
+    "LayoutOption",
+    "OptionalActivations",
+    "Overwrite",
     "Shards",
     "Source",
     "Where",
 ]
-
-
-class Layout(StrEnum):
-    """Values of --layout."""
-
-    modelopt = "modelopt"
-    compressed_tensors = "compressed-tensors"
-
-
-class Activations(StrEnum):
-    """Values of --activations."""
-
-    w4a16 = "w4a16"
-    w4a4 = "w4a4"
-
-
-class Inexact(StrEnum):
-    """Values of --inexact."""
-
-    fail = "fail"
-    nearest = "nearest"
-
-
-class Engine(StrEnum):
-    """Values of --engine."""
-
-    local = "local"
-    ray = "ray"
-
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
@@ -63,7 +40,9 @@ Jobs = Annotated[
         metavar="N",
     ),
 ]
-Where = Annotated[Engine, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster, N threads each.")]
+Where = Annotated[
+    EngineName, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster, N threads each.")
+]
 InputScales = Annotated[
     str | None,
     typer.Option(
@@ -76,4 +55,15 @@ Shards = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Write only the I-th of N parts of the shards, as a task of a job array does."),
 ]
-Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them, let DST appear.")]
+Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them and publish DST.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
+LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="How engines expect the tensors to be named.")]
+OptionalActivations = Annotated[
+    Activations | None,
+    typer.Option("--activations", help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served"),
+]
+InexactOption = Annotated[
+    Inexact,
+    typer.Option("--inexact", help="Where no tensor scale is exact: stop before writing, or write the nearest values."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")]

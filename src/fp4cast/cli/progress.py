@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Meter", "Steps", "gigabytes"]
+__all__ = ["Meter", "Steps", "format_bytes"]
 
 _PHASES = {
     "scan": "reading scales",
@@ -32,7 +32,7 @@ _PHASES = {
 _COUNTED = {"calibrate": "samples", "layers": "layers"}  # phases whose amounts are no bytes
 
 
-def gigabytes(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """A size for people, in powers of 1000 as disks and hubs count."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
@@ -84,12 +84,12 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def __call__(self, phase: str, nbytes: int, total: int) -> None:
-        """Count bytes just done in a phase."""
+    def __call__(self, phase: str, amount: int, total: int) -> None:
+        """Count what was just done in a phase: bytes, or what else it counts."""
         with self.lock:
             self.begin.setdefault(phase, self.latest)  # what is reported first began when the phase before ended
             self.latest = time.monotonic()
-            self.done[phase] += nbytes
+            self.done[phase] += amount
             if self.console.is_terminal:
                 if phase not in self.bars:
                     title = _PHASES.get(phase, phase)
@@ -103,7 +103,7 @@ class Meter:
         done = self.done[phase]
         rate = done / max(time.monotonic() - self.begin[phase], 1e-9)
         left = (total - done) / rate if rate else 0.0
-        sizes = f"{gigabytes(done)} of {gigabytes(total)}, {gigabytes(rate)}/s"
+        sizes = f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(rate)}/s"
         if unit := _COUNTED.get(phase):
             sizes = f"{done} of {total} {unit}"
         self.console.print(f"{_PHASES.get(phase, phase)}: {sizes}, {left:.0f} s left")

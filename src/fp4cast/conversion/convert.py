@@ -1,30 +1,30 @@
-"""Converting a checkpoint: plan, run, verify, and only then let the destination appear."""
+"""Convert a checkpoint: plan, write, verify, and only then publish the destination."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.execute import run
+from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
-from fp4cast.conversion.plan import Plan, check_unchanged, make_plan
-from fp4cast.conversion.publish import Progress, complete
-from fp4cast.conversion.staging import check_destination, staging
-from fp4cast.errors import DestinationError
+from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
+from fp4cast.conversion.publish import publish
+from fp4cast.conversion.staging import check_destination, real_path, staging
+from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
+from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
 
-__all__ = ["convert"]
+__all__ = ["Prepared", "convert", "convert_checkpoint", "prepare"]
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    layout: str = "modelopt",
+    layout: str = DEFAULT_LAYOUT,
     activations: str | None = None,
     input_scales: InputScalesLike | None = None,
     inexact: str = "fail",
@@ -33,7 +33,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
-    progress: Progress = lambda *_: None,
+    progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one.
 
@@ -49,7 +49,7 @@ def convert(
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
         resume: go on with an interrupted conversion of the same source and options.
         overwrite: replace an existing `dst`, once the new one is complete.
-        verify: read everything again and compare every value before `dst` appears.
+        verify: read everything again and compare every value before `dst` is published.
         progress: called, from worker threads, with (phase, bytes just done, bytes in all or 0).
 
     Returns:
@@ -58,59 +58,75 @@ def convert(
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
-    begin = time.monotonic()
-    doer = make_engine(engine, jobs)
-    source, destination, plan = prepare(
+    options = ConvertOptions(layout, activations, input_scales, inexact)
+    return convert_checkpoint(
         src,
         dst,
+        options,
         jobs=jobs,
+        engine=engine,
+        resume=resume,
         overwrite=overwrite,
+        verify=verify,
         progress=progress,
-        layout=layout,
-        activations=activations,
-        input_scales=input_scales,
-        inexact=inexact,
     )
-    with staging(source, destination, overwrite=overwrite) as stage:
+
+
+def convert_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    options: ConvertOptions,
+    *,
+    jobs: int | None,
+    engine: str,
+    resume: bool,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress,
+) -> Report:
+    """`convert` with its options together."""
+    begin, worker = time.monotonic(), make_engine(engine, jobs)
+    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    plan = prepared.plan
+    with staging(prepared.source, prepared.destination, overwrite=overwrite) as stage:
         stage.adopt(plan.fingerprint, resume=resume)
         stage.check_space(plan.sizes)
         total = plan.write_bytes
-        tallies = run(
+        tallies = execute(
             plan.shards,
             stage.out,
             fingerprint=plan.fingerprint,
             state=stage.state,
-            engine=doer,
+            engine=worker,
             progress=lambda n: progress("write", n, total),
         )
         check_unchanged(plan)
-        report = complete(
-            plan, stage, tallies, str(dst), engine=doer, verify=verify, overwrite=overwrite, progress=progress
+        report = publish(
+            plan, stage, tallies, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
         )
     return replace(report, seconds=time.monotonic() - begin)
 
 
-def prepare(
-    src: str | Path, dst: str | Path, *, jobs: int | None, overwrite: bool, progress: Progress, **options: Any
-) -> tuple[Path, Path, Plan]:
-    """(source, destination, plan): everything that is decided before something is written; arguments as for `convert`.
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is decided before something is written.
 
-    Raises:
-        Fp4CastError: see `fp4cast.errors`.
+    Attributes:
+        source: SRC, on this machine.
+        destination: DST, without links.
+        plan: what will be written.
     """
+
+    source: Path
+    destination: Path
+    plan: Plan
+
+
+def prepare(
+    src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, overwrite: bool, progress: Progress
+) -> Prepared:
+    """Decide everything; arguments and errors are those of `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_destination(source, destination, overwrite=overwrite)
-    plan = make_plan(source, jobs=jobs, progress=lambda n, total: progress("scan", n, total), **options)
-    return source, destination, plan
-
-
-def real_path(path: str | Path) -> Path:
-    """A path without links, whose last part need not exist.
-
-    Raises:
-        DestinationError: links in a circle, or a name that no file system takes.
-    """
-    try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DestinationError(f"{str(path)[:200]}: is no usable path: {error}") from error
+    plan = make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
+    return Prepared(source, destination, plan)

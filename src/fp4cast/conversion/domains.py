@@ -1,4 +1,4 @@
-"""Finding the tensor scale of every scale domain of a checkpoint: the only step that must see all scales first."""
+"""Find the tensor scale of every scale domain of a checkpoint: the only step that must see all scales first."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 from fp4cast.casting.nearest import choose_nearest
 from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose
+from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.errors import InexactError
-from fp4cast.families.recognise import BLOCK_BYTES, Pair, fused_group
-from fp4cast.formats import Bytes
-from fp4cast.parallel.ranges import grouped
+from fp4cast.families.family import Pair
+from fp4cast.families.merging import shared_scale_group
+from fp4cast.formats import MX_BLOCK_BYTES, Bytes
+from fp4cast.parallel.progress import AdvanceOf, ignore
+from fp4cast.parallel.ranges import grouped, spans
 from fp4cast.parallel.workers import workers
 
-__all__ = ["Domain", "FileBlocks", "group_domains", "scan"]
+__all__ = ["Domain", "FileBlocks", "find_domains", "group_domains"]
 
-CHUNK_BYTES = 1 << 20  # scales looked at together; the search makes int64 indices of them
 _SLICE = 128  # domains that one task of the pool scans at most
 _SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
 _SHOWN = 5  # inexact domains that an error names
@@ -51,15 +53,15 @@ class FileBlocks:
         """See `exact.BlockSource`."""
         scales = self.pair.scales
         file = self.files[scales.path]
-        for start in range(0, scales.nbytes, CHUNK_BYTES):
+        for start, end in spans(0, scales.nbytes, tiles.LIMITS.scan_bytes):
             self.check()
-            yield start, file.read(scales.start + start, min(CHUNK_BYTES, scales.nbytes - start))
+            yield start, file.read(scales.start + start, end - start)
 
     def codes(self, blocks: Ints) -> Bytes:
         """See `exact.BlockSource`."""
         self.check()
         codes = self.pair.codes
-        return self.files[codes.path].gather(codes.start, blocks, BLOCK_BYTES)
+        return self.files[codes.path].gather(codes.start, blocks, MX_BLOCK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Domain:
     """Pairs that share a tensor scale.
 
     Attributes:
-        name: the module's name, or `parent.w1+w3` for projections that engines fuse.
+        name: the module's name, or `parent.w1+w3` for projections that engines merge.
         pairs: its MXFP4 tensors.
         scaling: the tensor scale, and what it is exact for.
         search: which blocks decided, where exponents alone did not.
@@ -112,7 +114,7 @@ def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
     table = {pair.module: pair for pair in pairs}
     domains: dict[str, tuple[Pair, ...]] = {}
     for pair in pairs:
-        name, modules = fused_group(pair.module)
+        name, modules = shared_scale_group(pair.module)
         members = tuple(table[module] for module in modules if module in table)
         domains.setdefault(name if len(members) > 1 else pair.module, members)
     return list(domains.items())
@@ -126,12 +128,12 @@ def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool, c
     return Domain(name, pairs, scaling, search)
 
 
-def scan(
+def find_domains(
     pairs: Sequence[Pair],
     *,
     inexact: str = "fail",
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: AdvanceOf = ignore,
 ) -> list[Domain]:
     """Read every scale once and choose every domain's tensor scale.
 

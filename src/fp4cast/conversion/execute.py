@@ -1,4 +1,4 @@
-"""Executes a Plan, shard by shard, without a decision of its own.
+"""Execute a Plan, shard by shard, without a decision of its own.
 
 A shard is written beside its final name and renamed when it is whole; a note with what was measured makes it finished.
 Any number of workers, on any number of machines, write the same bytes.
@@ -9,33 +9,33 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fp4cast.checkpoints.byte_ranges import Files, write_all
+from fp4cast.checkpoints.byte_ranges import Files, write_all, write_whole
 from fp4cast.conversion.recipe import OutputShard
-from fp4cast.conversion.staging import write_whole
 from fp4cast.conversion.tasks import Piece, pieces
 from fp4cast.conversion.writer import Tallies, Tally, Writer
 from fp4cast.errors import DestinationError
 from fp4cast.parallel.engines import Engine
+from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.workers import Workers
 
-__all__ = ["Tallies", "finished", "run"]
+__all__ = ["FinishShard", "execute", "finished", "write_shard"]
 
 
-def run(
+def execute(
     shards: Iterable[OutputShard],
     directory: Path,
     *,
     fingerprint: str,
     state: Path,
     engine: Engine,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Advance = ignore,
 ) -> Tallies:
     """Write shards of a plan into `directory`.
 
@@ -51,7 +51,7 @@ def run(
         By module, what was done to the tensors whose codes had to be looked at.
     """
     tallies: Tallies = {}
-    for measured in engine.map(_FinishShard(fingerprint, directory, state), list(shards), progress):
+    for measured in engine.map(FinishShard(fingerprint, directory, state), list(shards), progress):
         tallies |= measured
     return tallies
 
@@ -62,30 +62,38 @@ def finished(
     """What earlier runs measured, and the files that none of them has finished."""
     tallies: Tallies = {}
     missing: list[str] = []
-    earlier = _FinishShard(fingerprint, directory, state)
+    earlier = FinishShard(fingerprint, directory, state)
     for shard in shards:
         known = earlier.known(shard)
         tallies |= known or {}
-        missing += [shard.file] if known is None else []
+        if known is None:
+            missing.append(shard.file)
     return tallies, missing
 
 
 @dataclass(frozen=True)
-class _FinishShard:
-    """Write one shard, or find that an earlier run did."""
+class FinishShard:
+    """Write one shard, or find that an earlier run did.
+
+    Attributes:
+        fingerprint: the plan's.
+        directory: where the shard goes.
+        state: where its note goes.
+    """
 
     fingerprint: str
     directory: Path
     state: Path
 
     def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
+        """What was done to the shard's tensors whose codes had to be looked at."""
         if (known := self.known(shard)) is not None:
             pool.advance(shard.layout.size)
             return known
         # A name of this attempt's own: one that a cluster took for dead may still be writing under another.
         partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
         with _writing(self.directory / shard.file):
-            tallies = _write_shard(shard, partial, pool.advance, pool)
+            tallies = write_shard(shard, partial, pool.advance, pool)
             return self._publish(shard, partial, tallies)
 
     def known(self, shard: OutputShard) -> Tallies | None:
@@ -120,14 +128,15 @@ class _FinishShard:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """An error of the file system is told with the file that was to be written."""
+    """Turn an OSError into a DestinationError that names the output file."""
     try:
         yield
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None], pool: Workers) -> Tallies:
+def write_shard(shard: OutputShard, path: Path, progress: Advance, pool: Workers) -> Tallies:
+    """Write a whole shard under a name that does not exist yet."""
     tallies: Tallies = {}
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -138,7 +147,7 @@ def _write_shard(shard: OutputShard, path: Path, progress: Callable[[int], None]
 
             def write(piece: Piece) -> Tallies:
                 # Here, where it happens: another shard's worker may be the one that hears of it first.
-                with _writing(path), pool.turn(len(piece)):
+                with _writing(path), pool.one_at_a_time_if_many(len(piece)):
                     return Writer(files, target, progress).write(piece)
 
             # In the order of the pieces, so that sums of errors do not depend on the workers.

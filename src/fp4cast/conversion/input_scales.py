@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.checkpoints.byte_ranges import File
-from fp4cast.checkpoints.directory import read_json
 from fp4cast.checkpoints.header import Tensor, read_header
+from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import InputScaleError, UsageError
-from fp4cast.formats import E4M3_MAX
+from fp4cast.formats import TENSOR_TOP
 
 __all__ = ["InputScales", "InputScalesLike", "load_input_scales"]
 
-INPUT_DIVISOR = 6 * E4M3_MAX
 # An input_scale and its reciprocal must be normal FP32 numbers: a GPU flushes others to zero.
 _LEAST = float(np.finfo(np.float32).tiny)
 _MOST = 1 / _LEAST
@@ -44,10 +43,10 @@ class InputScales:
     origin: str
 
     def scale(self, modules: Sequence[str]) -> np.float32:
-        """The input_scale that projections fused by an engine share: that of the largest amax among them."""
+        """The input_scale that projections that an engine merges share: that of the largest amax among them."""
         if self.constant is not None:
             return np.float32(self.constant)
-        return np.float32(max(self.amax[module] for module in modules)) / np.float32(INPUT_DIVISOR)
+        return np.float32(max(self.amax[module] for module in modules)) / np.float32(TENSOR_TOP)
 
     def require(self, modules: Iterable[str]) -> None:
         """Check that every projection has a usable value; names of other modules are left alone.
@@ -65,7 +64,7 @@ class InputScales:
                 "An engine would read uninitialised memory for a missing one."
             )
         for module in wanted:
-            _check(self.origin, module, self.amax[module], INPUT_DIVISOR)
+            _check(self.origin, module, self.amax[module], TENSOR_TOP)
 
 
 def _number(value: object) -> float:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4cast.bulk import many_objects
-from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.directory import gc_paused, open_checkpoint
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.domains import Domain, scan
-from fp4cast.conversion.plan import castable
-from fp4cast.errors import UsageError
+from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.families.recognise import read_source
-from fp4cast.layouts.layout import LAYOUTS, Target, choose_target
+from fp4cast.layouts.choose import targets_of
+from fp4cast.layouts.layout import Target, castable
+from fp4cast.parallel.progress import AdvanceOf, ignore
 
 __all__ = ["Inspection", "inspect"]
 
@@ -63,13 +62,13 @@ class Inspection:
             "tensors": {"cast": self.cast, "copied": self.copied},
             "domains": [domain.to_json() for domain in self.domains],
             "bytes": self.bytes,
-            "layouts": [{"layout": t.layout, "activations": t.activations, "served": t.served} for t in self.targets],
+            "layouts": [
+                {"layout": t.layout.name, "activations": t.activations, "served": t.served} for t in self.targets
+            ],
         }
 
 
-def inspect(
-    src: str | Path, *, jobs: int | None = None, progress: Callable[[int, int], None] = lambda *_: None
-) -> Inspection:
+def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = ignore) -> Inspection:
     """Say what a checkpoint is and what a conversion would do; nothing is written.
 
     Args:
@@ -86,18 +85,13 @@ def inspect(
     return _inspect(resolve(src), jobs, progress)
 
 
-@many_objects()
-def _inspect(path: Path, jobs: int | None, progress: Callable[[int, int], None]) -> Inspection:
+@gc_paused()
+def _inspect(path: Path, jobs: int | None, progress: AdvanceOf) -> Inspection:
     source = read_source(open_checkpoint(path))
-    targets = []
-    for layout in LAYOUTS:
-        for activations in ("w4a16", "w4a4"):
-            try:
-                targets.append(choose_target(source.family, layout, activations))
-            except UsageError:
-                continue
-    cast = castable(source, targets[0])
-    domains = scan(cast, inexact="report", jobs=jobs, progress=progress)
+    targets = targets_of(source.family)
+    selection = castable(source, targets[0])
+    cast = selection.cast
+    domains = find_domains(cast, inexact="report", jobs=jobs, progress=progress)
     codes, scales = sum(pair.codes.nbytes for pair in cast), sum(pair.scales.nbytes for pair in cast)
     total = source.checkpoint.total_size
     return Inspection(
@@ -106,7 +100,7 @@ def _inspect(path: Path, jobs: int | None, progress: Callable[[int, int], None])
         title=source.family.title,
         domains=domains,
         cast=len(cast),
-        copied=len(source.checkpoint.tensors) - 2 * len(cast),
+        copied=len(selection.untouched),
         bytes={
             "source": total,
             "codes": codes,

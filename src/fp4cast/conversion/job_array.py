@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.conversion.convert import prepare
-from fp4cast.conversion.execute import finished, run
-from fp4cast.conversion.plan import check_unchanged
-from fp4cast.conversion.publish import Progress, complete
+from fp4cast.conversion.execute import execute, finished
+from fp4cast.conversion.plan import ConvertOptions, check_unchanged
+from fp4cast.conversion.publish import publish
 from fp4cast.conversion.staging import staging
 from fp4cast.errors import DestinationError, UsageError
 from fp4cast.parallel.engines import make_engine
+from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
 
 __all__ = ["Part", "convert_part", "finish", "parse_part"]
@@ -75,11 +76,11 @@ def convert_part(
     dst: str | Path,
     part: int,
     parts: int,
+    options: ConvertOptions = ConvertOptions(),  # noqa: B008, it is frozen
     *,
     jobs: int | None = None,
     overwrite: bool = False,
-    progress: Progress = lambda *_: None,
-    **options: Any,
+    progress: Progress = ignore,
 ) -> Part:
     """Write the i-th of n parts of a conversion's shards; other parts may run at the same time, on other machines.
 
@@ -87,26 +88,27 @@ def convert_part(
 
     Args:
         src: as for `convert`.
-        dst: likewise, on a file system that all parts share.
+        dst: the directory to make, on a file system that all parts share.
         part: which, from 1 to `parts`.
         parts: how many; more than there are shards leaves some with nothing to do.
+        options: the same for all parts.
         jobs: threads; None for one a core.
         overwrite: `finish` will be called with it, too.
         progress: see `convert`.
-        options: `layout`, `activations`, `input_scales` and `inexact` of `convert`, the same for all parts.
 
     Raises:
         Fp4CastError: see `fp4cast.errors`; what other parts have written is as it was.
     """
     begin = time.monotonic()
     parse_part(f"{part}/{parts}")
-    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
+    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    plan = prepared.plan
     shards = plan.shards[part - 1 :: parts]
     total = sum(shard.layout.size for shard in shards)
-    with staging(source, destination, overwrite=overwrite, shared=True) as stage:
+    with staging(prepared.source, prepared.destination, overwrite=overwrite, shared=True) as stage:
         stage.join(plan.fingerprint)
         stage.check_space({shard.file: shard.layout.size for shard in shards})
-        run(
+        execute(
             shards,
             stage.out,
             fingerprint=plan.fingerprint,
@@ -116,40 +118,41 @@ def convert_part(
         )
         check_unchanged(plan)
     files = [shard.file for shard in shards]
-    return Part(str(source), str(dst), part, parts, files, total, time.monotonic() - begin)
+    return Part(str(prepared.source), str(dst), part, parts, files, total, time.monotonic() - begin)
 
 
 def finish(
     src: str | Path,
     dst: str | Path,
+    options: ConvertOptions = ConvertOptions(),  # noqa: B008, it is frozen
     *,
     jobs: int | None = None,
     engine: str = "local",
     overwrite: bool = False,
     verify: bool = True,
-    progress: Progress = lambda *_: None,
-    **options: Any,
+    progress: Progress = ignore,
 ) -> Report:
-    """Let `dst` appear when all parts have written their shards: documents, verification, one rename.
+    """Publish `dst` when all parts have written their shards: documents, verification, one rename.
 
     Args:
         src: as for the parts.
-        dst: likewise.
+        dst: as for the parts.
+        options: as for the parts.
         jobs: threads; None for one a core.
         engine: who verifies; see `convert`.
         overwrite: as for the parts.
-        verify: compare every value before `dst` appears.
+        verify: compare every value before `dst` is published.
         progress: see `convert`.
-        options: as for the parts.
 
     Raises:
         DestinationError: shards are missing, named in the message, or the options are not those of the parts.
         Fp4CastError: see `fp4cast.errors`.
     """
     begin = time.monotonic()
-    doer = make_engine(engine, jobs)
-    source, destination, plan = prepare(src, dst, jobs=jobs, overwrite=overwrite, progress=progress, **options)
-    with staging(source, destination, overwrite=overwrite) as stage:
+    worker = make_engine(engine, jobs)
+    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    plan = prepared.plan
+    with staging(prepared.source, prepared.destination, overwrite=overwrite) as stage:
         stage.join(plan.fingerprint, first=False)
         tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
         if missing:
@@ -160,7 +163,7 @@ def finish(
             )
         stage.keep_only(plan.sizes)
         check_unchanged(plan)
-        report = complete(
-            plan, stage, tallies, str(dst), engine=doer, verify=verify, overwrite=overwrite, progress=progress
+        report = publish(
+            plan, stage, tallies, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
         )
     return replace(report, seconds=time.monotonic() - begin)

@@ -1,4 +1,4 @@
-"""The files of a destination as data: for every tensor, where its bytes come from, and where they will lie."""
+"""The files of a destination as data: what each tensor is made of, and where it will lie."""
 
 from __future__ import annotations
 
@@ -6,40 +6,68 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.directory import INDEX, SINGLE, Checkpoint
-from fp4cast.checkpoints.header import Layout, Shard, Tensor, layout
+from fp4cast.checkpoints.header import FileLayout, Shard, Tensor, lay_out
+from fp4cast.checkpoints.json_files import index_bytes
 from fp4cast.errors import UnsupportedError
-from fp4cast.families.recognise import Pair
+from fp4cast.families.family import Pair
 from fp4cast.formats import Bytes
-from fp4cast.layouts.documents import index_bytes
-from fp4cast.layouts.layout import Target
+from fp4cast.layouts.layout import DTYPES, Form
 
-__all__ = ["Codes", "Constant", "Copy", "Made", "Output", "OutputShard", "Scales", "index", "nvfp4", "place"]
+__all__ = [
+    "BlockScalesOf",
+    "CodesOf",
+    "Constant",
+    "CopyOf",
+    "FromModel",
+    "Output",
+    "OutputShard",
+    "Step",
+    "index",
+    "nvfp4",
+    "place",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """The bytes of a source tensor as they are: everything that is not cast, and codes that keep their order."""
+class CopyOf:
+    """Bytes of a source shard: tensors that are not cast, and codes that keep their values and their order."""
 
-    tensor: Tensor
+    path: Path
+    start: int
+    nbytes: int
+
+    @classmethod
+    def tensor(cls, tensor: Tensor) -> CopyOf:
+        """All bytes of a tensor."""
+        return cls(tensor.path, tensor.start, tensor.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
-    """A pair's codes where they change place (a transposed bank) or value (shifted and rounded half-blocks)."""
+class CodesOf:
+    """A pair's codes where they change their place (a transposed bank) or their value (shifted, rounded half-blocks).
+
+    Attributes:
+        pair: the source's codes and scales.
+        scaling: of its domain.
+        transposed: see `Form`.
+        encoded: some half-blocks may change their codes; otherwise they are only transposed.
+    """
 
     pair: Pair
     scaling: Scaling
     transposed: bool
+    encoded: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
-    """A pair's E4M3 block scales, two for each E8M0 byte."""
+class BlockScalesOf:
+    """A pair's E4M3 block scales, two for each E8M0 byte; fields like those of `CodesOf`."""
 
     pair: Pair
     scaling: Scaling
@@ -54,26 +82,26 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """Bytes of a tensor in memory, made part by part when they are written.
+class FromModel:
+    """Bytes of a tensor in memory, expert by expert, made when they are written.
 
     Attributes:
-        parts: how many parts of equal size.
-        nbytes: of one part.
-        make: the bytes of part i, uint8 of any shape.
+        experts: how many; 1 for a projection.
+        nbytes: of one expert.
+        make: the bytes of expert i, uint8 of any shape.
     """
 
-    parts: int
+    experts: int
     nbytes: int
     make: Callable[[int], Bytes]
 
 
-Step = Copy | Codes | Scales | Constant | Made
+Step = CopyOf | CodesOf | BlockScalesOf | Constant | FromModel
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor of the destination and how it comes to be."""
+    """One tensor of the destination and what it is made of."""
 
     name: str
     dtype: str
@@ -87,11 +115,11 @@ class OutputShard:
 
     file: str
     outputs: tuple[Output, ...]
-    layout: Layout
+    layout: FileLayout
 
 
 def nvfp4(
-    target: Target,
+    form: Form,
     module: str,
     shape: tuple[int, ...],
     codes: Step,
@@ -102,22 +130,23 @@ def nvfp4(
     """(codes and scalars, block scales) of one weight; they may lie in two files.
 
     Args:
-        target: how they are named, oriented and stored.
+        form: how it is stored.
         module: the weight's name.
         shape: [N, K] or [E, N, K].
-        codes: how the packed codes come to be.
-        scales: how the block scales do.
+        codes: what the packed codes are made of.
+        scales: what the block scales are made of.
         tensor_scale: S.
         input_scale: for W4A4, else None.
     """
-    names = target.names(module)
+    names = form.names(module)
     home = [
-        Output(names.codes, "U8", target.codes_shape(shape), codes),
-        Output(names.tensor_scale, "F32", target.scalar_shape, _scalar(tensor_scale, target.reciprocal)),
+        Output(names.codes, DTYPES.codes, form.codes_shape(shape), codes),
+        Output(names.tensor_scale, DTYPES.tensor_scale, form.scalar_shape, _scalar(tensor_scale, form.reciprocal)),
     ]
     if input_scale is not None:
-        home.append(Output(names.input_scale, "F32", target.scalar_shape, _scalar(input_scale, target.reciprocal)))
-    return home, Output(names.block_scale, "F8_E4M3", target.block_scale_shape(shape), scales)
+        scalar = _scalar(input_scale, form.reciprocal)
+        home.append(Output(names.input_scale, DTYPES.input_scale, form.scalar_shape, scalar))
+    return home, Output(names.block_scale, DTYPES.block_scale, form.block_scale_shape(shape), scales)
 
 
 @lru_cache(maxsize=1024)  # most domains share a few powers of two
@@ -136,7 +165,8 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
         outputs = [
             output
             for tensor in shard.tensors.values()
-            for output in new.get(tensor.name) or [Output(tensor.name, tensor.dtype, tensor.shape, Copy(tensor))]
+            for output in new.get(tensor.name)
+            or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]
         ]
         yield _place(file, shard, outputs)
 
@@ -144,7 +174,7 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
 def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
     # transformers refuses a file that does not say which framework's names it uses.
     metadata = {"format": "pt"} | dict(shard.metadata)
-    placed = layout(((output.name, output.dtype, output.shape) for output in outputs), metadata)
+    placed = lay_out(((output.name, output.dtype, output.shape) for output in outputs), metadata)
     return OutputShard(file, tuple(sorted(outputs, key=lambda output: placed.offsets[output.name])), placed)
 
 

@@ -1,4 +1,4 @@
-"""Where a destination is made so that no moment of it can hurt.
+"""Build the destination beside DST and publish it with one rename: an interruption never leaves a loadable half.
 
 Beside DST stands `.DST.fp4cast`: in it `out/`, which becomes DST by one rename, and next to that the lock, the plan's
 fingerprint, unfinished shards, a note for each finished one, and config.json, without which no engine loads a
@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.errors import DestinationError, Fp4CastError
 
-__all__ = ["Staging", "check_destination", "staging"]
+__all__ = ["Staging", "check_destination", "real_path", "staging"]
 
 FREE_MARGIN = 64 << 20
 
@@ -103,8 +104,24 @@ class Staging:
         for note in self.state.glob("*.done"):
             note.unlink()
 
+    def write_documents(
+        self, documents: Mapping[str, bytes], companions: Iterable[PurePosixPath], source: Path
+    ) -> None:
+        """Write everything beside the shards; config.json waits outside.
+
+        Args:
+            documents: bytes by file name.
+            companions: files to carry along, relative to the source.
+            source: its directory.
+        """
+        for name, data in documents.items():
+            (self.out / (self.config if name == CONFIG else name)).write_bytes(data)
+        for companion in companions:
+            (self.out / companion).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / companion, self.out / companion)
+
     def publish(self, *, overwrite: bool) -> None:
-        """Let DST appear: config.json moves in, an older DST steps aside, one rename, and nothing else is left."""
+        """Publish DST: config.json moves in, an older DST steps aside, one rename, and nothing else is left."""
         (self.state / CONFIG).replace(self.out / CONFIG)
         old = self.state / "old"
         if self.destination.exists() and overwrite:
@@ -123,14 +140,10 @@ class Staging:
 def _clear(directory: Path, keep: set[str]) -> None:
     for path in directory.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
-    beside.write_bytes(data)
-    beside.replace(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _write_first(path: Path, data: bytes) -> None:
@@ -146,8 +159,22 @@ def _write_first(path: Path, data: bytes) -> None:
     beside.unlink(missing_ok=True)
 
 
+def real_path(path: str | Path) -> Path:
+    """A path without links, whose last part need not exist.
+
+    Raises:
+        DestinationError: links in a circle, or a name that no file system takes.
+    """
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"{str(path)[:200]}: is no usable path: {error}") from error
+
+
 def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
     """Refuse a destination that would mix with the source or cost the user something.
+
+    It is asked twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
 
     Raises:
         DestinationError: with what is there and what to pass.

@@ -1,32 +1,29 @@
-"""Writes the pieces of a shard: bytes copied inside the kernel, scales looked up, codes turned or shifted.
+"""Write the pieces of a shard: bytes copied inside the kernel, scales looked up, codes transposed or shifted.
 
 No step holds more than a tile of one tensor. A worker's memory is bounded by two tiles and one batch of `encode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fp4cast.casting.nearest import Encoded, block_scale_bytes, encode
 from fp4cast.casting.tight_rule import Ints
-from fp4cast.checkpoints.byte_ranges import Files, copy_range, scratch, write_all
+from fp4cast.checkpoints import tiles
+from fp4cast.checkpoints.byte_ranges import BUFFERS, Buffer, Files, copy_range, write_all
 from fp4cast.checkpoints.header import Tensor
+from fp4cast.checkpoints.tiles import Tile, Tiling
 from fp4cast.checkpoints.transpose import transpose
-from fp4cast.conversion.recipe import Codes, Scales
-from fp4cast.conversion.tasks import Computed, Copied, Known, Piece, Supplied, Tile, Tiling
-from fp4cast.families.recognise import BLOCK_BYTES
-from fp4cast.formats import E2M1, Bytes
+from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel
+from fp4cast.conversion.tasks import Piece, Task, tiling_of
+from fp4cast.formats import E2M1, MX_BLOCK_BYTES, Bytes
+from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.ranges import spans
 
 __all__ = ["Tallies", "Tally", "Writer"]
 
-CHUNK_BLOCKS = 1 << 16  # blocks whose scales are looked up together
-ENCODE_BLOCKS = 1 << 15  # blocks whose half-blocks may all have to be rounded together: some 20 MB
-BAND_ROWS = 256  # rows turned together: their columns fill whole cache lines, and the band stays in the L2 cache
-BAND_BYTES = 2 << 20  # of codes, at most
 _NIBBLE_ENERGY = E2M1.values**2
 _BYTE_ENERGY = np.array([_NIBBLE_ENERGY[b & 15] + _NIBBLE_ENERGY[b >> 4] for b in range(256)])
 
@@ -51,11 +48,8 @@ class Tally:
 
     def add(self, encoded: Encoded, codes: Bytes, k: Ints) -> None:
         """Count some blocks: packed codes uint8 [n, 16] with exponents k int [n]."""
-        self.shifted += encoded.shifted
-        self.rounded += encoded.rounded
-        self.squared_error += encoded.squared_error
-        self.max_error = max(self.max_error, encoded.max_error)
-        self.energy += float((_BYTE_ENERGY[codes].sum(axis=-1) * 4.0 ** k.astype(np.float64)).sum())
+        energy = float((_BYTE_ENERGY[codes].sum(axis=-1) * 4.0 ** k.astype(np.float64)).sum())
+        self.merge(Tally(encoded.shifted, encoded.rounded, encoded.squared_error, encoded.max_error, energy))
 
     def merge(self, other: Tally) -> None:
         """Add what another worker counted."""
@@ -67,6 +61,33 @@ class Tally:
 
 
 Tallies = dict[str, Tally]
+Computed = CodesOf | BlockScalesOf
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where some blocks that are looked at together lie in their tensor.
+
+    Attributes:
+        tiling: of a bank.
+        tile: whose blocks they are.
+    """
+
+    tiling: Tiling
+    tile: Tile
+
+    def __call__(self, blocks: Ints) -> Ints:
+        return self.tiling.block(self.tile, blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _From:
+    """Likewise for blocks that follow each other from a first one on."""
+
+    first: int
+
+    def __call__(self, blocks: Ints) -> Ints:
+        return blocks + self.first
 
 
 @dataclass
@@ -82,114 +103,101 @@ class Writer:
 
     files: Files
     target: int
-    progress: Callable[[int], None]
+    progress: Advance
     tallies: Tallies = field(default_factory=dict)
 
     def write(self, piece: Piece) -> Tallies:
         """Write a piece's tasks; returns `tallies`."""
         for task in piece:
-            match task:
-                case Copied(offset, path, start, nbytes):
-                    copy_range(self.files[path], start, self.target, offset, nbytes, self.progress)
-                case Known(offset, data):
-                    self._put(offset, np.frombuffer(data, np.uint8))
-                case Supplied(offset, step, part):
-                    self._put(offset, step.make(part))
-                case Computed(step=step) if step.transposed:
-                    self._transposed(task)
-                case Computed(step=Scales()):
-                    self._scales(task)
-                case Computed():
-                    self._codes(task)
+            match task.step:
+                case CopyOf(path, start):
+                    first, nbytes = task.first, task.last - task.first
+                    copy_range(self.files[path], start + first, self.target, task.offset + first, nbytes, self.progress)
+                case Constant(data):
+                    self._put(task.offset, np.frombuffer(data, np.uint8))
+                case FromModel() as step:
+                    for expert in range(task.first, task.last):
+                        self._put(task.offset + expert * step.nbytes, step.make(expert))
+                case CodesOf() | BlockScalesOf() as step if step.transposed:
+                    self._transposed(task, step)
+                case BlockScalesOf() as step:
+                    self._scales(task, step)
+                case CodesOf() as step:
+                    self._codes(task, step)
         return self.tallies
 
     def _put(self, offset: int, data: Bytes) -> None:
         write_all(self.target, offset, data)
         self.progress(data.nbytes)
 
-    def _scales(self, task: Computed) -> None:
+    def _scales(self, task: Task, step: BlockScalesOf) -> None:
         """E4M3 bytes of a pair's blocks, in their order."""
-        for first, last in spans(task.first, task.last, CHUNK_BLOCKS):
-            exponents = self._read(task.step.pair.scales, first, last - first, "scales")
-            scales = self._block_scales(task.step, exponents, lambda odd, first=first: odd + first)  # type: ignore[misc]
-            self._put(task.offset + 2 * first, scales)
+        for first, last in spans(task.first, task.last, tiles.LIMITS.scale_blocks):
+            exponents = self._read(step.pair.scales, first, last - first, BUFFERS.exponents)
+            self._put(task.offset + 2 * first, self._block_scales(step, exponents, _From(first)))
 
-    def _codes(self, task: Computed) -> None:
+    def _codes(self, task: Task, step: CodesOf) -> None:
         """Packed codes of a pair with shifted or rounded half-blocks, in the order of its blocks."""
-        pair = task.step.pair
-        for first, last in spans(task.first, task.last, ENCODE_BLOCKS):
-            codes = self._read(pair.codes, first * BLOCK_BYTES, (last - first) * BLOCK_BYTES, "codes")
-            exponents = self._read(pair.scales, first, last - first, "scales")
-            self._put(task.offset + first * BLOCK_BYTES, self._encode(task.step, codes, exponents))
+        size = MX_BLOCK_BYTES
+        for first, last in spans(task.first, task.last, tiles.LIMITS.encode_blocks):
+            codes = self._read(step.pair.codes, first * size, (last - first) * size, BUFFERS.source)
+            exponents = self._read(step.pair.scales, first, last - first, BUFFERS.exponents)
+            self._put(task.offset + first * size, self._encode(step, codes, exponents))
 
-    def _transposed(self, task: Computed) -> None:
+    def _transposed(self, task: Task, step: Computed) -> None:
         """Tiles of a bank: [rows, blocks] becomes [bytes of the blocks, rows], band by band."""
-        step = task.step
-        size = BLOCK_BYTES if isinstance(step, Codes) else 2
-        tiling = Tiling.of(step.pair)
+        size = MX_BLOCK_BYTES if isinstance(step, CodesOf) else 2
+        tiling = tiling_of(step.pair)
         for index in range(task.first, task.last):
             tile = tiling[index]
-            rows, lines = tile.bottom - tile.top, (tile.last - tile.first) * size
-            turned = scratch("tile", lines, rows)
-            for top, bottom in spans(tile.top, tile.bottom, _band_rows(tile)):
-                band = self._band(step, Tile(tile.expert, top, bottom, tile.first, tile.last))
-                transpose(band.reshape(bottom - top, lines), turned[:, top - tile.top : bottom - tile.top])
-            self._put_turned(task, tile, size, turned)
+            turned = BUFFERS.tile(tile.width * size, tile.rows)
+            for top, bottom in spans(tile.top, tile.bottom, tiling.band_rows):
+                band = self._band(step, tiling, tile.band(top, bottom))
+                columns = slice(top - tile.top, bottom - tile.top)
+                transpose(band.reshape(bottom - top, tile.width * size), turned[:, columns])
+            self._put_turned(task.offset + tiling.turned(tile, size), tiling, turned)
 
-    def _put_turned(self, task: Computed, tile: Tile, size: int, turned: Bytes) -> None:
-        pair = task.step.pair
-        offset = task.offset + (tile.expert * pair.row_blocks + tile.first) * size * pair.rows
-        if turned.shape[1] == pair.rows:
+    def _put_turned(self, offset: int, tiling: Tiling, turned: Bytes) -> None:
+        if turned.shape[1] == tiling.rows:
             self._put(offset, turned)
             return
         for i, line in enumerate(turned):
-            self._put(offset + i * pair.rows + tile.top, line)
+            self._put(offset + i * tiling.rows, line)
 
-    def _band(self, step: Codes | Scales, band: Tile) -> Bytes:
+    def _band(self, step: Computed, tiling: Tiling, band: Tile) -> Bytes:
         """The codes or the block scales of a band, in the order of its blocks."""
         pair = step.pair
-        if isinstance(step, Codes):
-            codes = self._rows(pair.codes, step, band, BLOCK_BYTES, "codes")
-            if step.scaling.verbatim:
-                return codes
-            return self._encode(step, codes, self._rows(pair.scales, step, band, 1, "scales"))
-        exponents = self._rows(pair.scales, step, band, 1, "scales")
-        width, origin = band.last - band.first, (band.expert * pair.rows + band.top) * pair.row_blocks + band.first
-        return self._block_scales(step, exponents, lambda odd: origin + odd // width * pair.row_blocks + odd % width)
+        if isinstance(step, BlockScalesOf):
+            exponents = self._rows(pair.scales, tiling, band, 1, BUFFERS.exponents)
+            return self._block_scales(step, exponents, _Places(tiling, band))
+        codes = self._rows(pair.codes, tiling, band, MX_BLOCK_BYTES, BUFFERS.source)
+        if not step.encoded:
+            return codes
+        return self._encode(step, codes, self._rows(pair.scales, tiling, band, 1, BUFFERS.exponents))
 
-    def _rows(self, tensor: Tensor, step: Codes | Scales, band: Tile, size: int, slot: str) -> Bytes:
+    def _rows(self, tensor: Tensor, tiling: Tiling, band: Tile, size: int, buffer: Buffer) -> Bytes:
         """Source bytes of a band, `size` a block: uint8 [rows * blocks * size]."""
-        pair, width = step.pair, band.last - band.first
-        first_row, rows = band.expert * pair.rows + band.top, band.bottom - band.top
-        if width == pair.row_blocks:
-            return self._read(tensor, first_row * width * size, rows * width * size, slot)
-        out = scratch(slot, rows, width * size)
-        for i, row in enumerate(out):
-            at = ((first_row + i) * pair.row_blocks + band.first) * size
-            self.files[tensor.path].read_into(tensor.start + at, row)
+        start = tensor.start + tiling.block(band, 0) * size
+        out = self.files[tensor.path].rectangle(start, tiling.blocks * size, band.rows, band.width * size, buffer)
         return out.reshape(-1)
 
-    def _read(self, tensor: Tensor, start: int, nbytes: int, slot: str) -> Bytes:
-        return self.files[tensor.path].read(tensor.start + start, nbytes, slot)
+    def _read(self, tensor: Tensor, start: int, nbytes: int, buffer: Buffer) -> Bytes:
+        return self.files[tensor.path].read(tensor.start + start, nbytes, buffer)
 
-    def _block_scales(self, step: Codes | Scales, exponents: Bytes, position: Callable[[Ints], Ints]) -> Bytes:
-        """E4M3 bytes [2n] of some blocks; codes are read, at their position, only outside of the window."""
+    def _block_scales(self, step: BlockScalesOf, exponents: Bytes, places: _Places | _From) -> Bytes:
+        """E4M3 bytes [2n] of some blocks; codes are read, at their places, only outside of the window."""
         codes = step.pair.codes
 
         def read(blocks: Ints) -> Bytes:
-            return self.files[codes.path].gather(codes.start, position(blocks), BLOCK_BYTES)
+            return self.files[codes.path].gather(codes.start, places(blocks), MX_BLOCK_BYTES)
 
         return block_scale_bytes(exponents, step.scaling, step.pair.bias, read)
 
-    def _encode(self, step: Codes | Scales, codes: Bytes, exponents: Bytes) -> Bytes:
-        blocks, bias = codes.reshape(-1, BLOCK_BYTES), step.pair.bias
+    def _encode(self, step: CodesOf, codes: Bytes, exponents: Bytes) -> Bytes:
+        blocks, bias = codes.reshape(-1, MX_BLOCK_BYTES), step.pair.bias
         tally, out = self.tallies.setdefault(step.pair.module, Tally()), np.empty_like(blocks)
-        for first, last in spans(0, len(blocks), ENCODE_BLOCKS):
+        for first, last in spans(0, len(blocks), tiles.LIMITS.encode_blocks):
             encoded = encode(blocks[first:last], exponents[first:last], step.scaling, bias)
             tally.add(encoded, blocks[first:last], exponents[first:last].astype(np.int64) - bias)
             out[first:last] = encoded.codes
         return out.reshape(-1)
-
-
-def _band_rows(tile: Tile) -> int:
-    return max(1, min(BAND_ROWS, BAND_BYTES // ((tile.last - tile.first) * BLOCK_BYTES)))

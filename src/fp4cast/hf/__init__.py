@@ -1,9 +1,10 @@
-"""NVFP4 in transformers: after `import fp4cast.hf`, `from_pretrained` reads what `convert` writes (extra `ptq`).
+"""NVFP4 in transformers, after `import fp4cast.hf`. Knows transformers' loader, but not how checkpoints are made.
 
-The layouts are those of `quant_method` "modelopt" and "modelopt_mixed". Weights become the dtype that is asked for, or
-BF16, tensor by tensor, on the device that each is loaded to; the model is then a plain one, without a quantizer and
-without a quantization_config, and `save_pretrained` writes it as such. Before any weight is read, every tensor of the
-checkpoint is looked at: one that is missing, left over, or not as the config says is a `CheckpointError`.
+`from_pretrained` then reads what `convert` writes in the layouts of `quant_method` "modelopt" and "modelopt_mixed".
+Weights become the dtype that is asked for, or BF16, tensor by tensor, on the device that each is loaded to; the model
+is then a plain one, without a quantizer and without a quantization_config, and `save_pretrained` writes it as such.
+Before any weight is read, every tensor of the checkpoint is looked at: one that is missing, left over, or not as the
+config says is a `CheckpointError`. The extra `ptq` installs what is needed.
 """
 
 from __future__ import annotations

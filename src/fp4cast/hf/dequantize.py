@@ -10,17 +10,16 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from fp4cast.errors import CheckpointError
-from fp4cast.formats import E2M1, NV_BLOCK
+from fp4cast.formats import E2M1, NV_BLOCK_BYTES
 from fp4cast.layouts.layout import Names
 
 __all__ = ["Dequantize", "dequantize"]
 
 _PIECE = 1 << 20  # bytes of codes that are decoded at once: what is in float32 stays small beside the weight
-_BYTES = NV_BLOCK // 2
 
 
 def dequantize(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of an NVFP4 matrix, or of a fused bank of experts with the output channel last, on its device.
+    """The values of an NVFP4 matrix, or of a bank of experts with the output channel last, on its device.
 
     Args:
         codes: packed uint8 [N, K/2], or a bank [E, K/2, N]; low nibble first.
@@ -36,10 +35,18 @@ def dequantize(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, dtype:
     table, scale = torch.from_numpy(E2M1.values.copy()).to(codes.device, working), tensor_scale.to(working)
     if codes.ndim == 3:  # blocks run along axis 1 of 3, and an expert is a number of them
         axis, n = 1, codes.shape[2]
-        whole = (codes.reshape(-1, _BYTES, n), block_scales.reshape(-1, 1, n), result.view(-1, _BYTES, 2, n))
+        whole = (
+            codes.reshape(-1, NV_BLOCK_BYTES, n),
+            block_scales.reshape(-1, 1, n),
+            result.view(-1, NV_BLOCK_BYTES, 2, n),
+        )
     else:
         axis, n = 2, codes.shape[0]
-        whole = (codes.reshape(n, -1, _BYTES), block_scales.unsqueeze(axis), result.view(n, -1, _BYTES, 2))
+        whole = (
+            codes.reshape(n, -1, NV_BLOCK_BYTES),
+            block_scales.unsqueeze(axis),
+            result.view(n, -1, NV_BLOCK_BYTES, 2),
+        )
     rows = max(1, _PIECE // whole[0][0].numel())
     for packed, scales, pairs in zip(*(torch.split(each, rows) for each in whole), strict=True):
         step = scales.to(working)

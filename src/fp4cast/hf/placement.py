@@ -18,12 +18,13 @@ from transformers.core_model_loading import (
 
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.hf.dequantize import Dequantize
-from fp4cast.layouts.layout import MODELOPT, MODELOPT_FUSED, Names
+from fp4cast.layouts.layout import Form, Names
+from fp4cast.layouts.modelopt import MODELOPT
 
-__all__ = ["FUSED", "LAYOUTS", "Place", "companions", "is_linear", "module_of", "places", "reading"]
+__all__ = ["BANK", "BANKS", "PROJECTION", "Place", "companions", "is_linear", "module_of", "places", "reading"]
 
-LAYOUTS = (MODELOPT, MODELOPT_FUSED)
-FUSED = (".experts.gate_up_proj", ".experts.down_proj")  # banks in one tensor, as of gpt-oss
+PROJECTION, BANK = MODELOPT.form(bank=False), MODELOPT.form(bank=True)
+BANKS = (".experts.gate_up_proj", ".experts.down_proj")  # all experts of a layer in one tensor, as in gpt-oss
 
 
 class Place(NamedTuple):
@@ -32,7 +33,7 @@ class Place(NamedTuple):
     Attributes:
         tensor: as the header describes it.
         parameter: the loader's name for it: the first of the parameters that are made of it.
-        made: all of them; more than one where a fused tensor is split.
+        made: all of them; more than one where a merged tensor is split.
         converter: that collects it; None where it is only renamed.
         pattern: the converter's source pattern that matches.
     """
@@ -56,7 +57,7 @@ class Place(NamedTuple):
     @property
     def of_experts(self) -> bool:
         """Whether the tensor belongs to a bank of experts."""
-        return "*" in (self.pattern or "") or self.tensor.name.endswith(FUSED)
+        return "*" in (self.pattern or "") or self.tensor.name.endswith(BANKS)
 
     @property
     def sources(self) -> list[str]:
@@ -67,13 +68,16 @@ class Place(NamedTuple):
 
 def companions(codes: str) -> Names:
     """The names of an NVFP4 weight's four tensors by that of its codes, or the patterns by that of the codes."""
-    suffixes = MODELOPT if codes.endswith(MODELOPT.codes) else MODELOPT_FUSED
-    return Names(*(module_of(codes) + suffix for suffix in suffixes))
+    return _form(codes).names(module_of(codes))
+
+
+def _form(codes: str) -> Form:
+    return PROJECTION if codes.endswith(PROJECTION.suffixes.codes) else BANK
 
 
 def module_of(name: str) -> str:
-    """The module of a weight, as configs name it: for a fused bank, the name of its tensor."""
-    return name.removesuffix(MODELOPT.codes)
+    """The module of a weight, as configs name it: for a bank, the name of its tensor."""
+    return name.removesuffix(PROJECTION.suffixes.codes)
 
 
 def reading(
@@ -91,7 +95,7 @@ def reading(
     pairs: list[tuple[WeightTransform, WeightTransform | None]] = [
         (_reading(each, faults), each) for each in conversions
     ]
-    for target in (MODELOPT.codes, *FUSED):
+    for target in (PROJECTION.suffixes.codes, *BANKS):
         names = companions(target.replace(".", r"\."))
         pairs.append((WeightConverter(list(names), target, [Dequantize([names], faults, last=True)]), None))
     return pairs

@@ -16,16 +16,14 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist
 
-from fp4cast.checkpoints.header import Tensor, read_header
+from fp4cast.checkpoints.header import UNQUANTIZED, Tensor, read_header
 from fp4cast.errors import CheckpointError, PartnerError, ShapeError, UnsupportedError
-from fp4cast.families.recognise import UNQUANTIZED
-from fp4cast.formats import NV_BLOCK
-from fp4cast.hf.placement import FUSED, LAYOUTS, Place, companions, is_linear, module_of
+from fp4cast.formats import NV_BLOCK_BYTES
+from fp4cast.hf.placement import BANK, BANKS, PROJECTION, Place, companions, is_linear, module_of
 from fp4cast.layouts.engine_view import Claims
+from fp4cast.layouts.layout import DTYPES
 
 __all__ = ["check_partners", "check_places", "headers"]
-
-_BYTES = NV_BLOCK // 2
 
 
 def headers(files: Sequence[str]) -> dict[str, Tensor]:
@@ -67,9 +65,9 @@ def check_partners(tensors: Mapping[str, Tensor], claims: Claims) -> set[str]:
 
 def _codes(tensor: Tensor) -> Iterator[str]:
     """The name of the codes that a tensor is, or belongs to."""
-    if tensor.dtype == "U8" and tensor.name.endswith((".weight", *FUSED)):
+    if tensor.dtype == "U8" and tensor.name.endswith((".weight", *BANKS)):
         yield tensor.name
-    for suffixes in LAYOUTS:
+    for suffixes in (PROJECTION.suffixes, BANK.suffixes):
         for suffix in suffixes[1:]:
             if tensor.name.endswith(suffix):
                 yield tensor.name.removesuffix(suffix) + suffixes.codes
@@ -84,7 +82,7 @@ def _check_claims(name: str, tensors: Mapping[str, Tensor], claims: Claims) -> N
     if there[0].name == name and there[0].dtype in UNQUANTIZED:
         raise PartnerError(f"{foreign}: {there[0]} is not quantized; expected codes in U8, or no such scale")
     scaled = claims.activations == "w4a4"
-    for each, dtype in zip(names, _DTYPES, strict=True):
+    for each, dtype in zip(names, DTYPES, strict=True):
         if each not in tensors and (scaled or each != names.input_scale):
             raise PartnerError(
                 f"{each} is missing: {module} is NVFP4 ({claims.activations.upper()}) by the config; "
@@ -94,18 +92,15 @@ def _check_claims(name: str, tensors: Mapping[str, Tensor], claims: Claims) -> N
         raise PartnerError(f"{tensors[names.input_scale]}: the config says W4A16; expected no such tensor")
 
 
-_DTYPES = ("U8", "F8_E4M3", "F32", "F32")
-
-
 def _check_shapes(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Codes are [N, K/2], or [E, K/2, N] for fused experts: K is axis 1."""
+    """Codes are [N, K/2], or [E, K/2, N] for banks of experts: K is axis 1."""
     shape = tensors[name].shape
-    if len(shape) != (2 if name.endswith(".weight") else 3) or 0 in shape or shape[1] % _BYTES:
+    if len(shape) != (2 if name.endswith(".weight") else 3) or 0 in shape or shape[1] % NV_BLOCK_BYTES:
         raise ShapeError(
-            f"{tensors[name]}: expected [N, K/2], or [E, K/2, N] for fused experts, with whole blocks of 16"
+            f"{tensors[name]}: expected [N, K/2], or [E, K/2, N] for banks of experts, with whole blocks of 16"
         )
-    blocks = (shape[0], shape[1] // _BYTES, *shape[2:])
-    for each, dtype, wanted in zip(companions(name), _DTYPES, (shape, blocks, (), ()), strict=True):
+    blocks = (shape[0], shape[1] // NV_BLOCK_BYTES, *shape[2:])
+    for each, dtype, wanted in zip(companions(name), DTYPES, (shape, blocks, (), ()), strict=True):
         if each in tensors and (tensors[each].dtype, tensors[each].shape) != (dtype, wanted):
             raise ShapeError(f"{tensors[each]}: expected {dtype} {list(wanted)} for codes {list(shape)}")
 

@@ -1,4 +1,4 @@
-"""NVFP4 on tensors of torch: fake quantization, and quantization into packed codes; on a GPU by Triton (extra `ptq`).
+"""NVFP4 on torch tensors: fake quantization, and packed codes. Knows tensors and devices, but no model and no file.
 
 The functions choose by where the tensor is; `reference` (torch) and `gpu` (Triton) have the same signatures and give
 the same bits. A block's scale is that of ModelOpt's exporter, in FP32 and in the order that is written here, which

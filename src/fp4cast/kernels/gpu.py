@@ -15,7 +15,7 @@ __all__ = ["fake_quant", "fits", "powers", "quantize"]
 
 # Values that a program takes and its warps, measured on an H100 (benchmarks/kernels.py --tune).
 _FAKE_QUANT, _QUANTIZE = (8192, 8), (4096, 2)
-_FUSED = not triton.knobs.runtime.interpret  # the interpreter multiplies and adds in two steps
+_HAS_FMA = not triton.knobs.runtime.interpret  # the interpreter multiplies and adds in two steps
 _MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 
 
@@ -88,7 +88,7 @@ def _own_block_scale(amax, top, tensor_scale, quick):
 
 @triton.jit
 def _load(
-    x, amax, global_amax, blocks, block: tl.constexpr, many: tl.constexpr, dynamic: tl.constexpr, fused: tl.constexpr
+    x, amax, global_amax, blocks, block: tl.constexpr, many: tl.constexpr, dynamic: tl.constexpr, has_fma: tl.constexpr
 ):
     """A program's blocks: (their indices, which there are, offsets of their values, values, s, S, quick)."""
     rows = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
@@ -99,7 +99,7 @@ def _load(
     top = tl.load(global_amax)
     top = tl.where(top > 0, top, 2688.0)
     tensor_scale = tl.div_rn(top, 2688.0)
-    quick = fused & _ordinary(tensor_scale)
+    quick = has_fma & _ordinary(tensor_scale)
     scale = _own_block_scale(largest, top, tensor_scale, quick) if dynamic else _block_scale(largest, top, quick)
     return rows, inside, offsets, values, scale, tensor_scale, quick
 
@@ -123,10 +123,10 @@ def _fake_quant(
     block: tl.constexpr,
     many: tl.constexpr,
     dynamic: tl.constexpr,
-    fused: tl.constexpr,
+    has_fma: tl.constexpr,
 ):
     _, inside, offsets, values, scale, tensor_scale, _ = _load(
-        x, amax, global_amax, blocks, block, many, dynamic, fused
+        x, amax, global_amax, blocks, block, many, dynamic, has_fma
     )
     step = (scale * tensor_scale)[:, None]
     scaled = tl.div_rn(values, tl.broadcast_to(step, values.shape))
@@ -164,9 +164,9 @@ def _quantize(
     block: tl.constexpr,
     many: tl.constexpr,
     dynamic: tl.constexpr,
-    fused: tl.constexpr,
+    has_fma: tl.constexpr,
 ):
-    rows, inside, _, values, scale, tensor_scale, quick = _load(x, amax, top, blocks, block, many, dynamic, fused)
+    rows, inside, _, values, scale, tensor_scale, quick = _load(x, amax, top, blocks, block, many, dynamic, has_fma)
     even, odd = tl.split(tl.reshape(_codes(values, scale, tensor_scale, quick), (many, block // 2, 2)))
     at = rows[:, None] * (block // 2) + tl.arange(0, block // 2)[None, :]
     tl.store(out + at, (even | (odd << 4)).to(tl.uint8), mask=inside[:, None])
@@ -225,7 +225,7 @@ def fake_quant(x: Tensor, amax: Tensor | None, global_amax: Tensor, out_dtype: t
     grid, rows = _grid(blocks, block, values)
     given = x if amax is None else amax.reshape(-1).contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the thread's current device
-        _fake_quant[grid](x, given, global_amax, out, blocks, block, rows, amax is None, _FUSED, num_warps=warps)
+        _fake_quant[grid](x, given, global_amax, out, blocks, block, rows, amax is None, _HAS_FMA, num_warps=warps)
     return out
 
 
@@ -240,5 +240,5 @@ def quantize(x: Tensor, amax: Tensor | None, global_amax: Tensor, block: int) ->
     given = x if amax is None else amax.reshape(-1).contiguous()
     own = amax is None
     with torch.cuda.device_of(x):
-        _quantize[grid](x, given, global_amax, packed, scales, blocks, block, rows, own, _FUSED, num_warps=warps)
+        _quantize[grid](x, given, global_amax, packed, scales, blocks, block, rows, own, _HAS_FMA, num_warps=warps)
     return packed, scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4cast.formats import E4M3_MAX
+from fp4cast.formats import E4M3_MAX, TENSOR_TOP
 
 __all__ = ["block_scales", "fake_quant", "own_block_scales", "quantize", "round_e2m1", "tensor_scale"]
 
@@ -16,7 +16,7 @@ SMALLEST_SCALE = 2.0**-9
 def block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
     """E4M3 block scales of amax [n], as float8_e4m3fn [n]."""
     six = torch.full_like(global_amax, E2M1_MAX)  # not a number: torch multiplies by a number's reciprocal on a GPU
-    top = _positive(global_amax, E2M1_MAX * E4M3_MAX) / six
+    top = _positive(global_amax, TENSOR_TOP) / six
     wanted = _positive(amax.float(), E2M1_MAX) / six * E4M3_MAX / top
     return wanted.clamp(SMALLEST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -41,7 +41,7 @@ def _scales(blocks: Tensor, amax: Tensor | None, global_amax: Tensor) -> Tensor:
 
 def tensor_scale(global_amax: Tensor) -> Tensor:
     """S of a global amax, float32 []."""
-    largest = torch.full_like(global_amax, E2M1_MAX * E4M3_MAX)
+    largest = torch.full_like(global_amax, TENSOR_TOP)
     return torch.where(global_amax > 0, global_amax, largest) / largest
 
 

@@ -1,50 +1,110 @@
-"""What a destination's config tells an engine, read the way engines read it: is this module NVFP4, and which kind?
+"""What a checkpoint's config tells an engine, read the way engines read it: is this module NVFP4, and which kind?
 
-Part of the independent witness: `configs` writes these documents, this module only reads them.
+The other hand of `layouts`: each layout's file writes its documents, and a clause here reads them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from fp4cast.checkpoints.quantization_config import manifest
+from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, UnsupportedError
+from fp4cast.formats import NV_BLOCK, Activations
 
 __all__ = ["Claims", "config_faults", "read_claims"]
 
 
 @dataclass(frozen=True)
 class Claims:
-    """A quantization config's statements.
+    """What a quantization_config states.
 
     Attributes:
-        layout: "modelopt" or "compressed-tensors".
+        layout: the name of the layout.
         activations: "w4a16" or "w4a4".
         layers: the modules listed as NVFP4; None where everything is that is not ignored.
         ignore: names and patterns that are not quantized.
+        ignores: whether an entry of `ignore` means a module: (entry, module).
+        other_groups: modules in other formats have groups of their own, beside `ignore`.
+        twin: hf_quant_config.json must say the same.
     """
 
     layout: str
-    activations: str
+    activations: Activations
     layers: frozenset[str] | None
     ignore: tuple[str, ...]
+    ignores: Callable[[str, str], bool]
+    other_groups: bool = False
+    twin: bool = True
 
     def quantized(self, module: str) -> bool:
         """Whether an engine would load the module as NVFP4."""
         if self.layers is not None:
             return any(name in self.layers for name in _ancestors(module))
-        return not any(self._matches(entry, module) for entry in self.ignore)
+        return not any(self.ignores(entry, module) for entry in self.ignore)
 
-    def _matches(self, entry: str, module: str) -> bool:
-        if self.layout == "compressed-tensors":
-            return entry == module or (entry.startswith("re:") and _pattern(entry[3:]).match(module) is not None)
-        # vLLM takes a ModelOpt entry for a wildcard and for a plain substring.
-        return entry in module or fnmatchcase(module, entry)
+
+def read_claims(config: Mapping[str, Any]) -> Claims:
+    """What a config.json claims.
+
+    Raises:
+        UnsupportedError: it does not describe an NVFP4 checkpoint of a layout that fp4cast writes.
+    """
+    section = find_quantization_config(config).section
+    for clause in _CLAUSES:
+        if (claims := clause(section)) is not None:
+            return claims
+    raise UnsupportedError(
+        f"the config describes no NVFP4 checkpoint that fp4cast writes: quant_method {section.get('quant_method')!r}, "
+        f"quant_algo {section.get('quant_algo')!r}, format {section.get('format')!r}"
+    )
+
+
+def _compressed_tensors(section: Mapping[str, Any]) -> Claims | None:
+    if section.get("quant_method") != "compressed-tensors":
+        return None
+    if section.get("format") not in ("nvfp4-pack-quantized", "mixed-precision"):
+        return None
+    activations: Activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
+    ignore = _strings(section.get("ignore"))
+    return Claims("compressed-tensors", activations, None, ignore, _name_or_expression, other_groups=True, twin=False)
+
+
+def _modelopt(section: Mapping[str, Any]) -> Claims | None:
+    activations = _ALGORITHMS.get(str(section.get("quant_algo")))
+    if activations is None or section.get("quant_method") != "modelopt":
+        return None
+    return Claims("modelopt", activations, None, _strings(section.get("ignore")), _part_or_wildcard)
+
+
+def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
+    method, layers = section.get("quant_method"), section.get("quantized_layers")
+    mixed = method in ("modelopt", "modelopt_mixed") or (method == "fp8" and section.get("moe_quant_algo") == "NVFP4")
+    if not mixed or section.get("quant_algo") != "MIXED_PRECISION" or not isinstance(layers, dict):
+        return None
+    algorithms = {str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for layer in layers.values()}
+    activations = _ALGORITHMS.get(algorithms.pop()) if len(algorithms) == 1 else None
+    if activations is None:
+        return None
+    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), _part_or_wildcard)
+
+
+_ALGORITHMS: dict[str, Activations] = {"NVFP4": "w4a4", "W4A16_NVFP4": "w4a16"}
+_CLAUSES = (_compressed_tensors, _modelopt, _modelopt_mixed)
+
+
+def _name_or_expression(entry: str, module: str) -> bool:
+    """As compressed-tensors reads an entry: a name, or a regular expression after `re:`."""
+    return entry == module or (entry.startswith("re:") and _pattern(entry[3:]).match(module) is not None)
+
+
+def _part_or_wildcard(entry: str, module: str) -> bool:
+    """As vLLM reads a ModelOpt entry: a wildcard, and a plain substring as well."""
+    return entry in module or fnmatchcase(module, entry)
 
 
 _ENDLESS = re.compile(r"[*+}]\)*\)[*+{]")  # (a+)+ and its kin
@@ -76,49 +136,28 @@ def _w4a4(groups: object) -> bool:
     """Whether the NVFP4 group (weights in blocks of 16) of a compressed-tensors config quantizes activations."""
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("num_bits") == 4 and weights.get("group_size") == 16:
+        if isinstance(weights, dict) and weights.get("num_bits") == 4 and weights.get("group_size") == NV_BLOCK:
             return bool(group.get("input_activations"))
     return False
 
 
-def read_claims(config: Mapping[str, Any]) -> Claims:
-    """What a config.json claims.
-
-    Raises:
-        UnsupportedError: it does not describe an NVFP4 checkpoint of a layout that fp4cast writes.
-    """
-    section = manifest(config)[1]
-    method, algorithm = section.get("quant_method"), section.get("quant_algo")
-    ignore = _strings(section.get("ignore"))
-    if method == "compressed-tensors" and section.get("format") in ("nvfp4-pack-quantized", "mixed-precision"):
-        activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
-        return Claims("compressed-tensors", activations, None, ignore)
-    if algorithm in ("NVFP4", "W4A16_NVFP4") and method == "modelopt":
-        return Claims("modelopt", "w4a4" if algorithm == "NVFP4" else "w4a16", None, ignore)
-    layers = section.get("quantized_layers")
-    mixed = method in ("modelopt", "modelopt_mixed") or (method == "fp8" and section.get("moe_quant_algo") == "NVFP4")
-    if mixed and algorithm == "MIXED_PRECISION" and isinstance(layers, dict) and layers:
-        kinds = {str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for layer in layers.values()}
-        if kinds in ({"NVFP4"}, {"W4A16_NVFP4"}):
-            return Claims("modelopt", "w4a4" if kinds == {"NVFP4"} else "w4a16", frozenset(layers), ignore)
-    raise UnsupportedError(
-        f"the config describes no NVFP4 checkpoint that fp4cast writes: quant_method {method!r}, "
-        f"quant_algo {algorithm!r}, format {section.get('format')!r}"
-    )
-
-
-def config_faults(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Iterable[str]:
-    """Where config.json and hf_quant_config.json contradict each other or leave the source's manifest behind.
+def config_faults(config: Mapping[str, Any], beside: Mapping[str, Any] | None, claims: Claims) -> Iterable[str]:
+    """Where config.json and hf_quant_config.json contradict each other, or a second quantization_config is left.
 
     Args:
         config: config.json.
         beside: hf_quant_config.json, or None where there is none.
+        claims: of config.json.
     """
-    path, section = manifest(config)
-    others = [key for key, value in config.items() if isinstance(value, dict) and (key,) != path and manifest(value)[1]]
+    path, section = find_quantization_config(config)
+    others = [
+        key
+        for key, value in config.items()
+        if isinstance(value, dict) and (key,) != path and find_quantization_config(value).section
+    ]
     if len(path) == 1 and others:
         yield f"a second quantization_config is left under {others[0]!r}"
-    if section.get("quant_method") == "compressed-tensors":
+    if not claims.twin:
         return
     quantization = beside.get("quantization") if beside is not None else None
     if not isinstance(quantization, dict):
@@ -128,5 +167,6 @@ def config_faults(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -
     for key, twin in twins:
         if quantization.get(key) != section.get(twin):
             yield f"hf_quant_config.json's {key} differs from config.json's {twin}"
-    if quantization.get("group_size") != 16:
-        yield f"hf_quant_config.json's group_size is {quantization.get('group_size')!r}, expected 16"
+    size = quantization.get("group_size")
+    if size != NV_BLOCK:
+        yield f"hf_quant_config.json's group_size is {size!r}, expected {NV_BLOCK}"

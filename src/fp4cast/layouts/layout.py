@@ -1,28 +1,24 @@
-"""The table of target layouts: how an NVFP4 tensor is named, shaped and oriented, and who can serve it.
-
-`configs` writes the documents that go with each.
-"""
+"""What a layout of NVFP4 checkpoints is, as data: names, dtypes and shapes that its writer and its readers share."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from fp4cast.errors import UsageError
-from fp4cast.families.recognise import Family, Pair
-from fp4cast.formats import NV_BLOCK
+from fp4cast.checkpoints.directory import Checkpoint
+from fp4cast.checkpoints.header import Tensor
+from fp4cast.errors import UnsupportedError, UsageError
+from fp4cast.families.family import Family, Pair, Source
+from fp4cast.formats import NV_BLOCK, Activations
 
-__all__ = ["MODELOPT", "MODELOPT_FUSED", "Activations", "LayoutName", "Names", "Target", "choose_target"]
-
-LayoutName = Literal["modelopt", "compressed-tensors"]
-Activations = Literal["w4a16", "w4a4"]
-
-LAYOUTS: tuple[LayoutName, ...] = ("modelopt", "compressed-tensors")
-ACTIVATIONS: tuple[Activations, ...] = ("w4a16", "w4a4")
+__all__ = ["DTYPES", "Form", "Layout", "Names", "Selection", "Target", "Writing", "castable", "select"]
 
 
 class Names(NamedTuple):
-    """What the four tensors of one NVFP4 weight are called."""
+    """Something of each of the four tensors of one NVFP4 weight: their names, suffixes or dtypes."""
 
     codes: str
     block_scale: str
@@ -30,33 +26,22 @@ class Names(NamedTuple):
     input_scale: str
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layout for one family.
+DTYPES = Names("U8", "F8_E4M3", "F32", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one NVFP4 weight is stored.
 
     Attributes:
-        layout: "modelopt" or "compressed-tensors".
-        activations: "w4a16" (no activation scale) or "w4a4".
-        family: the source family's name.
         suffixes: of the four tensors, after the module's name.
-        transposed: banks of experts are [E, K/2, N] with the output channel last, as ModelOpt writes gpt-oss.
+        transposed: the output channel comes last, [E, K/2, N], as ModelOpt writes banks of experts.
         reciprocal: tensor scales are stored as 1/S, in a tensor of shape [1].
-        served: where the result can be served today, in words.
     """
 
-    layout: LayoutName
-    activations: Activations
-    family: str
     suffixes: Names
-    transposed: bool
-    reciprocal: bool
-    served: str
-
-    def casts(self, pair: Pair) -> bool:
-        """Whether a pair is cast. DeepSeek-V4's hybrid casts routed experts; its MTP experts stay MXFP4."""
-        if self.family == "deepseek-v4":
-            return ".ffn.experts." in pair.module and not pair.module.startswith("mtp.")
-        return True
+    transposed: bool = False
+    reciprocal: bool = False
 
     def names(self, module: str) -> Names:
         """The names of a module's four tensors."""
@@ -81,59 +66,149 @@ class Target:
         """Shape of tensor scales and input scales."""
         return (1,) if self.reciprocal else ()
 
+    def tensors(
+        self, module: str, shape: tuple[int, ...], activations: Activations
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of every tensor of a weight [.., N, K], by name; W4A16 has no input scale."""
+        shapes = (self.codes_shape(shape), self.block_scale_shape(shape), self.scalar_shape, self.scalar_shape)
+        table = dict(zip(self.names(module), zip(DTYPES, shapes, strict=True), strict=True))
+        if activations == "w4a16":
+            del table[self.names(module).input_scale]
+        return table
+
+
+@dataclass(frozen=True, eq=False)
+class Writing:
+    """What the documents of a new checkpoint are written from.
+
+    Attributes:
+        checkpoint: the source.
+        config: its config.json, a copy to change.
+        target: how the new one is stored.
+        modules: what becomes NVFP4.
+        kept: the weight matrices that are not cast, by module, sorted.
+        bank: some of `modules` are banks of experts in one tensor.
+        producer: for the field of that name.
+    """
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    target: Target
+    modules: Sequence[str]
+    kept: Mapping[str, Tensor]
+    bank: bool
+    producer: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A layout of NVFP4 checkpoints.
+
+    Attributes:
+        name: the value of `--layout`.
+        projection: how one projection is stored.
+        bank: how a bank of experts is stored; None where no engine reads one.
+        documents: the config files by name. Conversion calls it; verification never does, and reads what it wrote by
+            `engine_view`.
+    """
+
+    name: str
+    projection: Form
+    bank: Form | None
+    documents: Callable[[Writing], dict[str, dict[str, Any]]]
+
+    def form(self, bank: bool) -> Form:
+        """How a projection or a bank is stored.
+
+        Raises:
+            UsageError: the layout has no banks.
+        """
+        form = self.bank if bank else self.projection
+        if form is None:
+            raise UsageError(f"no engine reads banks of experts in the {self.name} layout; use --layout modelopt")
+        return form
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A layout for one family.
+
+    Attributes:
+        layout: how tensors are named and stored.
+        activations: "w4a16" (no activation scale) or "w4a4".
+        family: the source's.
+    """
+
+    layout: Layout
+    activations: Activations
+    family: Family
+
+    @cached_property
+    def form(self) -> Form:
+        """How the family's pairs are stored."""
+        return self.layout.form(self.family.bank)
+
+    @property
+    def served(self) -> str:
+        """Where the result is served, for people."""
+        return self.family.served[self.layout.name]
+
     @property
     def algorithm(self) -> str:
         """ModelOpt's name for the quantization of a cast layer."""
         return "NVFP4" if self.activations == "w4a4" else "W4A16_NVFP4"
 
+    def names(self, module: str) -> Names:
+        """The names of the four tensors of a module of the family."""
+        return self.form.names(module)
 
-MODELOPT = Names(".weight", ".weight_scale", ".weight_scale_2", ".input_scale")
-MODELOPT_FUSED = Names("", "_weight_scale", "_weight_scale_2", "_input_scale")
-_COMPRESSED = Names(".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
-
-# Where each family can be served, from reading vLLM 0.32/0.33 and SGLang 0.5.23.
-_SERVED = {
-    ("gpt-oss", "modelopt"): "transformers, with fp4cast.hf; no released engine yet (ModelOpt's own fused layout)",
-    ("deepseek-v4", "modelopt"): "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)",
-    ("kimi-k3", "modelopt"): "vLLM and SGLang (ModelOpt MIXED_PRECISION)",
-    ("kimi-k3", "compressed-tensors"): "vLLM",
-    ("compressed-tensors", "modelopt"): "vLLM and SGLang",
-    ("compressed-tensors", "compressed-tensors"): "vLLM and SGLang; transformers for dense models only",
-}
+    def casts(self, pair: Pair) -> bool:
+        """Whether a pair is cast; otherwise it stays MXFP4."""
+        family = self.family
+        keeps = family.keeps is not None and re.search(family.keeps, pair.module)
+        return re.search(family.casts, pair.module) is not None and not keeps
 
 
-def choose_target(family: Family, layout: str = "modelopt", activations: str | None = None) -> Target:
-    """The target for a family.
+@dataclass(frozen=True)
+class Selection:
+    """What a target makes of a source's tensors.
 
-    Args:
-        family: of the source.
-        layout: one of `LAYOUTS`.
-        activations: one of `ACTIVATIONS`; None for w4a16 where the family can be served so.
+    Attributes:
+        cast: the pairs that become NVFP4.
+        untouched: the tensors that are no part of such a pair, which stay as they are.
+    """
+
+    cast: Sequence[Pair]
+    untouched: Sequence[Tensor]
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The names of the pairs."""
+        return [pair.module for pair in self.cast]
+
+    @cached_property
+    def replaced(self) -> set[str]:
+        """The names of the pairs' tensors."""
+        return {name for pair in self.cast for name in (pair.codes.name, pair.scales.name)}
+
+
+def select(source: Source, target: Target) -> Selection:
+    """Part what is cast from what stays."""
+    cast = [pair for pair in source.pairs.values() if target.casts(pair)]
+    parts = {name for pair in cast for name in (pair.codes.name, pair.scales.name)}
+    return Selection(cast, [tensor for name, tensor in source.checkpoint.tensors.items() if name not in parts])
+
+
+def castable(source: Source, target: Target) -> Selection:
+    """`select`, where something must be cast.
 
     Raises:
-        UsageError: the family has no such layout, or cannot be served with such activations.
+        UnsupportedError: nothing is.
     """
-    if layout not in LAYOUTS:
-        raise UsageError(f"unknown layout {layout!r}; expected {' or '.join(LAYOUTS)}")
-    if activations is not None and activations not in ACTIVATIONS:
-        raise UsageError(f"unknown activations {activations!r}; expected {' or '.join(ACTIVATIONS)}")
-    served = _SERVED.get((family.name, layout))
-    if served is None:
-        raise UsageError(f"no engine reads {family.title} in the {layout} layout; use --layout modelopt")
-    if family.name == "deepseek-v4" and activations != "w4a4":
-        raise UsageError(
-            "engines serve NVFP4 DeepSeek-V4 as W4A4 only. Pass --activations w4a4 with --input-scales FILE "
-            "(calibrated amax values: fp4cast calibrate finds them) or --input-scales 1.0 (uncalibrated, as NVIDIA's "
-            "Kimi-K3 does it)"
+    selection = select(source, target)
+    if not selection.cast:
+        raise UnsupportedError(
+            f"{source.checkpoint.path}: {len(source.pairs)} MXFP4 tensors, but none that the {target.layout.name} "
+            f"layout of {source.family.title} casts; nothing was written"
         )
-    compressed = layout == "compressed-tensors"
-    suffixes = _COMPRESSED if compressed else MODELOPT_FUSED if family.blocked else MODELOPT
-    return Target(
-        layout="compressed-tensors" if compressed else "modelopt",
-        activations="w4a4" if activations == "w4a4" else "w4a16",
-        family=family.name,
-        suffixes=suffixes,
-        transposed=family.blocked,
-        reciprocal=compressed,
-        served=served,
-    )
+    return selection

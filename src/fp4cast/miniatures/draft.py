@@ -1,4 +1,4 @@
-"""What miniatures are drafted with: random weights like those of trained models, the traps, and the files."""
+"""What miniatures are made with: random weights like those of trained models, the traps, and the files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fp4cast.checkpoints import header
-from fp4cast.families.recognise import fused_group
+from fp4cast.checkpoints.header import lay_out
+from fp4cast.families.merging import shared_scale_group
 from fp4cast.formats import Bytes
 
 __all__ = ["VOCABULARY", "Draft", "mxfp4", "write_checkpoint"]
@@ -31,12 +31,16 @@ class Draft:
         traps: plant the traps.
         files: by shard, by name: (dtype, array).
         config: config.json.
+        first_shard: the number in the first shard's name.
+        decoys: files that hold the weights in other formats.
     """
 
     rng: np.random.Generator
     traps: bool
     files: list[dict[str, tuple[str, Array]]] = field(default_factory=lambda: [{}, {}])
     config: dict[str, Any] = field(default_factory=dict)
+    first_shard: int = 1
+    decoys: tuple[str, ...] = ()
 
     def add(self, shard: int, name: str, dtype: str, array: Array) -> None:
         """Put a tensor into a shard."""
@@ -68,7 +72,7 @@ class Draft:
         Every scale domain lies a few binades higher or lower than the others, so that no two could be confused;
         `lower` sets one of its projections below the others.
         """
-        top = CENTER + 4 + zlib.crc32(fused_group(module)[0].encode()) % 7
+        top = CENTER + 4 + zlib.crc32(shared_scale_group(module)[0].encode()) % 7
         codes, scales = mxfp4(self.rng, shape, top - 4 - lower)
         if self.traps:
             _plant(codes.reshape(-1, 16), scales.reshape(-1), top, reaches_top=not lower)
@@ -115,7 +119,7 @@ def write_checkpoint(
     """
     path.mkdir(parents=True)
     for file, tensors in files.items():
-        placed = header.layout(((n, dtype, array.shape) for n, (dtype, array) in tensors.items()), {"format": "pt"})
+        placed = lay_out(((n, dtype, array.shape) for n, (dtype, array) in tensors.items()), {"format": "pt"})
         with (path / file).open("wb") as out:
             out.write(placed.header)
             for name in sorted(tensors, key=lambda n: placed.offsets[n]):

@@ -1,29 +1,30 @@
-"""Who does the work: this process with its threads, or the tasks of a Ray cluster. Both give the same results."""
+"""Execution engines: local threads or Ray tasks. Results do not depend on the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
+from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.workers import Workers, workers
 
-__all__ = ["ENGINES", "Engine", "Local", "make_engine"]
+__all__ = ["ENGINES", "Engine", "EngineName", "Local", "make_engine"]
 
-ENGINES = ("local", "ray")
+EngineName = Literal["local", "ray"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Progress = Callable[[int], None]
 
 
 class Engine(Protocol):
     """Something that does a piece of work on each of some items."""
 
     def map(
-        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
     ) -> Iterator[Result]:
         """Results in the order of the items.
 
@@ -46,11 +47,11 @@ class Local:
     jobs: int | None = None
 
     def map(
-        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
     ) -> Iterator[Result]:
         """See `Engine`."""
         with workers(self.jobs, progress) as pool:
-            yield from pool.lanes(lambda item: work(item, pool), items)
+            yield from pool.map_outer(lambda item: work(item, pool), items)
 
 
 def make_engine(name: str, jobs: int | None) -> Engine:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from fp4cast.errors import EngineError, Fp4CastError
 from fp4cast.extras import require
+from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.workers import Workers, workers
 
 __all__ = ["Ray"]
@@ -26,7 +27,6 @@ _EVERY = 0.5  # seconds between two looks at the progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Progress = Callable[[int], None]
 
 
 class _Ledger:
@@ -82,7 +82,7 @@ class Ray:
     jobs: int | None = None
 
     def map(
-        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Progress
+        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
     ) -> Iterator[Result]:
         """See `engines.Engine`; tasks run in any order.
 
@@ -137,7 +137,7 @@ def _connected(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Progress) -> dict[int, Any]:
+def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance) -> dict[int, Any]:
     """Results by item, as they come."""
     results: dict[int, Any] = {}
     done: dict[int, int] = {}  # bytes by item: what finished ones returned, what others last said

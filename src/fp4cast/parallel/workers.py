@@ -14,6 +14,7 @@ from threading import Event, Lock
 from typing import TypeVar
 
 from fp4cast.errors import UsageError
+from fp4cast.parallel.progress import Advance, ignore
 
 __all__ = ["Stopped", "Workers", "cores", "workers"]
 
@@ -44,7 +45,7 @@ class Workers:
     def __init__(
         self,
         jobs: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Advance = ignore,
         stop: Event | None = None,
     ) -> None:
         if jobs is not None and jobs < 1:
@@ -90,7 +91,7 @@ class Workers:
             while waiting:
                 yield self._result(waiting.popleft())
 
-    def lanes(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def map_outer(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """`map` for work that itself maps over these workers: as many items at a time as there are workers.
 
         The kernel lets one thread at a time write to a file, so workers had better be in different ones. The threads
@@ -146,7 +147,7 @@ class Workers:
             raise self._error or Stopped from None
 
     @contextmanager
-    def turn(self, tasks: int) -> Iterator[None]:
+    def one_at_a_time_if_many(self, tasks: int) -> Iterator[None]:
         """One worker at a time where a piece of work is very many small tasks.
 
         Those are the interpreter's work more than the kernel's, and threads that hand the interpreter to each other
@@ -168,9 +169,7 @@ class Workers:
 
 
 @contextmanager
-def workers(
-    jobs: int | None = None, progress: Callable[[int], None] = lambda _: None, stop: Event | None = None
-) -> Iterator[Workers]:
+def workers(jobs: int | None = None, progress: Advance = ignore, stop: Event | None = None) -> Iterator[Workers]:
     """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early.
 
     Args:

@@ -1,15 +1,14 @@
-"""Post-training quantization of a model in memory: quantizers, formats, calibration (extra `ptq`)."""
+"""Quantize a model in memory (extra `ptq`). Knows models and quantizers; the rooms of `convert` cast and write."""
 
 from __future__ import annotations
 
 from fp4cast import _require_torch  # noqa: F401
-from fp4cast.ptq.cast import (
-    apply_to_model,
-    build_amax_map,
+from fp4cast.ptq.amax import (
     compute_global_amax_for_scales,
     compute_per_block_amax_for_mxfp4,
     quantizer_name_from_blocks_key,
 )
+from fp4cast.ptq.cast import apply_to_model, build_amax_map
 from fp4cast.ptq.export import Exported, export
 from fp4cast.ptq.flow import Options, Quantized, quantize
 from fp4cast.ptq.max_calibration import max_calibrate, set_expert_quantizer_amax

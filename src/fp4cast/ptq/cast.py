@@ -7,130 +7,49 @@ names are those of the feature in ModelOpt; the numerics are `fp4cast.casting.ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp4cast.casting.nearest import block_scale_bytes, choose_nearest, encode
-from fp4cast.casting.tight_rule import E_MAX, M_NORMAL, ArrayBlocks, Scaling, choose, outside_window
+from fp4cast.casting.inexact import check_inexact
+from fp4cast.casting.nearest import block_scale_bytes, encode
+from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.directory import open_checkpoint
-from fp4cast.conversion.domains import scan
-from fp4cast.conversion.plan import castable
-from fp4cast.errors import QuantizerError, ScaleError, ShapeError, UnsupportedError
-from fp4cast.families.recognise import BLOCK_BYTES, Pair, read_source
-from fp4cast.formats import E4M3, E4M3_MAX, E8M0_BIAS, E8M0_NAN, Bytes, mxfp4_values, nvfp4_values
+from fp4cast.conversion.domains import find_domains
+from fp4cast.errors import QuantizerError
+from fp4cast.families.family import Pair, Source
+from fp4cast.families.recognise import read_source
+from fp4cast.formats import (
+    MX_BLOCK,
+    MX_BLOCK_BYTES,
+    TENSOR_TOP,
+    Bytes,
+    mxfp4_values,
+    nvfp4_values,
+)
 from fp4cast.kernels.reference import round_e2m1
-from fp4cast.layouts.layout import choose_target
+from fp4cast.layouts.choose import targets_of
+from fp4cast.layouts.layout import Target, castable
+from fp4cast.ptq.amax import block_amax, global_amax
 from fp4cast.ptq.modules import quantized_weights
 from fp4cast.ptq.quantizer import NVFP4StaticQuantizer
 
 __all__ = [
+    "AmaxFacts",
     "Scaled",
     "apply_domains",
     "apply_to_model",
     "build_amax_map",
     "cast_domains",
-    "compute_global_amax_for_scales",
-    "compute_per_block_amax_for_mxfp4",
-    "quantizer_name_from_blocks_key",
 ]
 
-_TOP = 6 * E4M3_MAX
 _SAMPLE = 1 << 20  # weights that are looked at, to see whose they are
-
-
-def quantizer_name_from_blocks_key(key: str) -> str:
-    """`<base>_blocks`, a bank of gpt-oss, belongs to `<base>_weight_quantizer`.
-
-    Raises:
-        UnsupportedError: the key does not end in `_blocks`.
-    """
-    base = key.removesuffix("_blocks")
-    if not base or base == key:
-        raise UnsupportedError(f"{key}: expected the name of a tensor of MXFP4 codes, which ends in _blocks")
-    return f"{base}_weight_quantizer"
-
-
-def _quantizer_name(pair: Pair) -> str:
-    if pair.codes.name.endswith("_blocks"):
-        return quantizer_name_from_blocks_key(pair.codes.name)
-    return f"{pair.module}.weight_quantizer"
-
-
-def _bytes(tensor: Tensor, name: str) -> Bytes:
-    if tensor.dtype not in (torch.uint8, torch.int8):
-        raise ShapeError(f"{name}: expected uint8, got {tensor.dtype}")
-    return tensor.contiguous().view(torch.uint8).cpu().numpy()
-
-
-def compute_global_amax_for_scales(scales: Tensor) -> Tensor:
-    """6 * 448 * 2^m with m = k_max - 8, float32 []: the global amax of an MXFP4 tensor by its scales alone.
-
-    Args:
-        scales: E8M0 uint8, of any shape.
-
-    Raises:
-        ScaleError: a byte of 255.
-        ShapeError: no scales, or another dtype.
-    """
-    found = _bytes(scales, "scales")
-    if not found.size:
-        raise ShapeError("scales are empty")
-    if found.max() == E8M0_NAN:
-        raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
-    return _global_amax(2.0 ** max(int(found.max()) - E8M0_BIAS - E_MAX, M_NORMAL))
-
-
-def _global_amax(tensor_scale: float) -> Tensor:
-    """6 * 448 * S, float32 [].
-
-    Raises:
-        ScaleError: it is beyond float32, as of weights that reach 2^117.
-    """
-    top = torch.tensor(_TOP * tensor_scale)
-    if not torch.isfinite(top):
-        raise ScaleError(
-            f"a tensor scale of {tensor_scale:g} has no global amax in float32; cast it by fp4cast convert"
-        )
-    return top
-
-
-def compute_per_block_amax_for_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Block amax of an MXFP4 tensor that is one scale domain, float32 [numel / 16, 1].
-
-    6 * 2^k wherever that is exact; else 6 times the block's scale, exact by a shift of its codes or nearest.
-
-    Args:
-        blocks: packed codes uint8 [..., K/32, 16].
-        scales: E8M0 uint8 [..., K/32].
-
-    Raises:
-        ShapeError: a trailing dimension that is not 16 bytes, or leading ones that differ from those of the scales.
-    """
-    if blocks.ndim < 2 or blocks.shape[-1] != BLOCK_BYTES:
-        raise ShapeError(
-            f"blocks {tuple(blocks.shape)}: expected a last axis of {BLOCK_BYTES} bytes, a block of 32 codes"
-        )
-    if blocks.shape[:-1] != scales.shape:
-        raise ShapeError(f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)}: leading dimensions differ")
-    codes, exponents = _bytes(blocks, "blocks").reshape(-1, BLOCK_BYTES), _bytes(scales, "scales").reshape(-1)
-    source = ArrayBlocks("the tensor", codes, exponents)
-    scaling, _ = choose([source])
-    if not scaling.exact:
-        scaling = choose_nearest([source])
-    return _amax(block_scale_bytes(exponents, scaling, E8M0_BIAS, lambda odd: codes[odd]), scaling)
-
-
-def _amax(block_scales: Bytes, scaling: Scaling, device: torch.device | str = "cpu") -> Tensor:
-    """Block amax float32 [n, 1] of E4M3 codes: the bytes travel to the device, the table is looked up there."""
-    table = torch.from_numpy((6 * E4M3.values * scaling.tensor_scale).astype(np.float32)).to(device)
-    codes = torch.from_numpy(block_scales.reshape(-1)).to(device)
-    return table[codes.int()].reshape(-1, 1)
 
 
 def _exponents(pair: Pair, files: Files) -> Bytes:
@@ -138,14 +57,14 @@ def _exponents(pair: Pair, files: Files) -> Bytes:
 
 
 def _codes(pair: Pair, files: Files, blocks: Any) -> Bytes:
-    return files[pair.codes.path].gather(pair.codes.start, blocks, BLOCK_BYTES)
+    return files[pair.codes.path].gather(pair.codes.start, blocks, MX_BLOCK_BYTES)
 
 
 def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> int:
     """How many blocks keep every value: all, or as measured on those outside of the window."""
     if scaling.exact:
         return pair.blocks
-    odd = outside_window(exponents.astype(np.int64) - pair.bias, scaling.m)
+    odd = scaling.undecided(exponents.astype(np.int64) - pair.bias)
     codes = _codes(pair, files, odd)
     written = encode(codes, exponents[odd], scaling, pair.bias)
     before = mxfp4_values(codes, exponents[odd, None], pair.bias)
@@ -153,21 +72,56 @@ def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> i
     return pair.blocks - int((before != after).any(axis=1).sum())
 
 
-Scaled = tuple[str, Pair, Scaling]  # a quantizer's name, the tensor that it belongs to, how that is scaled
+class AmaxFacts(TypedDict):
+    """What the cast sets of one tensor; see `build_amax_map`."""
+
+    global_amax: float
+    k_min: int | None
+    k_max: int | None
+    m: int | None
+    n_total_blocks: int
+    n_lossless_blocks: int
+    pct_lossless: float
 
 
-def cast_domains(directory: Path, inexact: str) -> Iterator[Scaled]:
-    """(quantizer's name, tensor, scaling) for every MXFP4 tensor of a checkpoint."""
-    source = read_source(open_checkpoint(directory))
-    for domain in scan(castable(source, choose_target(source.family, activations="w4a4")), inexact=inexact):
-        for pair in domain.pairs:
-            yield _quantizer_name(pair), pair, domain.scaling
+class Scaled(NamedTuple):
+    """One MXFP4 tensor and how its scale domain is scaled."""
+
+    pair: Pair
+    scaling: Scaling
+
+    @property
+    def module(self) -> str:
+        """The tensor's module in the checkpoint."""
+        return self.pair.module
+
+    @property
+    def quantizer(self) -> str:
+        """The name of the model's quantizer that it belongs to."""
+        return f"{self.module}_weight_quantizer" if self.pair.bank else f"{self.module}.weight_quantizer"
 
 
-def _facts(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> dict[str, Any]:
+def cast_domains(source: Source, target: Target, inexact: str) -> list[Scaled]:
+    """Every MXFP4 tensor that a target casts, with the scaling of its domain.
+
+    Raises:
+        UnsupportedError: there is none.
+        InexactError: some domain cannot be exact and `inexact` is "fail".
+    """
+    check_inexact(inexact)
+    domains = find_domains(castable(source, target).cast, inexact=inexact)
+    return [Scaled(pair, domain.scaling) for domain in domains for pair in domain.pairs]
+
+
+def _domains_of(directory: str | Path, inexact: str) -> list[Scaled]:
+    source = read_source(open_checkpoint(Path(directory)))
+    return cast_domains(source, targets_of(source.family)[0], inexact)
+
+
+def _facts(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> AmaxFacts:
     lossless = _lossless(pair, scaling, exponents, files)
     return {
-        "global_amax": _TOP * scaling.tensor_scale,
+        "global_amax": TENSOR_TOP * scaling.tensor_scale,
         "k_min": scaling.k_min,
         "k_max": scaling.k_max,
         "m": scaling.m,
@@ -177,7 +131,7 @@ def _facts(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> dict
     }
 
 
-def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict[str, dict[str, Any]]:
+def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict[str, AmaxFacts]:
     """What the cast would set, by the name of the quantizer.
 
     Args:
@@ -190,12 +144,12 @@ def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict
     """
     with Files() as files:
         return {
-            name: _facts(pair, scaling, _exponents(pair, files), files)
-            for name, pair, scaling in cast_domains(Path(checkpoint_dir), inexact)
+            each.quantizer: _facts(*each, _exponents(each.pair, files), files)
+            for each in _domains_of(checkpoint_dir, inexact)
         }
 
 
-def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = "fail") -> dict[str, dict[str, Any]]:
+def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = "fail") -> dict[str, AmaxFacts]:
     """Set every weight quantizer of a model that belongs to an MXFP4 tensor of a checkpoint.
 
     Args:
@@ -204,29 +158,29 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
         inexact: "fail", or "nearest" to round what cannot be exact.
 
     Returns:
-        What was set, as of `build_amax_map`.
+        What was set, like `build_amax_map`.
 
     Raises:
         QuantizerError: a quantizer is missing, of another kind, or of another size; nothing is changed then.
         InexactError: some tensor cannot be exact and `inexact` is "fail".
     """
-    return apply_domains(model, list(cast_domains(Path(checkpoint_dir), inexact)))
+    return apply_domains(model, _domains_of(checkpoint_dir, inexact))
 
 
-def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, dict[str, Any]]:
+def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFacts]:
     """`apply_to_model` with what `cast_domains` found."""
-    quantizers = {name: _find(model, name, pair) for name, pair, _ in found}
+    quantizers = {each.quantizer: _find(model, each.quantizer, each.pair) for each in found}
     weights = {id(quantizer): rows for _, quantizer, rows in quantized_weights(model)}
     applied = {}
     with Files() as files, torch.no_grad():
-        for name, pair, _ in found:
-            _check_weight(name, pair, weights[id(quantizers[name])], files)
-        for name, pair, scaling in found:
+        for each in found:
+            _check_weight(each.quantizer, each.pair, weights[id(quantizers[each.quantizer])], files)
+        for each in found:
+            pair, scaling = each
             exponents = _exponents(pair, files)
-            scales = block_scale_bytes(exponents, scaling, pair.bias, lambda odd, pair=pair: _codes(pair, files, odd))  # type: ignore[misc]
-            quantizer = quantizers[name]
-            _set(quantizer, scales, scaling)
-            applied[name] = _facts(pair, scaling, exponents, files)
+            scales = block_scale_bytes(exponents, scaling, pair.bias, partial(_codes, pair, files))
+            _set(quantizers[each.quantizer], scales, scaling)
+            applied[each.quantizer] = _facts(pair, scaling, exponents, files)
     return applied
 
 
@@ -234,8 +188,8 @@ def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling)
     """In place and in the buffer's own shape: what refers to it sees the new values."""
     if quantizer.amax is not None:  # as `_find` has seen
         device = quantizer.amax.device
-        quantizer.amax.copy_(_amax(block_scales, scaling, device).reshape(quantizer.amax.shape))
-        quantizer.global_amax = _global_amax(scaling.tensor_scale).to(device)
+        quantizer.amax.copy_(block_amax(block_scales, scaling, device).reshape(quantizer.amax.shape))
+        quantizer.global_amax = global_amax(scaling.tensor_scale).to(device)
 
 
 def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:
@@ -272,7 +226,7 @@ def _check_weight(name: str, pair: Pair, rows: Tensor, files: Files) -> None:
     if rows.is_meta or rows.dtype not in (torch.bfloat16, torch.float32):
         return  # of other dtypes, not every value is exact
     first = (rows[0] if rows.ndim == 3 else rows)[: max(1, _SAMPLE // pair.shape[-1])]
-    blocks = first.reshape(-1, 32).float().abs().amax(dim=1).cpu()
+    blocks = first.reshape(-1, MX_BLOCK).float().abs().amax(dim=1).cpu()
     exponents = files[pair.scales.path].read(pair.scales.start, len(blocks)).astype(np.int32) - pair.bias
     k = torch.from_numpy(exponents)
     ratio = torch.ldexp(torch.ldexp(blocks, -(k // 2)), k // 2 - k)  # in two steps: 2^127 and 2^-127 are at the ends

@@ -9,30 +9,39 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
-from fp4cast import __version__
-from fp4cast.checkpoints.directory import Checkpoint, open_checkpoint
-from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.convert import real_path
-from fp4cast.conversion.execute import run
-from fp4cast.conversion.plan import check_stamps, stamp
-from fp4cast.conversion.publish import Progress, write_documents
-from fp4cast.conversion.recipe import Made, Output, OutputShard, index, nvfp4, place
-from fp4cast.conversion.staging import Staging, check_destination, staging
+from fp4cast.checkpoints.directory import Checkpoint, check_stamps
+from fp4cast.checkpoints.json_files import json_bytes
+from fp4cast.conversion.execute import execute
+from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, nvfp4, place
+from fp4cast.conversion.staging import Staging, check_destination, real_path, staging
 from fp4cast.errors import VerificationError
-from fp4cast.layouts.documents import documents, to_bytes
+from fp4cast.formats import NV_BLOCK
+from fp4cast.layouts.documents import documents
+from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine, make_engine
-from fp4cast.ptq.model_weights import Weight, check_untouched, held_weights
-from fp4cast.ptq.read_back import measure
-from fp4cast.verification.report import InexactTensor
+from fp4cast.parallel.progress import Progress, ignore
+from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
+from fp4cast.ptq.opened import OpenedModel, model_target, open_model
+from fp4cast.ptq.read_back import read_back
+from fp4cast.verification.report import ByteCounts, InexactTensor
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "WeightCounts", "export", "write_model"]
+
+
+class WeightCounts(TypedDict):
+    """Weights that were quantized, those from MXFP4 that are exact and inexact; and tensors that were copied."""
+
+    quantized: int
+    exact: int
+    inexact: int
+    copied: int
 
 
 @dataclass(frozen=True)
@@ -42,22 +51,22 @@ class Exported:
     Attributes:
         source: the directory that the model was loaded from.
         destination: the new directory.
-        layout: as of `fp4cast.convert`.
+        layout: as in `fp4cast.convert`.
         activations: "w4a16" or "w4a4".
         tensors: counts of weights "quantized", of those from MXFP4 "exact" and "inexact", and of tensors "copied".
         inexact: weights from MXFP4 whose values are not the source's, as measured on what was written.
         bytes: "read" from the source's files, and "written".
         seconds: wall time.
-        served: where the result can be served, in words.
+        served: where the result is served, for people.
     """
 
     source: str
     destination: str
     layout: str
     activations: str
-    tensors: Mapping[str, int]
+    tensors: WeightCounts
     inexact: Sequence[InexactTensor]
-    bytes: Mapping[str, int]
+    bytes: ByteCounts
     seconds: float
     served: str
 
@@ -85,13 +94,13 @@ def export(
     lossless: Collection[str] = (),
     overwrite: bool = False,
     jobs: int | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = ignore,
 ) -> Exported:
     """Write a quantized model as an NVFP4 checkpoint.
 
     Args:
         model: calibrated, as `max_calibrate` or `apply_to_model` leave it.
-        destination: the directory to make; it appears when it is complete.
+        destination: the directory to make; it is published when it is complete.
         source: the checkpoint that the model was loaded from: a directory or a model id.
         layout: "modelopt", or "compressed-tensors" for models without batched experts.
         lossless: modules whose written weights must equal the source's MXFP4 ones.
@@ -102,31 +111,49 @@ def export(
     Raises:
         QuantizerError: a quantizer is not calibrated, or a weight is not one of the source's.
         CheckpointError: a parameter that is not quantized differs from the source's.
-        VerificationError: a weight in `lossless` is not; nothing appears.
+        VerificationError: a weight in `lossless` is not; nothing is published.
         DestinationError: `destination` cannot be written.
     """
-    begin = time.monotonic()
-    checkpoint, target_path = open_checkpoint(resolve(source)), real_path(destination)
-    check_destination(checkpoint.path, target_path, overwrite=overwrite)
-    weights = held_weights(model, checkpoint, layout)
+    opened = open_model(source)
+    check_destination(opened.checkpoint.path, real_path(destination), overwrite=overwrite)
+    target = model_target(opened, model, layout)
+    return write_model(
+        model, destination, opened, target, lossless=lossless, overwrite=overwrite, jobs=jobs, progress=progress
+    )
+
+
+def write_model(
+    model: nn.Module,
+    destination: str | Path,
+    opened: OpenedModel,
+    target: Target,
+    *,
+    lossless: Collection[str],
+    overwrite: bool,
+    jobs: int | None,
+    progress: Progress,
+) -> Exported:
+    """`export` with a checkpoint that is open and a target that is chosen."""
+    begin, checkpoint = time.monotonic(), opened.checkpoint
+    weights = calibrated_weights(model, opened, target)
     replaced = {tensor.name for weight in weights for tensor in weight.replaces}
     check_untouched(model, checkpoint, replaced)
-    stamps, engine = stamp(checkpoint), make_engine("local", jobs)
+    engine = make_engine("local", jobs)
     shards = list(place(checkpoint, _outputs(weights)))
-    files, companions = _documents(checkpoint, weights, replaced, shards), list(checkpoint.companions())
-    with staging(checkpoint.path, target_path, overwrite=overwrite, keep=False) as stage:
+    files, companions = _documents(checkpoint, target, weights, replaced, shards), list(checkpoint.companions())
+    with staging(checkpoint.path, real_path(destination), overwrite=overwrite, keep=False) as stage:
         total = _write(shards, stage, engine, progress)
-        check_stamps(checkpoint, stamps, "export")
-        write_documents(stage, files, companions, checkpoint.path)
-        inexact = measure(weights, stage, engine, progress)
+        check_stamps(checkpoint, opened.stamps, "export")
+        stage.write_documents(files, companions, checkpoint.path)
+        inexact = read_back(weights, target, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
         stage.publish(overwrite=overwrite)
     cast = sum(weight.pair is not None for weight in weights)
     return Exported(
         source=str(checkpoint.path),
         destination=str(destination),
-        layout=layout,
-        activations=weights[0].target.activations,
+        layout=target.layout.name,
+        activations=target.activations,
         tensors={
             "quantized": len(weights),
             "exact": cast - len(inexact),
@@ -136,7 +163,7 @@ def export(
         inexact=inexact,
         bytes={"read": sum(shard.size for shard in checkpoint.shards.values()), "written": total},
         seconds=time.monotonic() - begin,
-        served=_main(weights).target.served,
+        served=target.served,
     )
 
 
@@ -151,22 +178,21 @@ def _write(shards: Sequence[OutputShard], stage: Staging, engine: Engine, progre
     def count(nbytes: int) -> None:
         progress("write", nbytes, total)
 
-    run(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
+    execute(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
     return total
 
 
-def _main(weights: Sequence[Weight]) -> Weight:
-    """The weight whose layout the config follows: batched experts, where there are some."""
-    return next((weight for weight in weights if weight.target.transposed), weights[0])
-
-
 def _documents(
-    checkpoint: Checkpoint, weights: Sequence[Weight], replaced: Collection[str], shards: Sequence[OutputShard]
+    checkpoint: Checkpoint,
+    target: Target,
+    weights: Sequence[Weight],
+    replaced: Collection[str],
+    shards: Sequence[OutputShard],
 ) -> dict[str, bytes]:
     """Index and configs."""
-    modules = [weight.module for weight in weights]
-    files = documents(checkpoint, _main(weights).target, modules, replaced, __version__)
-    return index(shards) | {name: to_bytes(document) for name, document in files.items()}
+    modules, bank = [weight.module for weight in weights], any(weight.bank for weight in weights)
+    files = documents(checkpoint, target, modules, replaced, bank=bank)
+    return index(shards) | {name: json_bytes(document) for name, document in files.items()}
 
 
 def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:
@@ -182,11 +208,12 @@ def _outputs(weights: Sequence[Weight]) -> dict[str, list[Output]]:
     """The weights' new tensors by the source tensor in whose place they stand."""
     new: dict[str, list[Output]] = {}
     for weight in weights:
-        shape = tuple(weight.rows.shape)
-        part = math.prod(shape) // weight.parts
-        codes, scales = Made(weight.parts, part // 2, weight.codes), Made(weight.parts, part // 16, weight.block_scales)
+        shape, experts = tuple(weight.rows.shape), weight.experts
+        elements = math.prod(shape) // experts
+        codes = FromModel(experts, elements // 2, weight.codes)
+        scales = FromModel(experts, elements // NV_BLOCK, weight.block_scales)
         home, block_scales = nvfp4(
-            weight.target, weight.module, shape, codes, scales, weight.tensor_scale, weight.input_scale
+            weight.form, weight.module, shape, codes, scales, weight.tensor_scale, weight.input_scale
         )
         new[weight.replaces[0].name] = home
         new.setdefault(weight.replaces[-1].name, []).append(block_scales)

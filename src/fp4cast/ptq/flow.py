@@ -13,23 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4cast.checkpoints.directory import Checkpoint, open_checkpoint
-from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.convert import real_path
-from fp4cast.conversion.plan import check_stamps, stamp
-from fp4cast.conversion.publish import Progress
-from fp4cast.conversion.staging import check_destination
-from fp4cast.errors import UnsupportedError, UsageError
+from fp4cast.casting.inexact import check_inexact
+from fp4cast.checkpoints.directory import check_stamps
+from fp4cast.conversion.staging import check_destination, real_path
+from fp4cast.errors import UsageError
 from fp4cast.extras import require
-from fp4cast.families.recognise import read_source
-from fp4cast.layouts.layout import LAYOUTS, choose_target
-from fp4cast.ptq.cast import Scaled, apply_domains, cast_domains
+from fp4cast.layouts.choose import choose_target, find_layout
+from fp4cast.layouts.layout import Target
+from fp4cast.parallel.progress import Progress, ignore
+from fp4cast.ptq.cast import AmaxFacts, Scaled, apply_domains, cast_domains
 from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
-from fp4cast.ptq.export import Exported, export
-from fp4cast.ptq.load import choose_device, current, empty_model, load_model, load_tokenizer, running
+from fp4cast.ptq.export import Exported, write_model
+from fp4cast.ptq.load import (
+    choose_device,
+    empty_model,
+    explain_run_errors,
+    load_model,
+    load_tokenizer,
+    use_device,
+)
 from fp4cast.ptq.max_calibration import max_calibrate
 from fp4cast.ptq.model_weights import matching_weights
 from fp4cast.ptq.modules import attach
+from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.qformats import QFORMATS, find_qformat
 
 __all__ = ["Options", "Quantized", "quantize"]
@@ -114,7 +120,7 @@ class Options:
     jobs: int | None = None
 
 
-def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantized:
+def quantize(options: Options, progress: Progress = ignore) -> Quantized:
     """Quantize a checkpoint by loading it, running it, and writing it again.
 
     Args:
@@ -127,12 +133,12 @@ def quantize(options: Options, progress: Progress = lambda *_: None) -> Quantize
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
     job = _check(options)
-    with current(job.device):
+    with use_device(job.device):
         return _quantize(options, job, progress)
 
 
 def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
-    checkpoint, samples, clock = job.checkpoint, job.samples, dict[str, float]()
+    checkpoint, samples, clock = job.opened.checkpoint, job.samples, dict[str, float]()
     with _timed(clock, "load"):
         model = load_model(checkpoint, job.device, options.trust_remote_code)
     loop = _Loop(samples, options.batch_size, job.device, progress)
@@ -142,14 +148,14 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
         max_calibrate(model, loop if samples else None)
     with _timed(clock, "cast"):
         applied = apply_domains(model, job.domains) if options.cast_mxfp4_to_nvfp4 else None
-    check_stamps(checkpoint, job.stamps, "export")
+    check_stamps(checkpoint, job.opened.stamps, "export")
     with _timed(clock, "export"):
-        exported = export(
+        exported = write_model(
             model,
             options.export_path,
-            checkpoint.path,
-            layout=options.layout,
-            lossless=_lossless(applied or {}),
+            job.opened,
+            job.target,
+            lossless=_lossless(job.domains, applied or {}),
             overwrite=options.overwrite,
             jobs=options.jobs,
             progress=progress,
@@ -165,10 +171,10 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     )
 
 
-def _lossless(applied: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Modules whose every value the cast keeps, by the names of their quantizers."""
-    kept = [name for name, facts in applied.items() if facts["n_lossless_blocks"] == facts["n_total_blocks"]]
-    return [name.removesuffix("weight_quantizer")[:-1] for name in kept]
+def _lossless(domains: Sequence[Scaled], applied: Mapping[str, AmaxFacts]) -> list[str]:
+    """Modules whose every value the cast keeps."""
+    facts = ((each.module, applied[each.quantizer]) for each in domains)
+    return [module for module, fact in facts if fact["n_lossless_blocks"] == fact["n_total_blocks"]]
 
 
 @dataclass(frozen=True)
@@ -176,15 +182,15 @@ class _Job:
     """What is known before a model is loaded.
 
     Attributes:
-        checkpoint: the source.
-        stamps: of its shards, before anything was read of them.
+        opened: the model's checkpoint.
+        target: how the result is stored.
         domains: what the cast will set; empty where nothing is cast.
         samples: token ids to calibrate on.
         device: where.
     """
 
-    checkpoint: Checkpoint
-    stamps: tuple[tuple[str, int, int], ...]
+    opened: OpenedModel
+    target: Target
     domains: list[Scaled]
     samples: list[Tensor]
     device: str
@@ -196,24 +202,21 @@ def _check(options: Options) -> _Job:
     device = choose_device(options.device)
     data = None if options.dataset is None else open_dataset(options.dataset)
     require("transformers", "ptq")
-    checkpoint = open_checkpoint(resolve(options.pyt_ckpt_path))
-    stamps = stamp(checkpoint)
-    domains = _check_source(checkpoint, options)
-    check_destination(checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
+    opened = open_model(options.pyt_ckpt_path)
+    target, domains = _check_source(opened, options)
+    check_destination(opened.checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
     samples: list[Tensor] = []
     if data is not None:
-        tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
+        tokenizer = load_tokenizer(opened.checkpoint, options.trust_remote_code)
         samples = tokenize(data, tokenizer, options.calib_size or CALIB_SIZE, options.calib_seq or CALIB_SEQ)
-    return _Job(checkpoint, stamps, domains, samples, device)
+    return _Job(opened, target, domains, samples, device)
 
 
 def _check_words(options: Options) -> None:
     """Options that contradict each other, whatever the checkpoint."""
     qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
-    if options.layout not in LAYOUTS:
-        raise UsageError(f"unknown layout {options.layout!r}; expected {' or '.join(LAYOUTS)}")
-    if options.inexact not in ("fail", "nearest"):
-        raise UsageError(f"inexact must be 'fail' or 'nearest', got {options.inexact!r}")
+    find_layout(options.layout)
+    check_inexact(options.inexact)
     if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
         raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
     check_counts(options.calib_size, options.calib_seq, options.batch_size)
@@ -224,21 +227,26 @@ def _check_words(options: Options) -> None:
         raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")
 
 
-def _check_source(checkpoint: Checkpoint, options: Options) -> list[Scaled]:
-    """Whether the checkpoint is one that the options are for; what the cast will set, if every tensor can be kept."""
-    try:
-        choose_target(read_source(checkpoint).family, options.layout, "w4a4")
-    except UnsupportedError as error:
-        if options.cast_mxfp4_to_nvfp4:
-            raise UsageError(
-                f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {error} Drop the option to "
-                "quantize a BF16 model."
-            ) from error
-    domains = list(cast_domains(checkpoint.path, options.inexact)) if options.cast_mxfp4_to_nvfp4 else []
-    model = empty_model(checkpoint, options.trust_remote_code)
+def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[Scaled]]:
+    """(how the result is stored, what the cast will set), if the options fit the checkpoint and nothing would be lost.
+
+    The format is attached to the model on the meta device, which shows whether all that it quantizes can be written.
+    """
+    if opened.source is None and options.cast_mxfp4_to_nvfp4:
+        raise UsageError(
+            f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {opened.why_not} Drop the option to "
+            "quantize a BF16 model."
+        )
+    if opened.source is not None:
+        choose_target(opened.source.family, options.layout, "w4a4")  # before transformers has a say
+    model = empty_model(opened.checkpoint, options.trust_remote_code)
     attach(model, QFORMATS[options.qformat])
-    matching_weights(model, checkpoint, options.layout)  # whether all that will be quantized can be written
-    return domains
+    target = model_target(opened, model, options.layout)
+    domains = []
+    if opened.source is not None and options.cast_mxfp4_to_nvfp4:
+        domains = cast_domains(opened.source, target, options.inexact)
+    matching_weights(model, opened, target)
+    return target, domains
 
 
 @dataclass
@@ -251,7 +259,7 @@ class _Loop:
     progress: Progress
 
     def __call__(self, model: nn.Module) -> None:
-        with running():
+        with explain_run_errors():
             for batch in split(self.samples, self.batch_size):
                 self._run(model, batch)
                 self.progress("calibrate", len(batch), len(self.samples))
@@ -273,7 +281,7 @@ class _Loop:
             return batch_size
 
         first = min(_FIRST_BATCH[torch.device(self.device).type], len(self.samples))
-        with running():
+        with explain_run_errors():
             self.batch_size = find(attempt, starting_batch_size=first)()
 
 

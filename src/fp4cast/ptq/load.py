@@ -1,4 +1,4 @@
-"""Models of transformers, loaded for quantization: MXFP4 experts as BF16, on one device after the other."""
+"""Load transformers models for quantization: MXFP4 experts as BF16, on one device."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from fp4cast.checkpoints.directory import Checkpoint
-from fp4cast.checkpoints.quantization_config import manifest
+from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageError
 from fp4cast.extras import require
 
 __all__ = [
     "choose_device",
-    "current",
     "empty_model",
+    "explain_load_errors",
+    "explain_run_errors",
     "load_model",
     "load_tokenizer",
-    "loading",
     "quantization_options",
-    "running",
+    "use_device",
 ]
 
 
@@ -49,13 +49,13 @@ def choose_device(name: str) -> str:
     return name
 
 
-def current(device: str) -> AbstractContextManager[object]:
-    """Make a GPU this thread's current one: not everything that copies to `cuda:1` waits for its stream otherwise."""
+def use_device(device: str) -> AbstractContextManager[object]:
+    """Make a GPU this thread's current one: otherwise some copies to `cuda:1` do not wait for its stream."""
     return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
 
 
 @contextmanager
-def loading(path: Path, what: str) -> Iterator[None]:
+def explain_load_errors(path: Path, what: str) -> Iterator[None]:
     """Whatever transformers raises, as an error with the checkpoint's name."""
     try:
         yield
@@ -64,7 +64,7 @@ def loading(path: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def running() -> Iterator[None]:
+def explain_run_errors() -> Iterator[None]:
     """Whatever a model raises while it runs, memory that is out above all, as an error that says what to try."""
     try:
         yield
@@ -80,7 +80,7 @@ def running() -> Iterator[None]:
 def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `from_pretrained` must be told so that weights become BF16."""
     transformers = require("transformers", "ptq")
-    method = manifest(checkpoint.config)[1].get("quant_method")
+    method = find_quantization_config(checkpoint.config).section.get("quant_method")
     if method == "mxfp4":
         return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
     if method == "compressed-tensors":
@@ -95,7 +95,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.M
         CheckpointError: transformers does not know the model.
     """
     transformers, accelerate = require("transformers", "ptq"), require("accelerate", "ptq")
-    with loading(checkpoint.path, "model"):
+    with explain_load_errors(checkpoint.path, "model"):
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else torch.bfloat16
         with accelerate.init_empty_weights(include_buffers=False):
@@ -117,7 +117,7 @@ def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = Fa
     """
     transformers = require("transformers", "ptq")
     require("accelerate", "ptq")
-    with loading(checkpoint.path, "model"):
+    with explain_load_errors(checkpoint.path, "model"):
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype="auto",
@@ -135,5 +135,5 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> A
         CheckpointError: transformers cannot load it.
     """
     transformers = require("transformers", "ptq")
-    with loading(checkpoint.path, "tokenizer"):
+    with explain_load_errors(checkpoint.path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)

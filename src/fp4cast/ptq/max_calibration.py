@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fp4cast.errors import QuantizerError, ShapeError, UnsupportedError
-from fp4cast.families.recognise import fused_group
+from fp4cast.families.merging import expert_projection, shared_scale_group
 from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
 from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
 
 __all__ = ["check_amax", "max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
-
-_EXPERT = re.compile(r"(?P<bank>.*\.experts)\.\d+\.(?P<leaf>.+)")
 
 
 def max_calibrate(
@@ -116,10 +113,10 @@ def check_amax(name: str, amax: float) -> None:
 
 
 def share_global_amax(model: nn.Module) -> None:
-    """Weights that engines fuse get the largest global amax of their group: they will share one tensor scale."""
+    """Weights that engines merge get the largest global amax of their group: they will share one tensor scale."""
     groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
     for name, quantizer, _ in quantized_weights(model):
-        group, members = fused_group(name.removesuffix(".weight"))
+        group, members = shared_scale_group(name.removesuffix(".weight"))
         if len(members) > 1:
             groups[group].append(quantizer)
     for quantizers in groups.values():
@@ -136,8 +133,8 @@ def _fill_idle_experts(model: nn.Module) -> None:
     """Give the experts of a list that saw no token what the others of their layer saw."""
     groups: dict[tuple[str, str], list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
-        if (found := _EXPERT.fullmatch(name)) and isinstance(module, QuantLinear):
-            groups[found["bank"], found["leaf"]].append(module)
+        if isinstance(module, QuantLinear) and (expert := expert_projection(name)):
+            groups[expert].append(module)
     for experts in groups.values():
         set_expert_quantizer_amax(experts)
 

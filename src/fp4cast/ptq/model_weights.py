@@ -11,22 +11,21 @@ from safetensors import safe_open
 from torch import nn
 
 from fp4cast.checkpoints.directory import Checkpoint
-from fp4cast.checkpoints.header import Tensor
+from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
 from fp4cast.conversion.input_scales import InputScales
 from fp4cast.errors import CheckpointError, QuantizerError, UnsupportedError
-from fp4cast.families.recognise import FAMILIES, UNQUANTIZED, Pair, fused_group, read_source
-from fp4cast.formats import NV_BLOCK, Bytes
+from fp4cast.families.family import Pair
+from fp4cast.families.merging import shared_scale_group
+from fp4cast.formats import NV_BLOCK, Bytes, usable_scale
 from fp4cast.kernels import quantize_nvfp4
 from fp4cast.kernels.reference import block_scales, own_block_scales, tensor_scale
-from fp4cast.layouts.layout import Activations, Target, choose_target
+from fp4cast.layouts.layout import Form, Target
 from fp4cast.ptq.max_calibration import check_amax
-from fp4cast.ptq.modules import input_quantizer, quantized_weights
+from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
+from fp4cast.ptq.opened import OpenedModel
 from fp4cast.ptq.quantizer import TensorQuantizer
-from fp4cast.verification.shard_check import usable
 
-__all__ = ["Weight", "check_untouched", "held_weights", "input_amax", "matching_weights"]
-
-_ROWS = {family.blocked: family for family in FAMILIES if family.name in ("gpt-oss", "compressed-tensors")}
+__all__ = ["Weight", "calibrated_weights", "check_untouched", "input_amax", "matching_weights"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Weight:
         input_scale: of what it is multiplied with, a float32 number; None for W4A16.
         replaces: the source's tensors: codes and scales where it is MXFP4, else the weight.
         pair: the source's MXFP4 tensor.
-        target: how it is named and oriented.
+        form: how it is named and oriented.
     """
 
     module: str
@@ -49,12 +48,17 @@ class Weight:
     input_scale: float | None
     replaces: tuple[Tensor, ...]
     pair: Pair | None
-    target: Target
+    form: Form
 
     @property
-    def parts(self) -> int:
-        """Experts of a bank: what is quantized at a time."""
-        return self.rows.shape[0] if self.rows.ndim == 3 else 1
+    def experts(self) -> int:
+        """How many a bank has, which are quantized one at a time; 1 for a projection."""
+        return self.rows.shape[0] if self.bank else 1
+
+    @property
+    def bank(self) -> bool:
+        """All experts of a layer in one tensor."""
+        return self.rows.ndim == 3
 
     @property
     def tensor_scale(self) -> float:
@@ -64,41 +68,41 @@ class Weight:
     @property
     def _top(self) -> torch.Tensor:
         found = self.quantizer.tensor_amax
-        if found is None:  # as `held_weights` has seen
+        if found is None:  # as `calibrated_weights` has seen
             raise QuantizerError(f"{self.module}: is not calibrated")
         return found
 
-    def codes(self, part: int) -> Bytes:
-        """Packed codes of one part as they are stored: uint8 [N, K/2], or [K/2, N]."""
-        return self._stored(quantize_nvfp4(self._part(part), self._top, self._amax(part))[0])
+    def codes(self, expert: int) -> Bytes:
+        """Packed codes of one expert as they are stored: uint8 [N, K/2], or [K/2, N]."""
+        return self._stored(quantize_nvfp4(self._rows(expert), self._top, self._amax(expert))[0])
 
-    def block_scales(self, part: int) -> Bytes:
-        """E4M3 block scales of one part as they are stored: uint8 [N, K/16], or [K/16, N]."""
+    def block_scales(self, expert: int) -> Bytes:
+        """E4M3 block scales of one expert as they are stored: uint8 [N, K/16], or [K/16, N]."""
         *_, lines, width = self.rows.shape
-        amax = self._amax(part)
+        amax = self._amax(expert)
         if amax is None:
-            amax = self._part(part).reshape(-1, NV_BLOCK).abs().amax(dim=1)
+            amax = self._rows(expert).reshape(-1, NV_BLOCK).abs().amax(dim=1)
             scales = own_block_scales(amax, self._top)
         else:
             scales = block_scales(amax, self._top)
         return self._stored(scales.view(torch.uint8).reshape(lines, width // NV_BLOCK))
 
-    def _part(self, part: int) -> torch.Tensor:
-        return (self.rows[part] if self.rows.ndim == 3 else self.rows).contiguous()
+    def _rows(self, expert: int) -> torch.Tensor:
+        return (self.rows[expert] if self.bank else self.rows).contiguous()
 
-    def _amax(self, part: int) -> torch.Tensor | None:
-        """Block amax of one part, float32; None where the quantizer keeps none, and the weight's own counts."""
+    def _amax(self, expert: int) -> torch.Tensor | None:
+        """Block amax of one expert, float32; None where the quantizer keeps none, and the weight's own counts."""
         if not self.quantizer.static or self.quantizer.amax is None:
             return None
-        return self.quantizer.amax.reshape(self.parts, -1)[part]
+        return self.quantizer.amax.reshape(self.experts, -1)[expert]
 
     def _stored(self, x: torch.Tensor) -> Bytes:
-        stored: Bytes = (x.transpose(-1, -2) if self.target.transposed else x).contiguous().cpu().numpy()
+        stored: Bytes = (x.transpose(-1, -2) if self.form.transposed else x).contiguous().cpu().numpy()
         return stored
 
 
-def held_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelopt") -> list[Weight]:
-    """The quantized weights of a calibrated model, checked against the checkpoint.
+def calibrated_weights(model: nn.Module, opened: OpenedModel, target: Target) -> list[Weight]:
+    """The quantized weights of a calibrated model, checked against its checkpoint.
 
     Raises:
         QuantizerError: nothing is quantized, a quantizer is not calibrated, or a weight is not the checkpoint's.
@@ -106,7 +110,7 @@ def held_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelo
         UsageError: a weight has no such layout.
     """
     amax = input_amax(model)
-    weights = matching_weights(model, checkpoint, layout)
+    weights = matching_weights(model, opened, target)
     if amax and (missing := [weight for weight in weights if weight.module not in amax]):
         raise QuantizerError(
             f"{missing[0].module}: its input is not calibrated, but that of {len(amax)} others is; expected all (W4A4) "
@@ -118,24 +122,19 @@ def held_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelo
     return [replace(weight, input_scale=scales.get(weight.module)) for weight in weights]
 
 
-def matching_weights(model: nn.Module, checkpoint: Checkpoint, layout: str = "modelopt") -> list[Weight]:
-    """The same of a model whose numbers do not matter yet: it may be on the meta device, and without input scales.
+def matching_weights(model: nn.Module, opened: OpenedModel, target: Target) -> list[Weight]:
+    """Like `calibrated_weights`, for a model that is not calibrated yet: it may be on the meta device.
 
     Raises:
-        QuantizerError: nothing is quantized, or a weight is not the checkpoint's, or not of whole blocks.
+        QuantizerError: a weight is not the checkpoint's, or not of whole blocks.
         UnsupportedError: the checkpoint holds MXFP4 weights that the model does not quantize.
         UsageError: a weight has no such layout.
     """
-    found = list(quantized_weights(model))
-    if not found:
-        raise QuantizerError(f"{type(model).__name__}: no weight is quantized, so there is nothing to export")
-    activations: Activations = "w4a4" if any(input_quantizer(model, name).is_enabled for name, *_ in found) else "w4a16"
-    pairs = _mxfp4_pairs(checkpoint)
-    weights = [_weight(checkpoint, pairs, layout, activations, *each) for each in found]
-    if left := sorted(pairs.keys() - {weight.module for weight in weights}):
+    weights = [_weight(opened, target, *each) for each in quantized_weights(model)]
+    if left := sorted(opened.pairs.keys() - {weight.module for weight in weights}):
         raise UnsupportedError(
-            f"{checkpoint.path}: {len(left)} of {len(pairs)} MXFP4 tensors are not quantized in the model, the first "
-            f"is {left[0]}; a qformat that covers all of them is needed"
+            f"{opened.checkpoint.path}: {len(left)} of {len(opened.pairs)} MXFP4 tensors are not quantized in the "
+            f"model, the first is {left[0]}; a qformat that covers all of them is needed"
         )
     return weights
 
@@ -146,7 +145,7 @@ def _check_calibrated(weight: Weight) -> None:
         raise QuantizerError(
             f"{weight.module}: is on the meta device or was not calibrated; load the model and calibrate it"
         )
-    if not usable(weight.tensor_scale):
+    if not usable_scale(weight.tensor_scale):
         raise QuantizerError(
             f"{weight.module}: a largest magnitude of {float(top):g} gives no tensor scale that engines can use"
         )
@@ -177,39 +176,24 @@ def _module(name: str) -> str:
 
 
 def _shared_input_scales(amax: Mapping[str, float]) -> dict[str, float]:
-    """Input scales by module: projections that engines fuse share the largest."""
+    """Input scales by module: projections that engines merge share the largest."""
     table = InputScales(None, amax, "the model's input quantizers")
     table.require(amax)
     return {
-        module: float(table.scale([member for member in fused_group(module)[1] if member in amax])) for module in amax
+        module: float(table.scale([member for member in shared_scale_group(module)[1] if member in amax]))
+        for module in amax
     }
 
 
-def _mxfp4_pairs(checkpoint: Checkpoint) -> Mapping[str, Pair]:
-    try:
-        return read_source(checkpoint).pairs
-    except UnsupportedError:
-        return {}  # BF16, or something that `_plain` refuses by its dtype
-
-
-def _weight(
-    checkpoint: Checkpoint,
-    pairs: Mapping[str, Pair],
-    layout: str,
-    activations: Activations,
-    name: str,
-    quantizer: TensorQuantizer,
-    rows: torch.Tensor,
-) -> Weight:
+def _weight(opened: OpenedModel, target: Target, name: str, quantizer: TensorQuantizer, rows: torch.Tensor) -> Weight:
     if rows.shape[-1] % NV_BLOCK:
         raise QuantizerError(f"{name} {list(rows.shape)}: K is {rows.shape[-1]}, expected a multiple of {NV_BLOCK}")
-    module = _module(name)
-    target = choose_target(_ROWS[rows.ndim == 3], layout, activations)
-    pair = pairs.get(module)
-    replaces = (pair.codes, pair.scales) if pair is not None else (_plain(checkpoint, name, rows),)
+    module, form = _module(name), target.layout.form(is_bank(name))
+    pair = opened.pairs.get(module)
+    replaces = (pair.codes, pair.scales) if pair is not None else (_plain(opened.checkpoint, name, rows),)
     if pair is not None and pair.shape != tuple(rows.shape):
         raise QuantizerError(f"{name}: {tuple(rows.shape)} in the model, but {pair.codes} holds other blocks")
-    return Weight(module, rows.detach(), quantizer, None, replaces, pair, target)
+    return Weight(module, rows.detach(), quantizer, None, replaces, pair, form)
 
 
 def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:
@@ -221,7 +205,7 @@ def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:
             f"{name}: is no tensor of {checkpoint.path}, which has {some}, ...; expected the checkpoint that the model "
             "was loaded from, under the model's own names"
         )
-    expected = tuple((rows.transpose(-1, -2) if rows.ndim == 3 else rows).shape)
+    expected = tuple((rows.transpose(-1, -2) if is_bank(name) else rows).shape)
     if tensor.shape != expected or tensor.dtype not in UNQUANTIZED:
         raise QuantizerError(
             f"{name}: expected a floating-point tensor {list(expected)} in {checkpoint.path}, found {tensor}"

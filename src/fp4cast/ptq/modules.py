@@ -19,7 +19,7 @@ from fp4cast.errors import QuantizerError, UnsupportedError
 from fp4cast.ptq.qformats import QFormat
 from fp4cast.ptq.quantizer import TensorQuantizer
 
-__all__ = ["QuantLinear", "attach", "input_quantizer", "quantized_weights", "weight_quantizers"]
+__all__ = ["QuantLinear", "attach", "input_quantizer", "is_bank", "quantized_weights", "weight_quantizers"]
 
 _BATCHED = ("gate_up_proj", "down_proj")
 
@@ -84,6 +84,9 @@ _EXPERTS = {
 }
 
 
+# Each class of experts gets one quantized class, made when it is first met, since transformers' classes are not
+# imported before. `torch.save` pickles a module's class by name, so `__getattr__` makes it again in a process that has
+# not met it yet.
 _MADE: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -198,10 +201,14 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer, 
                 yield f"{name}.{attribute}" if name else attribute, quantizer, weight
 
 
+def is_bank(weight: str) -> bool:
+    """Whether a weight of `quantized_weights` is a bank of experts, which has no module of its own."""
+    return not weight.endswith(".weight")
+
+
 def input_quantizer(model: nn.Module, weight: str) -> TensorQuantizer:
     """What quantizes the input that a weight of `quantized_weights` is multiplied with."""
-    linear = weight.removesuffix(".weight")
-    name = f"{weight}_input_quantizer" if linear == weight else f"{linear}.input_quantizer"
+    name = f"{weight}_input_quantizer" if is_bank(weight) else f"{weight.removesuffix('.weight')}.input_quantizer"
     quantizer = model.get_submodule(name)
     if not isinstance(quantizer, TensorQuantizer):
         raise QuantizerError(f"{name}: expected a TensorQuantizer, got {type(quantizer).__name__}")

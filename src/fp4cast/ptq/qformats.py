@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp4cast.errors import UsageError
+from fp4cast.formats import Activations
 
 __all__ = ["QFORMATS", "QFormat", "find_qformat"]
 
@@ -38,7 +39,7 @@ class QFormat:
 
     name: str
     rules: tuple[Rule, ...]
-    activations: str = "w4a4"
+    activations: Activations = "w4a4"
 
     def enables(self, quantizer: str) -> bool:
         """Whether a quantizer is on, by its full name in the model."""

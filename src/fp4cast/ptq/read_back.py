@@ -1,4 +1,4 @@
-"""What was written of weights from MXFP4, against the source's values: by the independent witness of `verify`."""
+"""Read the export back and compare it with the MXFP4 source, with verify's own code."""
 
 from __future__ import annotations
 
@@ -7,45 +7,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import open_checkpoint
-from fp4cast.conversion.publish import Progress
 from fp4cast.conversion.staging import Staging
 from fp4cast.errors import VerificationError
+from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine
+from fp4cast.parallel.progress import Progress
 from fp4cast.ptq.model_weights import Weight
-from fp4cast.verification.fast_path import Cast
+from fp4cast.verification.fast_path import Converted
 from fp4cast.verification.report import InexactTensor, inexact_tensor
-from fp4cast.verification.shard_check import Checks, perform
+from fp4cast.verification.shard_check import ShardWork, check_shard
 from fp4cast.verification.values import Comparison
 
-__all__ = ["measure"]
+__all__ = ["read_back"]
 
 
-def measure(weights: Sequence[Weight], stage: Staging, engine: Engine, progress: Progress) -> list[InexactTensor]:
+def read_back(
+    weights: Sequence[Weight], target: Target, stage: Staging, engine: Engine, progress: Progress
+) -> list[InexactTensor]:
     """The weights whose written values are not those of their MXFP4 tensors, with the errors."""
     written = open_checkpoint(stage.out, stage.config).tensors
-    table: dict[Path, Checks] = defaultdict(Checks)
+    table: dict[Path, ShardWork] = defaultdict(ShardWork)
     for weight in weights:
         if weight.pair is not None:
-            cast = Cast.of(weight.pair, weight.target, written)
-            table[cast.codes.path].casts.append(cast)
+            converted = Converted.of(weight.pair, weight.form, target.activations, written)
+            table[converted.codes.path].converted.append(converted)
     todo = list(table.values())
-    total = sum(_bytes(cast) for checks in todo for cast in checks.casts)
+    total = sum(converted.nbytes for work in todo for converted in work.converted)
     inexact: list[InexactTensor] = []
-    for checks, found in zip(todo, engine.map(perform, todo, lambda n: progress("verify", n, total)), strict=True):
-        for cast, comparison in zip(checks.casts, found.comparisons, strict=True):
-            inexact += _judge(cast, comparison)
+    for work, found in zip(todo, engine.map(check_shard, todo, lambda n: progress("verify", n, total)), strict=True):
+        for converted, comparison in zip(work.converted, found.comparisons, strict=True):
+            inexact += _judge(converted, comparison)
     return inexact
 
 
-def _bytes(cast: Cast) -> int:
-    tensors = (cast.pair.codes, cast.pair.scales, cast.codes, cast.scales, cast.tensor_scale, cast.input_scale)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _judge(cast: Cast, found: Comparison | None) -> list[InexactTensor]:
+def _judge(converted: Converted, found: Comparison | None) -> list[InexactTensor]:
     if found is None:
         raise VerificationError(
-            f"{cast.tensor_scale.name}: would be no positive normal FP32 number, which engines cannot use"
+            f"{converted.tensor_scale.name}: would be no positive normal FP32 number, which engines cannot use"
         )
-    figures = (found.rounded, cast.pair.elements, found.squared_error, found.max_error, found.energy)
-    return [inexact_tensor(cast.pair.module, *figures)] if found.rounded else []
+    figures = (found.rounded, converted.pair.elements, found.squared_error, found.max_error, found.energy)
+    return [inexact_tensor(converted.pair.module, *figures)] if found.rounded else []

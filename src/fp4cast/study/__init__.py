@@ -1,1 +1,1 @@
-"""The numerics study: every algorithm, every scenario, measured on what would be written. It begins in `survey`."""
+"""The numerics study: every algorithm on every scenario; it begins in `survey`. Knows tensors, but no checkpoint."""

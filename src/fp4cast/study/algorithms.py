@@ -15,7 +15,7 @@ import numpy as np
 
 from fp4cast.casting.nearest import choose_nearest, encode
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, halve, scale_table
-from fp4cast.formats import E2M1, E4M3, E4M3_MAX, E8M0_BIAS, MX_BLOCK, Bytes, pack, unpack
+from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK, TENSOR_TOP, Bytes, pack, unpack
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
 __all__ = [
@@ -87,7 +87,7 @@ def requantize(source: Mxfp4, flush: bool = False) -> Nvfp4:
     amax = float((_MAGNITUDES[largest] * 2.0 ** (source.exponents.astype(np.float64) - E8M0_BIAS)).max(initial=0.0))
     if amax >= 2.0**128:
         raise OverflowError(f"a value of {amax:g} is infinite in BF16")
-    scale = float(np.float32(amax) / np.float32(6 * E4M3_MAX)) or 1.0
+    scale = float(np.float32(amax) / np.float32(TENSOR_TOP)) or 1.0
     codes, scales = _requantized(source, np.arange(len(source.exponents)), scale, flush)
     return Nvfp4(codes, scales, scale, None)
 

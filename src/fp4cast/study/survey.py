@@ -9,9 +9,9 @@ True
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
+from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.study.added import ADDED
 from fp4cast.study.brute_force import disagreements, exactness_map
 from fp4cast.study.claims import Facts, claims
@@ -36,7 +36,7 @@ def _unjudged(quick: bool) -> dict[str, str]:
     return {"claims about all of the 27": "run without --quick"} if quick else {}
 
 
-def study(quick: bool = False, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
+def study(quick: bool = False, progress: AdvanceOf = lambda _done, _total: None) -> dict[str, Any]:
     """Run the study.
 
     Args:

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from fp4cast.checkpoints.byte_ranges import CHUNK_BYTES, Files
-from fp4cast.checkpoints.header import Tensor
+from fp4cast.families.family import Source
+from fp4cast.layouts.layout import Selection, Target
 
-__all__ = ["Difference", "InexactTensor", "Report", "digest", "digest_bytes", "inexact_tensor"]
+__all__ = ["ByteCounts", "Difference", "HalfBlockCounts", "InexactTensor", "Report", "TensorCounts", "inexact_tensor"]
+
+
+class TensorCounts(TypedDict):
+    """MXFP4 tensors that were cast, those of them that are exact and inexact; and tensors that were copied."""
+
+    cast: int
+    exact: int
+    inexact: int
+    copied: int
+
+
+class HalfBlockCounts(TypedDict):
+    """Half-blocks that keep their codes, whose codes were shifted, and that hold other values."""
+
+    verbatim: int
+    shifted: int
+    rounded: int
+
+
+class ByteCounts(TypedDict):
+    """Bytes read and written."""
+
+    read: int
+    written: int
 
 
 def _number(value: float) -> float | None:
@@ -63,7 +86,7 @@ class Difference:
     Attributes:
         name: the tensor or file.
         kind: "missing", "unexpected", "dtype", "shape", "bytes", "values", "scale", "index", "config" or "file".
-        detail: expected and actual, in words.
+        detail: expected and actual, for people.
     """
 
     name: str
@@ -92,7 +115,7 @@ class Report:
         bytes: "read" and "written".
         seconds: wall time.
         verified: the figures were measured on what was written.
-        served: where the result can be served, in words.
+        served: where the result is served, for people.
         differences: what verification found wrong; empty when all is well.
     """
 
@@ -102,15 +125,67 @@ class Report:
     layout: str
     activations: str
     exact: bool
-    tensors: Mapping[str, int]
-    half_blocks: Mapping[str, int]
+    tensors: TensorCounts
+    half_blocks: HalfBlockCounts
     inexact: Sequence[InexactTensor]
     marlin_exact: bool
-    bytes: Mapping[str, int]
+    bytes: ByteCounts
     seconds: float
     verified: bool
     served: str
     differences: Sequence[Difference] = field(default=())
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        target: Target,
+        selection: Selection,
+        destination: str,
+        *,
+        half_blocks: HalfBlockCounts,
+        inexact: Sequence[InexactTensor],
+        marlin_exact: bool,
+        bytes: ByteCounts,  # noqa: A002
+        unmeasured: int = 0,
+        differences: Sequence[Difference] = (),
+        seconds: float = 0.0,
+        verified: bool = False,
+    ) -> Report:
+        """A report by what was selected and measured; the other arguments are those of the class.
+
+        Args:
+            source: the MXFP4 checkpoint.
+            target: how the destination is stored.
+            selection: what was cast, and what was not.
+            destination: its name.
+            half_blocks: measured.
+            inexact: the tensors that are not exact.
+            marlin_exact: measured.
+            bytes: measured.
+            unmeasured: tensors that could not be compared, which counts as inexact.
+            differences: what is wrong.
+            seconds: wall time.
+            verified: measured on what was written.
+        """
+        cast, lost = len(selection.cast), len(inexact) + unmeasured
+        return cls(
+            source=str(source.checkpoint.path),
+            destination=destination,
+            family=source.family.name,
+            layout=target.layout.name,
+            activations=target.activations,
+            exact=not lost and not differences,
+            tensors={"cast": cast, "exact": cast - lost, "inexact": lost, "copied": len(selection.untouched)},
+            half_blocks=half_blocks,
+            inexact=inexact,
+            marlin_exact=marlin_exact and not lost,
+            bytes=bytes,
+            seconds=seconds,
+            verified=verified,
+            served=target.served,
+            differences=tuple(differences),
+        )
 
     @property
     def ok(self) -> bool:
@@ -142,19 +217,3 @@ class Report:
             "served": self.served,
             "differences": [{"name": d.name, "kind": d.kind, "detail": d.detail} for d in self.differences],
         }
-
-
-def digest_bytes(data: bytes) -> str:
-    """BLAKE2b of a document."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def digest(tensors: Sequence[Tensor]) -> str:
-    """BLAKE2b of the bytes of some tensors: how a rounded tensor, which no source value pins down, is recognised."""
-    state = hashlib.blake2b(digest_size=16)
-    with Files() as files:
-        for tensor in tensors:
-            for start in range(0, tensor.nbytes, CHUNK_BYTES):
-                chunk = files[tensor.path].read(tensor.start + start, min(CHUNK_BYTES, tensor.nbytes - start))
-                state.update(chunk.data)
-    return state.hexdigest()

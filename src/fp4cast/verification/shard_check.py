@@ -1,131 +1,140 @@
-"""What verification must compare, as data, and the work of comparing it; part of the independent witness."""
+"""What is compared of one shard of the destination, as data, and the work of comparing it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
-
+from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.header import Tensor
+from fp4cast.formats import usable_scale
 from fp4cast.parallel.ranges import grouped, spans
 from fp4cast.parallel.workers import Workers
-from fp4cast.verification.fast_path import Cast, compare_bytes, compare_units, count_units, energy_of_units
+from fp4cast.verification.fast_path import Converted, compare_bytes, compare_units, count_units, energy_of_units
 from fp4cast.verification.values import Comparison
 
-__all__ = ["Checks", "Findings", "perform", "usable"]
+__all__ = ["ShardFindings", "ShardWork", "StoredScales", "check_shard"]
 
-PIECE_BYTES = 16 << 20  # what a worker compares before it takes the next piece, each side
+
+class StoredScales(NamedTuple):
+    """The scalars of one weight; tensor scale and input scale are stored as S or 1/S."""
+
+    tensor_scale: float
+    input_scale: float | None
 
 
 @dataclass
-class Checks:
+class ShardWork:
     """Tensors of one shard of the destination that are to be compared.
 
     Attributes:
-        casts: those that were cast.
+        converted: those that were cast.
         copies: (source, destination) of those that were not.
     """
 
-    casts: list[Cast] = field(default_factory=list)
+    converted: list[Converted] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass
-class Findings:
-    """What was found, in the order of the checks.
+class ShardFindings:
+    """What was found, in the order of the work.
 
     Attributes:
-        comparisons: of every cast, None where its tensor scale is no number to multiply with.
-        scales: of every cast, (tensor scale, input scale or None) as stored.
+        comparisons: of every cast tensor, None where its tensor scale is no number to multiply with.
+        scales: of every cast tensor.
         copies: of every copy, the first byte that differs, or None.
     """
 
     comparisons: list[Comparison | None]
-    scales: list[tuple[float, float | None]]
+    scales: list[StoredScales]
     copies: list[int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Units of a cast, or bytes of a copy: [first, last) of the item of that number."""
+class _Units:
+    """Units of a cast tensor, or bytes of a copy: [first, last) of the item of that number."""
 
     number: int
     first: int
     last: int
 
 
-def usable(value: float) -> bool:
-    """Whether a stored scale is a positive normal FP32 number."""
-    return math.isfinite(value) and value >= float(np.finfo(np.float32).tiny)
-
-
-def perform(checks: Checks, pool: Workers) -> Findings:
-    """Compare everything in `checks`."""
+def check_shard(work: ShardWork, pool: Workers) -> ShardFindings:
+    """Compare everything in `work`."""
     with Files() as files:
-        scales = [_scales(cast, files) for cast in checks.casts]
-        pool.advance(sum(4 for pair in scales for scale in pair if scale is not None))
-        comparisons = [Comparison() if usable(stored) else None for stored, _ in scales]
-
-        def compare(piece: list[_Part]) -> list[tuple[int, Comparison]]:
-            found = []
-            with pool.turn(len(piece)):
-                for part in piece:
-                    cast, (stored, _) = checks.casts[part.number], scales[part.number]
-                    scale = 1.0 / stored if cast.reciprocal else stored
-                    found.append((part.number, compare_units(cast, part.first, part.last, scale, files, pool.advance)))
-            return found
-
-        for found in pool.map(compare, grouped(_cast_parts(checks, comparisons), PIECE_BYTES)):
-            for number, comparison in found:
-                if (whole := comparisons[number]) is not None:
-                    whole.merge(comparison)
-        for cast, whole in zip(checks.casts, comparisons, strict=True):
-            if whole is not None and whole.rounded:
-                whole.energy = energy_of_units(cast, files, pool.check)
-        return Findings(comparisons, scales, _compare_copies(checks, files, pool))
+        scales = [_scales(converted, files) for converted in work.converted]
+        pool.advance(sum(4 for stored in scales for scale in stored if scale is not None))
+        comparisons = _compare_values(work, scales, files, pool)
+        return ShardFindings(comparisons, scales, _compare_copies(work, files, pool))
 
 
-def _compare_copies(checks: Checks, files: Files, pool: Workers) -> list[int | None]:
-    copies: list[int | None] = [None] * len(checks.copies)
-
-    def compare(piece: list[_Part]) -> list[tuple[int, int | None]]:
-        with pool.turn(len(piece)):
-            return [
-                (p.number, compare_bytes(*checks.copies[p.number], p.first, p.last - p.first, files, pool.advance))
-                for p in piece
-            ]
-
-    for found in pool.map(compare, grouped(_copy_parts(checks), PIECE_BYTES)):
-        for number, at in found:
-            if copies[number] is None:
-                copies[number] = at
-    return copies
-
-
-def _scales(cast: Cast, files: Files) -> tuple[float, float | None]:
-    return _scalar(cast.tensor_scale, files), None if cast.input_scale is None else _scalar(cast.input_scale, files)
+def _scales(converted: Converted, files: Files) -> StoredScales:
+    scalar = converted.input_scale
+    return StoredScales(_scalar(converted.tensor_scale, files), None if scalar is None else _scalar(scalar, files))
 
 
 def _scalar(tensor: Tensor, files: Files) -> float:
     return float(files[tensor.path].read(tensor.start, 4).view("<f4")[0])
 
 
-def _cast_parts(checks: Checks, comparisons: list[Comparison | None]) -> Iterator[tuple[_Part, int]]:
-    """(part, its bytes a side): at most a piece each."""
-    for number, cast in enumerate(checks.casts):
+def _compare_values(
+    work: ShardWork, scales: list[StoredScales], files: Files, pool: Workers
+) -> list[Comparison | None]:
+    comparisons = [Comparison() if usable_scale(stored.tensor_scale) else None for stored in scales]
+
+    def compare(piece: list[_Units]) -> list[tuple[int, Comparison]]:
+        found = []
+        with pool.one_at_a_time_if_many(len(piece)):
+            for units in piece:
+                converted, stored = work.converted[units.number], scales[units.number].tensor_scale
+                scale = 1.0 / stored if converted.form.reciprocal else stored
+                comparison = compare_units(converted, units.first, units.last, scale, files, pool.advance)
+                found.append((units.number, comparison))
+        return found
+
+    for found in pool.map(compare, grouped(_value_units(work, comparisons), tiles.LIMITS.compare_bytes)):
+        for number, comparison in found:
+            if (whole := comparisons[number]) is not None:
+                whole.merge(comparison)
+    for converted, whole in zip(work.converted, comparisons, strict=True):
+        if whole is not None and whole.rounded:
+            whole.energy = energy_of_units(converted, files, pool.check)
+    return comparisons
+
+
+def _compare_copies(work: ShardWork, files: Files, pool: Workers) -> list[int | None]:
+    copies: list[int | None] = [None] * len(work.copies)
+
+    def compare(piece: list[_Units]) -> list[tuple[int, int | None]]:
+        with pool.one_at_a_time_if_many(len(piece)):
+            return [
+                (p.number, compare_bytes(*work.copies[p.number], p.first, p.last - p.first, files, pool.advance))
+                for p in piece
+            ]
+
+    for found in pool.map(compare, grouped(_copy_units(work), tiles.LIMITS.compare_bytes)):
+        for number, at in found:
+            if copies[number] is None:
+                copies[number] = at
+    return copies
+
+
+def _value_units(work: ShardWork, comparisons: list[Comparison | None]) -> Iterator[tuple[_Units, int]]:
+    """(units, their bytes a side): at most a piece each."""
+    for number, converted in enumerate(work.converted):
         if comparisons[number] is not None:
-            units, size = count_units(cast)
+            units, size = count_units(converted)
             yield from _cut(number, units, size)
 
 
-def _copy_parts(checks: Checks) -> Iterator[tuple[_Part, int]]:
-    for number, (tensor, _) in enumerate(checks.copies):
+def _copy_units(work: ShardWork) -> Iterator[tuple[_Units, int]]:
+    for number, (tensor, _) in enumerate(work.copies):
         yield from _cut(number, tensor.nbytes, 1)
 
 
-def _cut(number: int, units: int, size: int) -> Iterator[tuple[_Part, int]]:
-    for first, last in spans(0, units, PIECE_BYTES // size):
-        yield _Part(number, first, last), (last - first) * size
+def _cut(number: int, units: int, size: int) -> Iterator[tuple[_Units, int]]:
+    for first, last in spans(0, units, tiles.LIMITS.compare_bytes // size):
+        yield _Units(number, first, last), (last - first) * size

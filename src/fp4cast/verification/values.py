@@ -1,7 +1,6 @@
-"""Comparing the values of MXFP4 blocks with those of the NVFP4 blocks made from them.
+"""Compare the values of MXFP4 blocks with those of the NVFP4 blocks made from them, decoded with `formats` alone.
 
-Part of the independent witness: it decodes with `formats` alone and imports nothing that casts. Equal codes under equal
-scales are equal values; a half-block for which that does not hold is decoded on both sides.
+Equal codes under equal scales are equal values; a half-block for which that does not hold is decoded on both sides.
 """
 
 from __future__ import annotations
@@ -13,8 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fp4cast.checkpoints.byte_ranges import scratch
-from fp4cast.formats import E4M3, E8M0, E8M0_BIAS, Bytes, Float64s, mxfp4_values, nvfp4_values
+from fp4cast.checkpoints.byte_ranges import BUFFERS
+from fp4cast.formats import (
+    E4M3,
+    E8M0,
+    E8M0_BIAS,
+    MX_BLOCK,
+    NV_BLOCK,
+    NV_BLOCK_BYTES,
+    Bytes,
+    Float64s,
+    mxfp4_values,
+    nvfp4_values,
+)
 
 __all__ = ["Blocks", "Comparison", "ScaleTables", "compare_blocks", "energy", "equal"]
 
@@ -54,14 +64,28 @@ class Comparison:
 
     def merge(self, other: Comparison) -> None:
         """Add what was measured on later blocks of the same tensor."""
-        for name in ("verbatim", "shifted", "rounded", "squared_error", "energy", "stray", "invalid", "marlin_zeroed"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.verbatim += other.verbatim
+        self.shifted += other.shifted
+        self.rounded += other.rounded
+        self.squared_error += other.squared_error
+        self.energy += other.energy
+        self.stray += other.stray
+        self.invalid += other.invalid
+        self.marlin_zeroed += other.marlin_zeroed
         self.max_error = float(np.maximum(self.max_error, other.max_error))
         self.where = self.where or other.where
 
 
 class Blocks(NamedTuple):
-    """Some blocks of both sides: indices [n], codes [n, 16], E8M0 [n]; codes [n, 16], E4M3 [n, 2]."""
+    """Some blocks of both sides.
+
+    Attributes:
+        position: the number of block i in its tensor.
+        source_codes: packed uint8 [n, 16].
+        exponents: E8M0 uint8 [n].
+        codes: of the destination, packed uint8 [n, 16].
+        scales: of the destination, E4M3 uint8 [n, 2].
+    """
 
     position: Callable[[int], int]
     source_codes: Bytes
@@ -102,7 +126,7 @@ class ScaleTables:
 
     def expected(self, exponents: Bytes) -> Bytes:
         """E8M0 uint8 [n] -> the E4M3 bytes of both half-blocks, uint8 [n, 2]."""
-        twice = scratch("expected", 2 * exponents.size).view(np.uint16)
+        twice = BUFFERS.expected(2 * exponents.size).view(np.uint16)
         twice[:] = np.frombuffer(exponents.tobytes().translate(self.same.tobytes()), np.uint8)
         twice *= np.uint16(0x0101)
         return twice.view(np.uint8).reshape(-1, 2)
@@ -126,13 +150,13 @@ def compare_blocks(blocks: Blocks, tables: ScaleTables, found: Comparison) -> No
     """Compare some blocks, code by code and scale by scale, and add what differs to `found`."""
     if blocks.scales.min() < _MARLIN_SMALLEST:
         low = np.flatnonzero((blocks.scales < _MARLIN_SMALLEST).any(axis=1))
-        holds = (blocks.codes[low].reshape(-1, 2, 8) & 0x77).any(axis=-1)
+        holds = (blocks.codes[low].reshape(-1, 2, NV_BLOCK_BYTES) & 0x77).any(axis=-1)
         found.marlin_zeroed += int((holds & (blocks.scales[low] < _MARLIN_SMALLEST)).sum())
     # 255 in `expected` means that no scale is the same; it is NaN too, and must not equal a NaN that was written.
     invalid = blocks.scales >= _NAN
     found.invalid += int(invalid.sum())
     other = (blocks.scales != tables.expected(blocks.exponents)) | invalid
-    other |= (blocks.source_codes != blocks.codes).reshape(-1, 2, 8).any(axis=-1)
+    other |= (blocks.source_codes != blocks.codes).reshape(-1, 2, NV_BLOCK_BYTES).any(axis=-1)
     odd = np.flatnonzero(other.any(axis=1))
     found.verbatim += 2 * (len(blocks.exponents) - len(odd))
     for i in range(0, len(odd), _BATCH):
@@ -150,12 +174,12 @@ def energy(codes: Bytes, exponents: Bytes, bias: int) -> float:
 
 def _compare_values(blocks: Blocks, odd: np.ndarray, tables: ScaleTables, found: Comparison) -> None:
     """Decode some blocks on both sides, as float64 [n, 2, 16]."""
-    shape = (len(odd), 2, 16)
+    shape = (len(odd), 2, NV_BLOCK)
     expected = mxfp4_values(blocks.source_codes[odd], blocks.exponents[odd, None], tables.bias).reshape(shape)
     actual = nvfp4_values(blocks.codes[odd], blocks.scales[odd], tables.tensor_scale).reshape(shape)
     wrong = (expected != actual) | (np.signbit(expected) != np.signbit(actual))
     rounded = wrong.any(axis=-1)
-    copied = (blocks.source_codes[odd] == blocks.codes[odd]).reshape(len(odd), 2, 8).all(axis=-1)
+    copied = (blocks.source_codes[odd] == blocks.codes[odd]).reshape(len(odd), 2, NV_BLOCK_BYTES).all(axis=-1)
     found.rounded += int(rounded.sum())
     found.verbatim += int((copied & ~rounded).sum())
     found.shifted += int((~copied & ~rounded).sum())
@@ -173,6 +197,6 @@ def _measure(
     found.max_error = float(np.maximum(found.max_error, error.max()))
     if found.where is None:
         at = int(np.argmax(wrong))
-        block, element = divmod(at, 32)
+        block, element = divmod(at, MX_BLOCK)
         values = float(expected.reshape(-1)[at]), float(actual.reshape(-1)[at])
         found.where = (blocks.position(int(odd[block])), element, *values)

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.convert import real_path
-from fp4cast.conversion.plan import castable
-from fp4cast.conversion.publish import Progress
-from fp4cast.conversion.staging import write_whole
+from fp4cast.checkpoints.json_files import json_bytes
+from fp4cast.conversion.staging import real_path
 from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
-from fp4cast.families.recognise import Pair, read_source
-from fp4cast.layouts.documents import to_bytes
-from fp4cast.layouts.layout import choose_target
+from fp4cast.families.family import Pair
+from fp4cast.families.recognise import read_source
+from fp4cast.layouts.choose import targets_of
+from fp4cast.layouts.layout import castable
+from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.layerwise.run import find_decoder, run_layers
-from fp4cast.ptq.load import choose_device, current, empty_model, load_tokenizer, running
+from fp4cast.ptq.load import choose_device, empty_model, explain_run_errors, load_tokenizer, use_device
 from fp4cast.ptq.max_calibration import check_amax
 
 __all__ = ["Calibrated", "calibrate"]
@@ -81,7 +82,7 @@ def calibrate(
     device: str = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = ignore,
 ) -> Calibrated:
     """Run a model layer by layer and write the amax of what its MXFP4 weights are multiplied with.
 
@@ -108,13 +109,13 @@ def calibrate(
     path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_dataset(dataset)
     checkpoint = open_checkpoint(resolve(source))
     found = read_source(checkpoint)
-    pairs = castable(found, choose_target(found.family, activations="w4a4"))
+    pairs = castable(found, targets_of(found.family)[0]).cast
     samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
     with Weights(checkpoint, found.pairs, model, chosen) as weights:
         _check_reached(model, weights, pairs)
-        with current(chosen), running():
+        with use_device(chosen), explain_run_errors():
             run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
     amax, idle = _by_module(observer.amax, weights, pairs)
     _write(path, amax)
@@ -170,7 +171,7 @@ def _by_module(
 
 def _write(path: Path, amax: Mapping[str, float]) -> None:
     if path.suffix == ".json":
-        data = to_bytes(amax)
+        data = json_bytes(amax)
     else:
         save = require("safetensors.torch", "ptq").save
         data = save({module: torch.tensor(value, dtype=torch.float32) for module, value in amax.items()})

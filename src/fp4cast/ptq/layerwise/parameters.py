@@ -18,11 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fp4cast.checkpoints.directory import Checkpoint
-from fp4cast.checkpoints.quantization_config import manifest
+from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import MissingExtraError, UnsupportedError
 from fp4cast.extras import require
-from fp4cast.families.recognise import Pair
-from fp4cast.formats import E2M1
+from fp4cast.families.family import Pair
+from fp4cast.formats import E2M1, E8M0_BIAS, MX_BLOCK
 
 __all__ = ["Weights"]
 
@@ -31,7 +31,7 @@ _FP8_BLOCK = 128  # rows and columns that share a scale, unless the config says 
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Tensor:
     """One tensor of a parameter: its name, and the pattern of transformers' conversion, if there is one."""
 
     name: str
@@ -61,7 +61,7 @@ class Weights(ExitStack):
         for name in self.checkpoint.tensors:
             if (pair := parts.get(name)) is not None:
                 if name == pair.codes.name:
-                    yield pair.module if len(pair.codes.shape) == 4 else f"{pair.module}.weight"
+                    yield pair.module if pair.bank else f"{pair.module}.weight"
             elif not any(name.endswith(suffix) and self._is_fp8(name, suffix) for suffix in _FP8_SCALES):
                 yield name
 
@@ -70,14 +70,14 @@ class Weights(ExitStack):
         return weight is not None and weight.dtype == "F8_E4M3"
 
     def modules(self, parameter: str) -> list[list[str]]:
-        """The modules, as of `Pair`, that a parameter is made of, by expert; one list where there are no experts."""
+        """The modules, as in `Pair`, that a parameter is made of, by expert; one list where there are no experts."""
         if parameter not in self._modules:
             experts = self._experts(parameter)
             self._modules[parameter] = [[name.removesuffix(".weight") for name in names] for names in experts]
         return self._modules[parameter]
 
     def _experts(self, parameter: str) -> list[list[str]]:
-        """The names of a parameter's tensors, likewise."""
+        """The names of a parameter's tensors by expert."""
         patterns: dict[str | None, list[str]] = defaultdict(list)
         for part in self._parts.get(parameter, []):
             patterns[part.pattern].append(part.name)
@@ -129,7 +129,7 @@ class Weights(ExitStack):
         module = name.removesuffix(".weight")
         if (pair := self.pairs.get(module)) is not None:
             codes, scales = self._raw(pair.codes.name), self._raw(pair.scales.name)
-            if codes.ndim == 2:
+            if not pair.bank:
                 return self._mxfp4(codes, scales, pair.bias, dtype)
             experts, rows, columns = pair.shape
             bank = torch.empty(experts, columns, rows, dtype=dtype, device=self.device)
@@ -157,15 +157,18 @@ class Weights(ExitStack):
         """Packed codes [N, K/2] and E8M0 [N, K/32] as [N, K]: exact in BF16 and float32."""
         table = torch.tensor(E2M1.values, dtype=torch.float32, device=self.device)
         packed = codes.view(torch.uint8)
-        values = table[torch.stack([packed & 15, packed >> 4], dim=-1).int()].reshape(*scales.shape, 32)
+        values = table[torch.stack([packed & 15, packed >> 4], dim=-1).int()].reshape(*scales.shape, MX_BLOCK)
         return (values * _powers(scales, bias)[..., None]).to(dtype).flatten(-2)
 
     def _fp8(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """FP8 [N, K] under scales of blocks."""
-        rows, columns = manifest(self.checkpoint.config)[1].get("weight_block_size") or (_FP8_BLOCK, _FP8_BLOCK)
+        rows, columns = find_quantization_config(self.checkpoint.config).section.get("weight_block_size") or (
+            _FP8_BLOCK,
+            _FP8_BLOCK,
+        )
         if scales.dtype not in (torch.float32, torch.float8_e8m0fnu):
             raise UnsupportedError(f"{self.checkpoint.path}: FP8 scales of {scales.dtype}; expected F32 or F8_E8M0")
-        steps = scales if scales.dtype == torch.float32 else _powers(scales, 127)
+        steps = scales if scales.dtype == torch.float32 else _powers(scales, E8M0_BIAS)
         steps = steps.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
         return (weight.float() * steps).to(dtype)
 
@@ -176,7 +179,7 @@ def _powers(exponents: Tensor, bias: int) -> Tensor:
     return torch.ldexp(torch.ones_like(k, dtype=torch.float32), k)
 
 
-def _placed(names: Sequence[str], model: nn.Module) -> tuple[dict[str, list[_Part]], dict[str, list[str]]]:
+def _placed(names: Sequence[str], model: nn.Module) -> tuple[dict[str, list[_Tensor]], dict[str, list[str]]]:
     """(the parts of every parameter in transformers' order, the names of a conversion's operations by its patterns)."""
     loader: Any = require("transformers.core_model_loading", "ptq")
     mapping: Any = require("transformers.conversion_mapping", "ptq")
@@ -185,12 +188,12 @@ def _placed(names: Sequence[str], model: nn.Module) -> tuple[dict[str, list[_Par
         converters = [each for each in conversions if isinstance(each, loader.WeightConverter)]
         renamings = [each for each in conversions if isinstance(each, loader.WeightRenaming)]
         known = model.state_dict()
-        parts: dict[str, list[_Part]] = defaultdict(list)
+        parts: dict[str, list[_Tensor]] = defaultdict(list)
         for name in sorted(names, key=loader.dot_natural_key):
             parameter, pattern = loader.rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if parameter not in known and name in known:
                 parameter, pattern = name, None
-            parts[parameter].append(_Part(name, pattern))
+            parts[parameter].append(_Tensor(name, pattern))
     except (AttributeError, TypeError) as error:
         raise MissingExtraError(
             f"fp4cast calibrate needs the loader of transformers 5.17 to 5.23: pip install transformers==5.23 ({error})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4cast.errors import UnsupportedError
+from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 
@@ -37,7 +38,7 @@ def run_layers(
     weights: Weights,
     batches: Sequence[Tensor],
     observer: Observer,
-    progress: Callable[[int, int], None],
+    progress: AdvanceOf,
 ) -> None:
     """Send batches of token ids through a model's decoder, observing every product of its layers.
 

@@ -1,0 +1,22 @@
+"""What to do with a scale domain that no tensor scale represents exactly: the values of `--inexact`."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from fp4cast.errors import UsageError
+
+__all__ = ["INEXACT", "Inexact", "check_inexact"]
+
+Inexact = Literal["fail", "nearest"]
+INEXACT: tuple[Inexact, ...] = get_args(Inexact)
+
+
+def check_inexact(word: str) -> None:
+    """Raise for a word that is none of `INEXACT`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if word not in INEXACT:
+        raise UsageError(f"inexact must be {' or '.join(map(repr, INEXACT))}, got {word!r}")

@@ -1,0 +1,50 @@
+"""JSON documents of a checkpoint: read with limits, written the same on every machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fp4cast.errors import CheckpointError
+
+__all__ = ["index_bytes", "json_bytes", "read_json"]
+
+MAX_JSON_BYTES = 1 << 30
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, too large, or no JSON object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than the {MAX_JSON_BYTES} bytes of JSON that are allowed")
+        document = json.loads(raw.decode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON document as it is written."""
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def index_bytes(total: int, weight_map: Mapping[str, str]) -> bytes:
+    """What `json_bytes` gives for an index: json is slow where it indents, and this is the one large document."""
+    entries = json.dumps(weight_map, separators=(",\n    ", ": "))[1:-1]
+    return (
+        f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {entries}\n  }}\n}}\n'
+    ).encode()

@@ -1,0 +1,23 @@
+"""DeepSeek-V4 and V4.1: MXFP4 experts beside FP8 weights that are named alike."""
+
+from __future__ import annotations
+
+from fp4cast.families.family import Family, Suffix
+
+__all__ = ["DEEPSEEK_V4"]
+
+DEEPSEEK_V4 = Family(
+    name="deepseek-v4",
+    title="DeepSeek-V4",
+    codes=Suffix(".weight", ("I8",)),
+    scales=Suffix(".scale", ("F8_E8M0",)),
+    module=r"\.experts\.",
+    ambiguous=True,  # V4.1 has tables of one-byte integers
+    casts=r"\.ffn\.experts\.",
+    keeps=r"^mtp\.",
+    activations=("w4a4",),
+    hint="Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
+    "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
+    served={"modelopt": "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)"},
+    ignore=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
+)

@@ -1,0 +1,129 @@
+"""What a family of MXFP4 checkpoints is, as data: a row that says everything in which families differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fp4cast.checkpoints.directory import Checkpoint
+from fp4cast.checkpoints.header import Tensor
+from fp4cast.formats import E8M0_BIAS, MX_BLOCK, Activations
+
+__all__ = ["Family", "Pair", "Source", "Suffix"]
+
+
+class Suffix(NamedTuple):
+    """How the names of some tensors end, and their safetensors dtypes."""
+
+    text: str
+    dtypes: tuple[str, ...]
+
+
+def _standard_bias(_: Mapping[str, Any]) -> int:
+    return E8M0_BIAS
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """How one family of checkpoints spells, stores and serves MXFP4 weights.
+
+    All families store two E2M1 codes a byte, low nibble = even element along K, and row-major E8M0 scales.
+
+    Attributes:
+        name: for JSON documents.
+        title: for people.
+        codes: of the codes, after the module's name.
+        scales: of the scales.
+        bank: one tensor holds all experts of a layer, codes [E, N, K/32, 16]; otherwise one projection, [N, K/2].
+        module: a pattern that the module of some codes matches in every checkpoint of the family.
+        ambiguous: other tensors are named and typed like codes; only those whose module matches must have scales.
+        casts: a pattern of the modules that become NVFP4.
+        keeps: a pattern of those that stay MXFP4 nevertheless; None where there are none.
+        activations: what engines serve, the default first.
+        hint: for the error when other activations are asked for: what to do.
+        served: by layout, where the result is served, for people; a layout that is not there is not offered.
+        aliases: (pattern, what engines may call that part of a module's name), applied one after the other.
+        ignore: what the config lists as not NVFP4 where the rest of a checkpoint is FP8; names and patterns.
+        bias: the exponent bias of the scale bytes, by config.json.
+    """
+
+    name: str
+    title: str
+    codes: Suffix
+    scales: Suffix
+    bank: bool = False
+    module: str = ""
+    ambiguous: bool = False
+    casts: str = ""
+    keeps: str | None = None
+    activations: tuple[Activations, ...] = ("w4a16", "w4a4")
+    hint: str = ""
+    served: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
+    bias: Callable[[Mapping[str, Any]], int] = _standard_bias
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One MXFP4 tensor.
+
+    Attributes:
+        module: the name that both tensors share, `model.layers.0.mlp.experts.gate_up_proj`.
+        codes: uint8 codes, [N, K/2], or [E, N, K/32, 16] of a bank.
+        scales: E8M0 bytes, [N, K/32] or [E, N, K/32].
+        bias: exponent k is a scale byte minus this.
+        bank: all experts of a layer in one tensor.
+    """
+
+    module: str
+    codes: Tensor
+    scales: Tensor
+    bias: int = E8M0_BIAS
+    bank: bool = False
+
+    @property
+    def experts(self) -> int:
+        """E of a bank of experts, 1 for a single projection."""
+        return self.scales.shape[0] if self.bank else 1
+
+    @property
+    def rows(self) -> int:
+        """N, the output channels."""
+        return self.scales.shape[-2]
+
+    @property
+    def row_blocks(self) -> int:
+        """K / 32."""
+        return self.scales.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K] of a projection, [E, N, K] of a bank of experts."""
+        return (*self.scales.shape[:-1], self.row_blocks * MX_BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        """MX blocks of the whole tensor."""
+        return self.scales.nbytes
+
+    @property
+    def elements(self) -> int:
+        """Weights of the whole tensor."""
+        return self.blocks * MX_BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint whose MXFP4 tensors have been found.
+
+    Attributes:
+        checkpoint: the opened directory.
+        family: whose names and dtypes it has.
+        pairs: its MXFP4 tensors by module, in the order of their codes.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    pairs: Mapping[str, Pair]

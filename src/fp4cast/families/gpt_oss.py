@@ -1,0 +1,23 @@
+"""gpt-oss 20b and 120b: a bank of all experts in one tensor, as openai publishes them on the hub.
+
+TensorRT-LLM's loader is from https://github.com/NVIDIA/TensorRT-LLM/pull/8956; what vLLM lacks is in
+https://github.com/vllm-project/vllm/issues/46641.
+"""
+
+from __future__ import annotations
+
+from fp4cast.families.family import Family, Suffix
+
+__all__ = ["GPT_OSS"]
+
+GPT_OSS = Family(
+    name="gpt-oss",
+    title="gpt-oss",
+    codes=Suffix("_blocks", ("U8",)),
+    scales=Suffix("_scales", ("U8",)),
+    bank=True,
+    served={
+        "modelopt": "TensorRT-LLM 1.2 and newer (as W4A4), and transformers with fp4cast.hf; vLLM up to 0.33 does not "
+        "load it"
+    },
+)

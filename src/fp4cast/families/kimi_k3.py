@@ -1,0 +1,19 @@
+"""Kimi-K3: compressed-tensors experts inside a multimodal model, whose modules engines rename."""
+
+from __future__ import annotations
+
+from fp4cast.families.compressed_tensors import ALIASES, PACKED, PACKED_SCALES, packed_bias
+from fp4cast.families.family import Family
+
+__all__ = ["KIMI_K3"]
+
+KIMI_K3 = Family(
+    name="kimi-k3",
+    title="Kimi-K3",
+    codes=PACKED,
+    scales=PACKED_SCALES,
+    module=r"^language_model\.model\.layers\.\d+\.block_sparse_moe\.experts\.",
+    served={"modelopt": "vLLM and SGLang (ModelOpt MIXED_PRECISION)", "compressed-tensors": "vLLM"},
+    aliases=ALIASES,
+    bias=packed_bias,
+)

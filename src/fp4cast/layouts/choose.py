@@ -1,0 +1,70 @@
+"""The table of layouts, and which of them a family has."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from fp4cast.errors import UsageError
+from fp4cast.families.family import Family
+from fp4cast.formats import Activations
+from fp4cast.layouts.compressed_tensors import COMPRESSED_TENSORS
+from fp4cast.layouts.layout import Layout, Target
+from fp4cast.layouts.modelopt import MODELOPT
+
+__all__ = ["ACTIVATIONS", "DEFAULT_LAYOUT", "LAYOUTS", "LayoutName", "choose_target", "find_layout", "targets_of"]
+
+LayoutName = Literal["modelopt", "compressed-tensors"]
+LAYOUTS: tuple[Layout, ...] = (MODELOPT, COMPRESSED_TENSORS)
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+DEFAULT_LAYOUT: LayoutName = "modelopt"
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = next((layout for layout in LAYOUTS if layout.name == name), None)
+    if found is None:
+        raise UsageError(f"unknown layout {name!r}; expected {' or '.join(layout.name for layout in LAYOUTS)}")
+    return found
+
+
+def _find_activations(name: str | None, family: Family) -> Activations:
+    if name is not None and name not in ACTIVATIONS:
+        raise UsageError(f"unknown activations {name!r}; expected {' or '.join(ACTIVATIONS)}")
+    wanted = next((each for each in family.activations if name in (None, each)), None)
+    if wanted is None or (name is None and wanted != ACTIVATIONS[0]):
+        served = " or ".join(each.upper() for each in family.activations)
+        raise UsageError(f"engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
+    return wanted
+
+
+def choose_target(family: Family, layout: str = DEFAULT_LAYOUT, activations: str | None = None) -> Target:
+    """The target for a family.
+
+    Args:
+        family: of the source.
+        layout: the name of one of `LAYOUTS`.
+        activations: one of `ACTIVATIONS`; None for w4a16 where the family can be served so.
+
+    Raises:
+        UsageError: the family has no such layout, or cannot be served with such activations.
+    """
+    found = find_layout(layout)
+    if layout not in family.served:
+        others = " or ".join(f"--layout {name}" for name in family.served)
+        raise UsageError(f"no engine reads {family.title} in the {layout} layout; use {others}")
+    return Target(found, _find_activations(activations, family), family)
+
+
+def targets_of(family: Family) -> list[Target]:
+    """Every target that a family has, in the order of `LAYOUTS` and `ACTIVATIONS`."""
+    return [
+        Target(layout, activations, family)
+        for layout in LAYOUTS
+        if layout.name in family.served
+        for activations in ACTIVATIONS
+        if activations in family.activations
+    ]

@@ -1,0 +1,15 @@
+"""How long work tells its progress. Callbacks may be called from worker threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["Advance", "AdvanceOf", "Progress", "ignore"]
+
+Advance = Callable[[int], None]  # (amount just done); it may raise to stop the work
+AdvanceOf = Callable[[int, int], None]  # (amount just done, amount in all)
+Progress = Callable[[str, int, int], None]  # (phase, amount just done, amount in all); most phases count bytes
+
+
+def ignore(*_: object) -> None:
+    """Take no notice."""

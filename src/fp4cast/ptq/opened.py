@@ -1,0 +1,85 @@
+"""The checkpoint of a model and how its quantized form is stored: opened and chosen once, and handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from fp4cast.checkpoints.directory import Checkpoint, Stamps, open_checkpoint, stamp
+from fp4cast.checkpoints.hub import resolve
+from fp4cast.errors import QuantizerError, UnsupportedError
+from fp4cast.families.compressed_tensors import COMPRESSED_TENSORS
+from fp4cast.families.family import Family, Pair, Source
+from fp4cast.families.gpt_oss import GPT_OSS
+from fp4cast.families.recognise import read_source
+from fp4cast.formats import Activations
+from fp4cast.layouts.choose import choose_target
+from fp4cast.layouts.layout import Target
+from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
+
+__all__ = ["OpenedModel", "model_target", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """The checkpoint that a model is loaded from.
+
+    Attributes:
+        checkpoint: the opened directory.
+        stamps: of its shards, before anything was read of them.
+        source: its MXFP4 tensors; None where it holds none.
+        why_not: why it is no MXFP4 checkpoint, for people.
+    """
+
+    checkpoint: Checkpoint
+    stamps: Stamps
+    source: Source | None
+    why_not: str = ""
+
+    @property
+    def pairs(self) -> Mapping[str, Pair]:
+        """Its MXFP4 tensors by module."""
+        return self.source.pairs if self.source is not None else {}
+
+
+def open_model(path: str | Path) -> OpenedModel:
+    """Open a model's checkpoint, quantized in MXFP4 or not.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    checkpoint = open_checkpoint(resolve(path))
+    stamps = stamp(checkpoint)
+    try:
+        return OpenedModel(checkpoint, stamps, read_source(checkpoint))
+    except UnsupportedError as error:
+        return OpenedModel(checkpoint, stamps, None, str(error))
+
+
+def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
+    """How a model's quantized weights are stored.
+
+    Args:
+        opened: the model's checkpoint.
+        model: with quantizers; it may be on the meta device.
+        layout: the name of the layout.
+
+    Raises:
+        QuantizerError: nothing is quantized.
+        UsageError: the model has no such layout.
+    """
+    names = [name for name, *_ in quantized_weights(model)]
+    if not names:
+        raise QuantizerError(f"{type(model).__name__}: no weight is quantized, so there is nothing to export")
+    activations: Activations = "w4a4" if any(input_quantizer(model, name).is_enabled for name in names) else "w4a16"
+    return choose_target(_family(opened, any(map(is_bank, names))), layout, activations)
+
+
+def _family(opened: OpenedModel, banks: bool) -> Family:
+    """The checkpoint's family; for a BF16 model, the family whose experts look like its own."""
+    if opened.source is not None:
+        return opened.source.family
+    return GPT_OSS if banks else COMPRESSED_TENSORS

@@ -1,0 +1,57 @@
+"""Both sides of a verification, opened and recognised; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
+from fp4cast.errors import CheckpointError, UsageError
+from fp4cast.families.family import Source
+from fp4cast.families.recognise import read_source
+from fp4cast.layouts.choose import choose_target
+from fp4cast.layouts.engine_view import Claims, read_claims
+from fp4cast.layouts.layout import Selection, Target, select
+from fp4cast.verification.receipt import Receipt
+
+__all__ = ["Opened", "open_both"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, and a destination that claims to be made from it.
+
+    Attributes:
+        source: the MXFP4 checkpoint and its pairs.
+        destination: the NVFP4 checkpoint.
+        config: the name of the destination's config file.
+        target: the layout that its config claims.
+        claims: what that config says of each module.
+        selection: which of the source's tensors that layout casts.
+        receipt: the destination's fp4cast.json.
+    """
+
+    source: Source
+    destination: Checkpoint
+    config: str
+    target: Target
+    claims: Claims
+    selection: Selection
+    receipt: Receipt
+
+
+@gc_paused()
+def open_both(source: Path, destination: Path, config: str) -> Opened:
+    """Open both checkpoints and recognise what they claim to be.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or the destination claims what its source cannot be.
+    """
+    found = read_source(open_checkpoint(source))
+    opened = open_checkpoint(destination, config)
+    claims = read_claims(opened.config)
+    try:
+        target = choose_target(found.family, claims.layout, claims.activations)
+    except UsageError as error:
+        raise CheckpointError(f"{destination}: claims to be {claims.layout} {claims.activations}: {error}") from error
+    return Opened(found, opened, config, target, claims, select(found, target), Receipt.read(destination))
