@@ -1,4 +1,4 @@
-"""Run the examples of the pages: every `console` command with its output, every `python` block.
+"""Run the examples: every `console` command of the pages with its output, every `python` block, all of examples/.
 
 In a console block, lines after `$ ` are commands; the lines below are the output, where a line `...` stands for any
 number of lines. Commands run one after another in one directory, which holds nothing but the way to `tests/fixtures`.
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/exactness.md", "docs/ptq.md")
+PAGES = ("README.md", "docs/exactness.md", "docs/ptq.md", "docs/usage.md")
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -47,7 +47,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "tests").mkdir()
         Path(scratch, "tests", "fixtures").symlink_to(ROOT / "tests" / "fixtures")
-        for command, expected in [example for page in PAGES for example in examples((ROOT / page).read_text())]:
+        scripts = [([sys.executable, str(script)], None) for script in sorted((ROOT / "examples").glob("*.py"))]
+        for command, expected in [*(each for page in PAGES for each in examples((ROOT / page).read_text())), *scripts]:
             done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
             good = done.returncode == 0 and (expected is None or matches(expected, done.stdout.splitlines()))
             print("ok" if good else "FAILED", " ".join(command)[:100].split("\n")[0])

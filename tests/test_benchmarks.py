@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import checkpoints  # noqa: E402
-import common  # noqa: E402
-import fp4cast  # noqa: E402
-import table  # noqa: E402
+import checkpoints
+import common
+import fp4cast
+import table
 
 SCRIPTS = ("bytes", "convert", "memory", "peer", "scale", "verify")
 
@@ -78,5 +78,49 @@ def test_results_are_whole_and_nothing_was_missed_silently():
         assert {"date", "cpu", "cores", "memory_bytes", "file_system"} <= document["machine"].keys()
 
 
-def test_the_readme_shows_these_results():
-    assert table.markdown(ROOT / "benchmarks" / "results") in (ROOT / "README.md").read_text()
+def test_the_pages_show_these_results():
+    results = ROOT / "benchmarks" / "results"
+    assert table.markdown(results) in (ROOT / "docs" / "performance.md").read_text()
+    assert table.summary(results) in (ROOT / "README.md").read_text()
+
+
+def test_the_tables_say_met_and_missed(tmp_path):
+    kept, missed = common.claim("kept", "seconds", "ratio", 1.5), common.claim("late", "seconds", "ratio", 1.5)
+    rows = {
+        "cp": {"seconds": 1.0, "samples": [1.0, 1.0]},
+        "kept": {"seconds": 1.25, "ratio": 1.25, "samples": [1.0, 1.5]},
+        "late": {"seconds": 2.0, "ratio": 2.0, "samples": [2.0, 2.0]},
+    }
+    result = {"case": "c", "bytes": 1, "cache": "warm", "ceiling": "cp", "rows": rows, "claims": [kept, missed]}
+    machine = {"cpu": "x", "cores": 2, "memory_bytes": 1, "storage": "disk", "file_system": "ext4", "date": "today"}
+    document = {"benchmark": "convert", "machine": machine, "results": [result]}
+    (tmp_path / "convert-disk.json").write_text(json.dumps(document))
+    text = table.markdown(tmp_path)
+    assert "| **1.25 x** (at most 1.50 x) | met |" in text
+    assert "| 2.00 x (at most 1.50 x) | missed |" in text
+
+
+def test_the_summary_has_the_median_and_the_worst_round(tmp_path):
+    rows = {"cat": {"samples": [1.0, 1.0, 1.0]}, "verify": {"percent": 80.0, "samples": [1.0, 2.0, 1.25]}}
+    result = {
+        "case": "c",
+        "ceiling": "cat",
+        "rows": rows,
+        "claims": [common.claim("verify", "x", "percent", 90, most=False)],
+    }
+    document = {"benchmark": "verify", "machine": {"file_system": "ext4"}, "results": [result]}
+    (tmp_path / "verify-disk.json").write_text(json.dumps(document))
+    text = table.summary(tmp_path)
+    assert "| 3 | 80.0 % | 50.0 % (c, ext4) | 0 of 1 |" in text
+    assert "Missed: `verify` of c, ext4: 80.0 % (at least 90.0 %)." in text
+
+
+def test_update_replaces_what_stands_between_the_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- benchmarks/table.py: summary -->\nold\n<!-- end -->\nb\n")
+    table.update(page, ROOT / "benchmarks" / "results")
+    text = page.read_text()
+    assert text.startswith("a\n<!-- benchmarks/table.py: summary -->\n|") and text.endswith("<!-- end -->\nb\n")
+    assert "old" not in text
+    table.update(page, ROOT / "benchmarks" / "results")
+    assert page.read_text() == text
