@@ -1,4 +1,4 @@
-"""Imported first by what needs torch: where it is missing, the error gives the install line."""
+"""Import torch, or raise an error with the install line; modules that need torch import this one first."""
 
 from __future__ import annotations
 

@@ -1,24 +1,24 @@
 """The errors that fp4cast raises.
 
-Every one of them says which file and tensor, what was expected, what was found, and what to do next::
+Each message names the file and the tensor, what was expected, what was found, and what to do next::
 
     Fp4CastError
      ├── UsageError              the options contradict each other or the checkpoint's family
-     ├── CheckpointError         a checkpoint is not what it must be
+     ├── CheckpointError         a checkpoint that is damaged, inconsistent or unsupported
      │    ├── HeaderError        a safetensors header that is malformed, or does not fit its file
      │    ├── IndexFileError     an index that disagrees with its shards, or leaves the directory
      │    ├── PartnerError       codes without scales, or scales without codes
      │    ├── ShapeError         codes and scales whose shapes or dtypes do not fit together
      │    ├── ScaleError         an E8M0 scale byte of 255 (NaN)
-     │    └── UnsupportedError   a checkpoint that is not MXFP4, or a layout that is refused
+     │    └── UnsupportedError   a checkpoint without MXFP4 weights, or in a layout that fp4cast refuses
      ├── InexactError            no tensor scale makes a domain exact, and `nearest` was not asked for
      ├── InputScaleError         W4A4 without usable activation scales
      ├── DatasetError            calibration data that cannot be read, or holds no text
      ├── DestinationError        the destination exists, is locked, or belongs to another conversion
-     ├── QuantizerError          a model whose quantizers do not belong to the checkpoint
+     ├── QuantizerError          a model whose quantizers are not calibrated, or do not match its checkpoint
      ├── EngineError             a cluster that cannot do the work, or lost it too often
-     ├── MissingExtraError       a package that is only installed on request
-     └── VerificationError       what was written does not hold the source's values
+     ├── MissingExtraError       an optional package that is not installed
+     └── VerificationError       the written values differ from the source's
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class UsageError(Fp4CastError):
 
 
 class CheckpointError(Fp4CastError):
-    """A checkpoint that is not what it must be."""
+    """A checkpoint that is damaged, inconsistent or unsupported."""
 
 
 class HeaderError(CheckpointError):
@@ -77,7 +77,7 @@ class ScaleError(CheckpointError):
 
 
 class UnsupportedError(CheckpointError):
-    """A checkpoint that holds no MXFP4 weights, or holds them in a layout that is refused."""
+    """A checkpoint without MXFP4 weights, or in a layout that fp4cast refuses."""
 
 
 class InexactError(Fp4CastError):
@@ -97,7 +97,7 @@ class DestinationError(Fp4CastError):
 
 
 class QuantizerError(Fp4CastError):
-    """A model whose quantizers do not belong to the checkpoint that is to be cast into it."""
+    """A model whose quantizers are not calibrated, or do not match its checkpoint."""
 
 
 class EngineError(Fp4CastError):
@@ -105,8 +105,8 @@ class EngineError(Fp4CastError):
 
 
 class MissingExtraError(Fp4CastError):
-    """A package that is only installed on request."""
+    """An optional package that is not installed."""
 
 
 class VerificationError(Fp4CastError):
-    """What was written does not hold the source's values."""
+    """The written values differ from the source's."""

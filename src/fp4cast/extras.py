@@ -1,4 +1,4 @@
-"""Packages that only some commands need: imported when they are, with an error that gives the install line."""
+"""Optional packages: import one when a command needs it, or raise an error with the install line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["require"]
 
 
 def require(module: str, extra: str) -> Any:
-    """An optional module.
+    """Import an optional module.
 
     Args:
         module: what to import.
-        extra: the extra of fp4cast that installs it.
+        extra: the fp4cast extra that installs it.
 
     Raises:
         MissingExtraError: it is not installed.

@@ -55,11 +55,11 @@ class Format:
     """A binary floating-point format of at most eight bits without infinities.
 
     Attributes:
-        name: as the field spells it.
+        name: the usual name.
         sign_bits: 1, or 0 for an unsigned format.
         exponent_bits: width of the exponent field.
         mantissa_bits: width of the mantissa field.
-        bias: what is subtracted from the exponent field.
+        bias: subtracted from the exponent field.
         subnormals: whether exponent field 0 means "no hidden one"; E8M0 has no such codes.
         nans: the codes that are NaN.
     """
@@ -74,7 +74,7 @@ class Format:
 
     @property
     def codes(self) -> int:
-        """How many codes there are."""
+        """The number of codes."""
         return 1 << (self.sign_bits + self.exponent_bits + self.mantissa_bits)
 
     def decode(self, code: int) -> float:

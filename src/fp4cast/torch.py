@@ -1,6 +1,6 @@
-"""Casting MXFP4 tensors of torch where they are, on a CPU or a GPU: for loaders that want NVFP4 and write no file.
+"""Cast MXFP4 torch tensors on their own device, a CPU or a GPU: for loaders that want NVFP4 and write no file.
 
-The codes are returned as they came, not copied, wherever no half-block has to be shifted; only scales are made anew.
+Where no half-block needs a shift, the result holds the given codes, not a copy; only the scales are new.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cast:
     """An NVFP4 tensor, on the device of its source.
 
     Attributes:
-        codes: packed uint8 [..., K/2]; the very tensor that was passed in where no code changes.
+        codes: packed uint8 [..., K/2]; the given tensor itself where no code changes.
         block_scales: float8_e4m3fn [..., K/16].
         tensor_scale: S, float32 []; a weight is code value * block scale * S.
         exact: every value equals the MXFP4 tensor's.
@@ -46,8 +46,8 @@ class Cast:
 def cast(codes: Tensor, scales: Tensor, inexact: str = "fail") -> Cast:
     """Cast one MXFP4 tensor, as one scale domain.
 
-    Where all exponents span at most 17 binades this is a reduction and a pass over the scales, on their device, with
-    one wait for it between. Beyond, codes decide: the tensor is looked at on the CPU.
+    Where all exponents span at most 17 binades, this is a reduction and a pass over the scales on their device, with
+    one synchronisation between them. Beyond that the codes decide, and the CPU reads them.
 
     Args:
         codes: packed uint8 [..., K/2], two E2M1 codes a byte, low nibble = even element.
@@ -102,7 +102,7 @@ def _powers(exponents: Tensor, m: int) -> Tensor:
 
 
 def _slow(codes: Tensor, exponents: Tensor, inexact: str) -> Cast:
-    """By the codes, on the CPU."""
+    """Cast on the CPU, which reads the codes."""
     made = one_tensor.cast(codes.cpu().contiguous().numpy(), exponents.cpu().contiguous().numpy(), inexact)
     kept = made.shifted == 0 and made.rounded == 0
     return Cast(

@@ -93,7 +93,7 @@ def test_a_config_that_is_not_there_is_an_error(source):
 def test_a_config_that_is_no_file_is_an_error_not_a_wait(source):
     (source / "config.json").unlink()
     os.mkfifo(source / "config.json")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         open_checkpoint(source)
 
 

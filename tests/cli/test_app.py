@@ -221,7 +221,7 @@ def test_a_model_id_is_found_in_the_hub_cache_when_offline(miniatures, tmp_path)
     assert json.loads(inspect("someone/tiny").stdout)["family"] == "compressed-tensors"
     missing = inspect("someone/else")
     assert missing.returncode == 1
-    assert "not in the hub's cache" in missing.stderr
+    assert "the Hub cache holds no model of that id" in missing.stderr
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal():

@@ -402,7 +402,7 @@ def test_an_empty_destination_may_be_filled(miniatures, tmp_path):
 
 def test_a_destination_that_is_a_file_is_refused(miniatures, tmp_path):
     (tmp_path / "dst").write_text("x")
-    with pytest.raises(DestinationError, match="no directory"):
+    with pytest.raises(DestinationError, match="not a directory"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
 
 
@@ -529,7 +529,7 @@ def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkey
     monkeypatch.setattr(converting, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(DestinationError, match="No space left") as error:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
-    assert f"{tmp_path}/.dst.fp4cast: --resume goes on" in error.value.__notes__[0]
+    assert f"{tmp_path}/.dst.fp4cast: continue with --resume" in error.value.__notes__[0]
 
 
 def test_a_source_that_changes_underneath_is_an_error(miniatures, tmp_path, monkeypatch):

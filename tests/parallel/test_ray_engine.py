@@ -177,7 +177,7 @@ def divide(item, _):
 
 
 def test_more_cpus_than_any_node_has():
-    with pytest.raises(EngineError, match=r"asks for 64 CPUs.*the most CPUs are 2"):
+    with pytest.raises(EngineError, match=r"asks for 64 CPUs.*the largest has 2 CPUs"):
         list(Ray(jobs=64).map(FailsOnOne(Path()), [0], lambda _: None))
 
 

@@ -260,8 +260,8 @@ def test_the_command_and_what_it_says_to_do_next(tmp_path):
     ("options", "error", "words"),
     [
         ({"out": "amax.txt"}, UsageError, "expected a .json or .safetensors file"),
-        ({"out": "none/amax.json"}, DestinationError, "is no directory"),
-        ({"calib_size": 0}, UsageError, "calib_size: expected a positive number, got 0"),
+        ({"out": "none/amax.json"}, DestinationError, "is not a directory"),
+        ({"calib_size": 0}, UsageError, "calib_size: expected at least 1, got 0"),
         ({"dataset": "nothing.txt"}, DatasetError, "no such file"),
         ({"device": "tpu"}, UsageError, "expected cpu, cuda"),
     ],

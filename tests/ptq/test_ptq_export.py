@@ -224,7 +224,7 @@ def test_an_input_that_was_not_calibrated(source, tmp_path):
     model = load_gpt_oss(source)
     attach(model, QFORMATS["nvfp4_mlp_only"], static=True)
     max_calibrate(model)
-    refused(model, tmp_path, source, QuantizerError, "layers.0.mlp.experts.gate_up_proj: nothing was seen of its input")
+    refused(model, tmp_path, source, QuantizerError, "layers.0.mlp.experts.gate_up_proj: its input was never observed")
 
 
 def test_some_inputs_quantized_and_some_not(source, tmp_path):
@@ -249,7 +249,7 @@ def test_mxfp4_that_would_stay(source, tmp_path):
 
 def test_another_checkpoint(source, dense, tmp_path):
     refused(
-        quantized(source, "nvfp4_mlp_only"), tmp_path, dense, QuantizerError, "gate_up_proj: is no tensor of .*llama"
+        quantized(source, "nvfp4_mlp_only"), tmp_path, dense, QuantizerError, "gate_up_proj: is not a tensor of .*llama"
     )
     model = quantized_dense(dense, "w4a16_nvfp4")
     layer = model.model.layers[0].mlp.up_proj

@@ -144,8 +144,8 @@ W4A4, W4A16 = {"qformat": "nvfp4_mlp_only", "dataset": TEXT}, {"qformat": "w4a16
         ({**W4A4, "dataset": None}, "quantizes activations, which needs text .* Pass --dataset FILE"),
         ({**W4A16, "dataset": TEXT}, "nothing is calibrated, so drop --dataset"),
         ({**W4A16, "calib_size": 3, "calib_seq": 4}, "so drop --calib_size, --calib_seq"),
-        ({**W4A4, "calib_size": 0}, "--calib_size: expected a positive number, got 0"),
-        ({**W4A4, "batch_size": -1}, "--batch_size: expected a positive number, got -1"),
+        ({**W4A4, "calib_size": 0}, "--calib_size: expected at least 1, got 0"),
+        ({**W4A4, "batch_size": -1}, "--batch_size: expected at least 0, got -1"),
         ({**W4A4, "inexact": "nearest"}, "--inexact nearest belongs to --cast_mxfp4_to_nvfp4"),
         ({**W4A4, "inexact": "maybe"}, "inexact must be 'fail' or 'nearest'"),
         ({**W4A4, "device": "tpu"}, "unknown device 'tpu'|expected cpu, cuda"),
@@ -193,10 +193,10 @@ def mxfp4_models(tmp_path_factory):
         (
             "dense",
             "nvfp4_mlp_only",
-            "4 of 7 MXFP4 tensors are not quantized in the model, .*k_proj; a qformat",
+            "4 of 7 MXFP4 tensors are not quantized in the model, .*k_proj; use a qformat",
         ),
         ("dense", "nvfp4_experts_only", "nothing would be quantized"),
-        ("moe", "nvfp4", "Qwen3MoeExperts is not known here"),
+        ("moe", "nvfp4", "Qwen3MoeExperts is not supported"),
         ("moe", "w4a16_nvfp4", "use fp4cast convert"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_data_set_as_the_hub_has_them(tokenizer, tmp_path, monkeypatch):
     samples = data.tokenize(data.open_dataset("some/data"), tokenizer, 10, 20)
     assert [tokenizer.decode(sample[0]) for sample in samples] == ["alpha beta", "gamma"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DatasetError, match="nobody/nothing: cannot be loaded from the hub"):
+    with pytest.raises(DatasetError, match="nobody/nothing: cannot be loaded from the Hub"):
         data.tokenize(data.open_dataset("nobody/nothing"), tokenizer, 10, 20)
 
 

@@ -1,4 +1,4 @@
-"""What to do with a scale domain that no tensor scale represents exactly: the values of `--inexact`."""
+"""The values of `--inexact`: what happens to a scale domain that no tensor scale represents exactly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ INEXACT: tuple[Inexact, ...] = get_args(Inexact)
 
 
 def check_inexact(word: str) -> None:
-    """Raise for a word that is none of `INEXACT`.
+    """Raise if a word is not one of `INEXACT`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not.
     """
     if word not in INEXACT:
         raise UsageError(f"inexact must be {' or '.join(map(repr, INEXACT))}, got {word!r}")

@@ -1,8 +1,8 @@
-"""Writing half-blocks under a tensor scale: verbatim, shifted, or, where neither is exact, rounded with least error.
+"""Write half-blocks under a tensor scale: verbatim, shifted, or, where neither is exact, rounded with least error.
 
 A half-block is rounded to the E4M3 scale (of all 126 positive ones) and the codes of least squared error, so its error
 is at most that of any method that uses the same tensor scale. The candidates for S are every integer m in [hi, lo]
-(outside of it the error of no half-block falls: below hi only the largest lose range, above lo only the smallest) and
+(no m outside lowers the error of any half-block: below hi only the largest lose range, above lo only the smallest) and
 the continuous S = max|v| / (6 * 448) of the standard recipe.
 """
 
@@ -37,13 +37,13 @@ _MIDPOINTS = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
 _FIRST, _LAST = 0x01, 0x7E  # the positive finite E4M3 codes
 _SCALES = E4M3.values[_FIRST : _LAST + 1]
 _BATCH = 2048  # half-blocks whose 126 candidates are weighed together: 2 MB of float64
-_CHUNK = 1 << 11  # blocks weighed between two looks at `stop`
+_CHUNK = 1 << 11  # blocks weighed between two checks of `stop`
 _READ = 1 << 15  # blocks whose codes are read together
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as they are written.
+    """NVFP4 blocks, ready to write, and their errors.
 
     Attributes:
         codes: packed uint8 [n, 16].
@@ -108,7 +108,7 @@ def _round(codes: Bytes, k: Ints, tensor_scale: float) -> tuple[Bytes, Bytes, Fl
 
 
 def _split(codes: Bytes, k: Ints, m: int | None) -> tuple[Ints, Ints, Ints]:
-    """Of half-blocks uint8 [n, 8]: (those to shift, by how much, those to round); the rest is verbatim."""
+    """Sort half-blocks uint8 [n, 8]: (indices to shift, their shifts, indices to round); the rest stays verbatim."""
     masks = half_masks(codes)
     nonzero = np.flatnonzero(masks)
     if m is None:
@@ -127,11 +127,11 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     Args:
         codes: packed uint8 [n, 16].
         exponents: E8M0 uint8 [n], none of them 255.
-        scaling: what `choose` or `choose_nearest` found for the domain.
+        scaling: the domain's, from `choose` or `choose_nearest`.
         bias: exponent bias of the E8M0 bytes.
 
     Returns:
-        The blocks as NVFP4, and what was done to them.
+        The NVFP4 blocks, and what was done to them.
     """
     m = scaling.m
     table = scale_table(m if m is not None else 0, bias)
@@ -162,17 +162,17 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
 
 
 def block_scale_bytes(exponents: Bytes, scaling: Scaling, bias: int, read_codes: Callable[[Ints], Bytes]) -> Bytes:
-    """The E4M3 bytes of some blocks, without their codes wherever exponents say enough.
+    """The E4M3 block scales of some blocks; codes are read only where exponents do not decide.
 
     Args:
         exponents: E8M0 uint8 [n], none of them 255.
-        scaling: of their domain.
+        scaling: their domain's.
         bias: exponent bias of the E8M0 bytes.
-        read_codes: packed codes uint8 [m, 16] of the blocks with the given indices; called for those outside of the
-            window of a domain that is not verbatim only.
+        read_codes: returns packed codes uint8 [m, 16] of the blocks with the given indices; called only for blocks
+            outside of the window, in a domain that is not verbatim.
 
     Returns:
-        uint8 [2n], those of a block's halves side by side.
+        uint8 [2n], two for each block.
     """
     out = halve(exponents, scale_table(scaling.m if scaling.m is not None else 0, bias))
     outside = scaling.undecided(exponents.astype(np.int64) - bias)
@@ -222,7 +222,7 @@ def _largest_value(domain: Sequence[BlockSource], k_max: int) -> float:
 
 
 def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
-    """The tensor scale of least total squared error; the exact one where there is one."""
+    """The tensor scale of least total squared error; the exact one if it exists."""
     scaling, _ = choose(domain)
     if scaling.exact or scaling.k_max is None:
         return scaling

@@ -1,4 +1,4 @@
-"""Casting one tensor in memory."""
+"""Cast one tensor in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cast:
     """An NVFP4 tensor.
 
     Attributes:
-        codes: packed uint8 [..., K/2]; the very array that was passed in where no code changes.
+        codes: packed uint8 [..., K/2]; the given array itself where no code changes.
         block_scales: E4M3 codes, uint8 [..., K/16].
         tensor_scale: S, a float32 value; a weight is code value * block scale * S.
         exact: every value equals the MXFP4 tensor's.
@@ -43,7 +43,7 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
         codes: packed uint8 [..., K/2], two E2M1 codes a byte, low nibble = even element.
         scales: E8M0 uint8 [..., K/32].
         inexact: "fail", or "nearest" to round what cannot be exact.
-        bias: exponent bias of the scales: 127, or 125 for what compressed-tensors 0.13 wrote.
+        bias: exponent bias of the scales: 127, or 125 for scales that compressed-tensors 0.13 wrote.
 
     Returns:
         The NVFP4 tensor.
@@ -60,7 +60,7 @@ def cast(codes: Bytes, scales: Bytes, inexact: str = "fail", bias: int = E8M0_BI
     """
     check_inexact(inexact)
     if bias not in (E8M0_BIAS, E8M0_BIAS - 2):
-        raise UsageError(f"bias must be 127, or 125 for what compressed-tensors 0.13 wrote; got {bias}")
+        raise UsageError(f"bias must be 127, or 125 for scales that compressed-tensors 0.13 wrote; got {bias}")
     for name, array in (("codes", codes), ("scales", scales)):
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
             raise ShapeError(f"{name}: expected a uint8 array, got {getattr(array, 'dtype', type(array).__name__)}")

@@ -5,7 +5,7 @@ keeps its codes under the block scale 2^(k-m) when -9 <= k-m <= 8. A half-block 
 written with all its codes divided by 2^a, which widens its own window to -9 - a_max <= k-m <= 8 - a_min. Over a scale
 domain this gives an interval [lo, hi] of m; the domain is exact under some power of two if and only if lo <= hi.
 (Another S could help only a domain whose every magnitude is 1.5, 3 or 6: s * S * c' = c * 2^k makes S's odd part divide
-c's. No trained weight is like that, and it is not tried.)
+c's. No trained weight is like that, so such an S is not tried.)
 
 Codes are read only where exponents do not decide: never when all exponents span at most 17 binades.
 """
@@ -42,7 +42,7 @@ Ints = npt.NDArray[np.int64]
 E_MIN, E_MAX = -9, 8  # E4M3 holds 2^e exactly for e in [E_MIN, E_MAX]
 MARLIN_BINADES = 14  # vLLM's Marlin kernels zero block scales further below the largest
 M_NORMAL = -126  # 2^m is a normal FP32 number from here up; a GPU flushes subnormal ones to zero
-_BATCH = 4096  # blocks whose codes are looked at together
+_BATCH = 4096  # blocks whose codes are read together
 
 _POWER_CODE = {e: int(np.flatnonzero(E4M3.values == 2.0**e)[0]) for e in range(E_MIN, E_MAX + 1)}
 _MAGNITUDES = [E2M1.decode(code) for code in range(8)]
@@ -92,7 +92,7 @@ def scale_table(m: int, bias: int = E8M0_BIAS) -> Bytes:
     """uint8 [256], read-only: the E4M3 code of 2^(k-m) for every E8M0 byte.
 
     Exponents outside of the window are clamped to its ends: that is the scale of an all-zero block, whose value no
-    scale can change. Byte 255 maps to NaN, so that it could not pass unseen.
+    scale can change. Byte 255 maps to NaN, so that it cannot pass unseen.
     """
     table = [_POWER_CODE[min(max(b - bias - m, E_MIN), E_MAX)] for b in range(256)]
     table[E8M0_NAN] = 0x7F
@@ -105,12 +105,12 @@ def closed_form(k_max: int) -> int:
 
 
 def outside_window(k: Ints, m: int | None) -> Ints:
-    """Indices of the blocks whose exponent alone is not exact under S = 2^m; of all under another S (m None)."""
+    """Indices of the blocks outside of the window of S = 2^m, whose codes decide; of all under another S (m None)."""
     return np.flatnonzero((k < m + E_MIN) | (k > m + E_MAX)) if m is not None else np.arange(len(k))
 
 
 def halve(scales: Bytes, table: Bytes) -> Bytes:
-    """Two bytes for each: uint8 [n] looked up in uint8 [256] -> uint8 [2n], the scales of both half-blocks."""
+    """The scales of both halves of each block: uint8 [n] looked up in uint8 [256] -> uint8 [2n]."""
     # bytes.translate and a multiplication: four times as fast as indexing, and NumPy's repeat is slower still.
     wide = np.frombuffer(scales.tobytes().translate(table.tobytes()), np.uint8).astype(np.uint16)
     wide *= 0x0101
@@ -126,7 +126,7 @@ class BlockSource(Protocol):
 
     @property
     def bias(self) -> int:
-        """Exponent k of a block is its E8M0 byte minus this."""
+        """The exponent bias: a block's exponent k is its E8M0 byte minus this."""
 
     def exponents(self) -> Iterator[tuple[int, Bytes]]:
         """Chunks in order: (index of the first block, E8M0 bytes uint8 [n])."""
@@ -161,9 +161,9 @@ class Scaling:
 
     Attributes:
         tensor_scale: S, a float32 value. 2^m, unless `m` is None.
-        m: log2 of S, or None for a scale that is no power of two (`nearest` only).
-        k_min: smallest exponent over blocks that hold a non-zero code, where that was looked at; None if all are zero.
-        k_max: largest exponent, likewise.
+        m: log2 of S, or None for a scale that is not a power of two (from `choose_nearest` alone).
+        k_min: smallest exponent of blocks with a non-zero code, or of all if no code was read; None if all are zero.
+        k_max: largest exponent of the same blocks; None if all are zero.
         lo: smallest m under which every half-block is exact.
         hi: largest such m; the domain is exact if and only if lo <= hi.
         verbatim: every half-block keeps its codes, and its scale follows from its exponent alone.
@@ -179,16 +179,16 @@ class Scaling:
 
     @property
     def exact(self) -> bool:
-        """Whether every value of the domain is represented."""
+        """Whether NVFP4 represents every value of the domain."""
         return self.lo <= self.hi
 
     def undecided(self, k: Ints) -> Ints:
-        """Indices of the blocks of exponents k [n] whose codes must be read: none of a verbatim domain."""
+        """Indices of the blocks, by their exponents k [n], whose codes must be read; none in a verbatim domain."""
         return np.empty(0, np.int64) if self.verbatim else outside_window(k, self.m)
 
     @property
     def spread(self) -> int:
-        """Binades between the smallest and the largest exponent."""
+        """Binades between `k_min` and `k_max`."""
         return 0 if self.k_min is None or self.k_max is None else self.k_max - self.k_min
 
     @property
@@ -199,7 +199,7 @@ class Scaling:
 
 @dataclass
 class Search:
-    """What the half-blocks seen so far ask of m, and which blocks ask it."""
+    """The bounds that the half-blocks seen so far set on m, and the blocks that set them."""
 
     lo: int = -(1 << 16)
     hi: int = 1 << 16
@@ -209,7 +209,7 @@ class Search:
     hi_block: tuple[str, int] = field(default=("", 0))
 
     def see(self, source: BlockSource, k: int, blocks: Ints) -> None:
-        """Look at the codes of blocks that share the exponent k."""
+        """Narrow [lo, hi] by the codes of blocks that share the exponent k."""
         masks = half_masks(source.codes(blocks).reshape(-1, 2, 8))
         used = np.flatnonzero(masks)
         if not used.size:
@@ -241,7 +241,7 @@ class Search:
         for i in range(0, len(blocks), _BATCH):
             self.see(source, k, blocks[i : i + _BATCH])
             if self.lo >= k - E_MAX and self.hi <= k - E_MIN:
-                return  # nothing at this exponent can ask for more
+                return  # nothing at this exponent can narrow them further
 
 
 def _extent(source: BlockSource) -> tuple[int, int]:
@@ -264,11 +264,11 @@ def _power(m: int, k_min: int | None, k_max: int | None, lo: int, hi: int) -> Sc
 
 
 def choose(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
-    """The tensor scale of a domain by the tight rule.
+    """Choose a domain's tensor scale by the tight rule.
 
     Returns:
-        The scaling, and the search behind it where exponents alone did not decide. When the scaling is not exact its
-        tensor scale is that of m = lo, under which the largest blocks survive; `nearest` knows better.
+        The scaling, and the search behind it where exponents alone did not decide. A scaling that is not exact has
+        m = lo, which keeps the largest blocks; `choose_nearest` finds a better one.
     """
     extents = [_extent(source) for source in domain]
     k_min, k_max = min(low for low, _ in extents), max(high for _, high in extents)

@@ -18,12 +18,12 @@ from fp4cast.parallel.progress import Advance, ignore
 
 __all__ = ["BUFFERS", "CHUNK_BYTES", "Buffer", "File", "Files", "copy_range", "write_all", "write_whole"]
 
-CHUNK_BYTES = 8 << 20  # what one step of reading or copying holds in memory
-COPY_BYTES = 64 << 20  # what the kernel copies between two reports of progress
+CHUNK_BYTES = 8 << 20  # bytes that one step of reading or copying holds in memory
+COPY_BYTES = 64 << 20  # bytes that the kernel copies between two reports of progress
 
 
 class Buffer:
-    """Memory that is used again: uint8 of the shape that is asked for, valid until it is asked for again.
+    """Reusable memory: each call returns a uint8 array, valid until the next call.
 
     Fresh memory costs a page fault for every 4 kB, which takes longer than reading them from the page cache.
     """
@@ -40,14 +40,14 @@ class Buffer:
 
 
 class Buffers(threading.local):
-    """A thread's buffers by what they hold, so that it shows who shares one.
+    """One thread's buffers, named by what they hold, so that sharing is visible.
 
     Attributes:
         source: codes of the source, or bytes of one of its tensors.
         exponents: E8M0 scales of the source.
         codes: codes of the destination, or bytes of one of its tensors.
         scales: E4M3 block scales.
-        expected: block scales that the source asks for.
+        expected: the block scales that follow from the source.
         tile: a transposed tile.
         copy: bytes on their way between two files.
     """
@@ -82,11 +82,11 @@ class File:
         self.close()
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the file."""
         os.close(self.fd)
 
     def read(self, start: int, nbytes: int, buffer: Buffer | None = None) -> Bytes:
-        """Bytes [start, start + nbytes) as uint8 [nbytes], in a buffer where one is given."""
+        """Read bytes [start, start + nbytes) as uint8 [nbytes], into `buffer` if given."""
         out = np.empty(nbytes, np.uint8) if buffer is None else buffer(nbytes)
         self.read_into(start, out)
         return out
@@ -107,7 +107,7 @@ class File:
             done += got
 
     def rectangle(self, start: int, stride: int, lines: int, nbytes: int, buffer: Buffer) -> Bytes:
-        """`nbytes` of each of some lines that begin every `stride` bytes: uint8 [lines, nbytes], in a buffer."""
+        """Read the first `nbytes` of each of `lines` lines that lie `stride` bytes apart: uint8 [lines, nbytes]."""
         out = buffer(lines, nbytes)
         if nbytes == stride:
             self.read_into(start, out)
@@ -117,13 +117,13 @@ class File:
         return out
 
     def prefetch(self, start: int, nbytes: int) -> None:
-        """Ask the kernel to begin reading bytes that will be wanted soon."""
+        """Ask the kernel to begin reading bytes that are needed soon."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # it is advice
+            with contextlib.suppress(OSError):  # it is only advice
                 os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def gather(self, start: int, blocks: np.ndarray[Any, np.dtype[np.int64]], size: int, gap: int = 256) -> Bytes:
-        """Records of `size` bytes at ascending positions, near ones with one read: uint8 [len(blocks), size]."""
+        """Read records of `size` bytes at ascending positions, near ones in one read: uint8 [len(blocks), size]."""
         out = np.empty((len(blocks), size), np.uint8)
         cuts = np.flatnonzero(np.diff(blocks) > gap) + 1
         bounds = [0, *cuts.tolist(), len(blocks)]
@@ -136,7 +136,7 @@ class File:
 
 
 class Files:
-    """Files opened for reading once each, shared by threads, closed together."""
+    """Files that threads share: each is opened once, and all are closed together."""
 
     def __init__(self) -> None:
         self._files: dict[Path, File] = {}
@@ -164,7 +164,7 @@ def copy_range(
     nbytes: int,
     progress: Advance = ignore,
 ) -> None:
-    """Copy bytes between files inside the kernel where it can, through one small buffer elsewhere.
+    """Copy bytes between files, inside the kernel if it can, else through one small buffer.
 
     Args:
         source: the file to read.
@@ -188,13 +188,13 @@ def copy_range(
 
 
 def _kernel_copy(source: File, start: int, target: int, offset: int, nbytes: int) -> int:
-    """Bytes copied; 0 where this kernel cannot copy between these files, or where the source ends."""
+    """Copy inside the kernel; returns the bytes copied, 0 if it cannot copy between these files or the source ends."""
     if not hasattr(os, "copy_file_range"):
-        return 0  # Linux has it
+        return 0  # only Linux has it
     try:
         return os.copy_file_range(source.fd, target, nbytes, start, offset)
     except OSError:
-        return 0  # the plain way follows, and meets any real error again
+        return 0  # the plain copy follows, and meets any real error again
 
 
 def write_all(target: int, offset: int, data: Bytes) -> None:
@@ -205,7 +205,7 @@ def write_all(target: int, offset: int, data: Bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file atomically: it is there whole, or not at all."""
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
     beside.write_bytes(data)
     beside.replace(path)

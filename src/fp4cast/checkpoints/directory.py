@@ -43,7 +43,7 @@ RECEIPT = "fp4cast.json"
 _OTHER_DIRECTORIES = ("original", "metal", "onnx")
 _OTHER_SUFFIXES = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
 OTHER_FORMATS = (*(f"{name}/*" for name in _OTHER_DIRECTORIES), *(f"*{suffix}" for suffix in _OTHER_SUFFIXES))
-# Weights and other tools' leavings: not carried along either.
+# Weights and other tools' leftovers: not carried along either.
 _SKIPPED_DIRECTORIES = {*_OTHER_DIRECTORIES, "__pycache__"}
 _SKIPPED_ENDINGS = (".bin.index.json", ".safetensors.index.json")
 _SKIPPED_SUFFIXES = {*_OTHER_SUFFIXES, ".safetensors", ".lock", ".incomplete"}
@@ -86,7 +86,7 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def companions(self) -> Iterator[PurePosixPath]:
-        """The files that belong to the model and are no weights: tokenizer, code, licence; relative paths, sorted."""
+        """The model's files other than weights (tokenizer, code, licence): relative paths, sorted."""
         for path in sorted(self.path.rglob("*")):
             relative = PurePosixPath(path.relative_to(self.path).as_posix())
             skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
@@ -98,18 +98,18 @@ class Checkpoint:
 
 
 def stamp(checkpoint: Checkpoint) -> Stamps:
-    """What tells whether a shard has changed."""
+    """The name, size and modification time of every shard, which show whether one has changed."""
     stats = ((file, shard.path.stat()) for file, shard in checkpoint.shards.items())
     return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 def check_stamps(checkpoint: Checkpoint, stamps: Stamps, work: str) -> None:
-    """Raise if a checkpoint's shards are no longer those of the stamps.
+    """Raise if a shard has changed since its stamp was taken.
 
     Args:
-        checkpoint: when it was opened.
-        stamps: of that time.
-        work: a verb for what was done meanwhile: convert, export.
+        checkpoint: the opened checkpoint.
+        stamps: its stamps, taken when it was opened.
+        work: a verb for the work done meanwhile: convert, export.
 
     Raises:
         CheckpointError: a shard has changed, or is gone.
@@ -126,7 +126,7 @@ def check_stamps(checkpoint: Checkpoint, stamps: Stamps, work: str) -> None:
 
 
 def check_link(root: Path, path: Path) -> None:
-    """A link may lead into the checkpoint or into the hub cache's blobs, not to somebody's private files.
+    """Raise if a link leads out of the checkpoint, maybe to private files; the Hub cache's blobs are allowed.
 
     Raises:
         CheckpointError: it leads elsewhere.
@@ -140,12 +140,12 @@ def check_link(root: Path, path: Path) -> None:
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(
             f"{path}: is a link to {target}, outside of the checkpoint; expected a file inside. "
-            "Replace the link by the file that you want to carry along, or remove it."
+            "Replace the link with the file itself, or remove it."
         )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The index's weight_map, its file names checked to be plain names inside of the directory."""
+    """Read the index's weight_map, and check that its file names are plain names inside the directory."""
     weights = read_json(path / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise IndexFileError(f"{path / INDEX}: expected a non-empty weight_map, got {str(weights)[:200]}")
@@ -179,7 +179,7 @@ def _check_index(path: Path, weights: Mapping[str, str], shards: Mapping[str, Sh
 
 
 def _refuse_without_weights(path: Path) -> UnsupportedError:
-    """What a directory without safetensors weights is, in words."""
+    """The error for a directory without safetensors weights, which says what it holds instead."""
     files = {file.name for file in path.iterdir()}
     if any(name.endswith(".gguf") for name in files):
         return UnsupportedError(
@@ -195,9 +195,9 @@ def _refuse_without_weights(path: Path) -> UnsupportedError:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the garbage collector while millions of small objects are built, which halves the time; a decorator, too.
+    """Pause the garbage collector while millions of small objects are built; also a decorator.
 
-    None of them is in a cycle.
+    It halves the time, and none of the objects is in a cycle.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -217,7 +217,7 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
         config: the name of its config file.
 
     Raises:
-        CheckpointError: and its subclasses, for anything that is not as it must be.
+        CheckpointError: a file is missing or malformed; often one of its subclasses.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not a directory")

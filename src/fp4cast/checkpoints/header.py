@@ -37,7 +37,7 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
-UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})  # of weights that nobody quantized
+UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})  # dtypes of unquantized weights
 
 
 class Tensor(NamedTuple):
@@ -74,7 +74,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count(shape: list[int], limit: int) -> int:
-    """Elements of a shape, or some number over `limit`: hostile shapes multiply into numbers without end."""
+    """The number of elements of a shape, or any number over `limit`: hostile shapes multiply into endless numbers."""
     total = 0 if 0 in shape else 1
     for size in shape:
         if total > limit:
@@ -95,7 +95,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise HeaderError(
                     f"{path}: the header claims {length} bytes, but the file has {size} "
-                    f"(and {MAX_HEADER_BYTES} are allowed). It is truncated or no safetensors file: download it again."
+                    f"(and at most {MAX_HEADER_BYTES} are allowed). "
+                    "It is truncated or not a safetensors file: download it again."
                 )
             header = file.read(length)
     except OSError as error:
@@ -110,7 +111,7 @@ def _is_size(value: object) -> bool:
 
 
 def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
-    """One header entry, checked: known dtype, sizes that are sizes, as many bytes as dtype and shape say."""
+    """Check one header entry: a known dtype, valid sizes, and as many bytes as dtype and shape say."""
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:200]}")
@@ -167,7 +168,7 @@ def read_header(path: Path) -> Shard:
     try:
         "".join([*header, *metadata, *metadata.values()]).encode()
     except UnicodeEncodeError as error:
-        raise HeaderError(f"{path}: a lone surrogate in a name has no bytes to be written as: {error}") from error
+        raise HeaderError(f"{path}: a name holds a lone surrogate, which UTF-8 cannot encode: {error}") from error
     base = 8 + len(raw)
     tensors = [_entry(path, name, entry, base) for name, entry in header.items()]
     tensors.sort(key=attrgetter("start", "nbytes"))
@@ -177,7 +178,7 @@ def read_header(path: Path) -> Shard:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A safetensors file that is still to be written: its header, and where every tensor will be."""
+    """The layout of a new safetensors file: its header, and the offset of every tensor."""
 
     header: bytes
     offsets: Mapping[str, int]

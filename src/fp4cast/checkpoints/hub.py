@@ -1,4 +1,4 @@
-"""Hugging Face model ids: resolved by huggingface_hub, from its cache when offline."""
+"""Resolve Hugging Face model ids with huggingface_hub, from its cache when offline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(source: str | Path) -> Path:
-    """The directory of a checkpoint: the path itself, or a model id downloaded (or found in the hub's cache).
+    """The directory of a checkpoint: the path itself, or a model id downloaded (or found in the Hub cache).
 
     Raises:
         CheckpointError: there is neither such a directory nor such a model.
@@ -32,10 +32,10 @@ def resolve(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), ignore_patterns=list(OTHER_FORMATS)))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"{source}: is no directory here, and as a model id it is not in the hub's cache while the hub cannot be "
-            "reached. Check the spelling, or go online to download it."
+            f"{source}: is not a directory, the Hub cache holds no model of that id, and the Hub cannot be reached. "
+            "Check the spelling, or go online to download it."
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{source}: is neither a directory nor a model id: {error}") from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{source}: the hub refuses: {error}") from error
+        raise CheckpointError(f"{source}: the Hub refuses: {error}") from error

@@ -15,18 +15,18 @@ MAX_JSON_BYTES = 1 << 30
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it is missing, unreadable, too large, or no JSON object.
+        CheckpointError: it is missing, unreadable, too large, or not a JSON object.
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is no regular file")
+            raise CheckpointError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
         if len(raw) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: more than the {MAX_JSON_BYTES} bytes of JSON that are allowed")
+            raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES} bytes, the limit for JSON")
         document = json.loads(raw.decode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -38,12 +38,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
-    """A JSON document as it is written."""
+    """Serialise a JSON document."""
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def index_bytes(total: int, weight_map: Mapping[str, str]) -> bytes:
-    """What `json_bytes` gives for an index: json is slow where it indents, and this is the one large document."""
+    """Like `json_bytes`, for an index, the one large document: the json module is slow when it indents."""
     entries = json.dumps(weight_map, separators=(",\n    ", ": "))[1:-1]
     return (
         f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n    {entries}\n  }}\n}}\n'

@@ -1,4 +1,4 @@
-"""Where a config keeps its quantization_config: at the top, or one level down."""
+"""Find and replace a config's quantization_config, at the top or one level down."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def drop_quantization_configs(config: dict[str, Any]) -> None:
-    """Remove every quantization_config in place; one that is left would make a loader read NVFP4 as MXFP4."""
+    """Remove every quantization_config in place; a leftover one would make a loader read NVFP4 as MXFP4."""
     while path := find_quantization_config(config).path:
         del _scope(config, path)[path[-1]]
 

@@ -1,4 +1,4 @@
-"""How a bank of experts is cut into tiles that fit into memory, and how large each piece of work is.
+"""Cut a bank of experts into tiles that fit into memory, and set the size of each piece of work.
 
 Conversion and verification share this geometry; `tests/checkpoints/test_tiles.py` shows that tiles cover each block of
 a bank exactly once, whatever the sizes.
@@ -20,16 +20,16 @@ __all__ = ["LIMITS", "Limits", "Tile", "Tiling"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of what is in memory, or in a processor's cache, at a time. No output byte depends on them.
+    """Sizes that bound what is in memory, or in a processor's cache, at a time. No output byte depends on them.
 
     Attributes:
-        write_bytes: what a worker writes before it takes the next piece: enough to forget what starting it costs.
+        write_bytes: what a worker writes before it takes the next piece: enough to make its start-up cost negligible.
         compare_bytes: what a worker compares before it takes the next piece, on each side.
         tile_bytes: codes of a tile of a bank: a whole expert, for gpt-oss.
-        tile_rows: rows of a tile of an expert that is larger: reads and writes of a page or more.
+        tile_rows: rows of a tile of a larger expert: reads and writes of a page or more.
         band_rows: rows that are transposed together: their columns fill whole cache lines, and they stay in L2.
-        band_bytes: their codes, at most.
-        scan_bytes: scales that the search for a tensor scale looks at together; it makes int64 indices of them.
+        band_bytes: bytes of their codes, at most.
+        scan_bytes: scales that the search for a tensor scale reads together and turns into int64 indices.
         scale_blocks: blocks whose scales are computed together.
         encode_blocks: blocks whose half-blocks may all have to be rounded together: some 20 MB.
         compare_blocks: blocks that are compared together: 2 MB of codes on each side.
@@ -64,16 +64,16 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return self.bottom - self.top
 
     @property
     def width(self) -> int:
-        """How many blocks of each row."""
+        """The number of blocks in each row."""
         return self.last - self.first
 
     def band(self, top: int, bottom: int) -> Tile:
-        """Some of its rows."""
+        """Rows [top, bottom) of it, as a tile."""
         return Tile(self.expert, top, bottom, self.first, self.last)
 
 
@@ -130,6 +130,6 @@ class Tiling:
         return (tile.expert * self.blocks + tile.first) * size * self.rows + tile.top
 
     def block(self, tile: Tile, index: Index) -> Index:
-        """The number, in the whole bank, of a tile's block of that number, or of each of an array of them."""
+        """The number in the whole bank of a tile's block `index`; an array of numbers gives an array."""
         row, across = index // tile.width, index % tile.width
         return (tile.expert * self.rows + tile.top + row) * self.blocks + tile.first + across

@@ -1,6 +1,6 @@
-"""Transposes matrices of bytes: compiled where the package was built with a C compiler, by NumPy elsewhere.
+"""Transpose matrices of bytes: compiled where the package was built with a C compiler, by NumPy elsewhere.
 
-Who casts and who verifies both use it, so a wrong kernel could hide from both: it is checked against NumPy when loaded.
+Conversion and verification share this kernel, so it is checked against NumPy when loaded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def transpose(matrix: Bytes, out: Bytes) -> None:
 
     Args:
         matrix: uint8 [rows, columns]; each row contiguous.
-        out: uint8 [columns, rows]; each row contiguous, and no part of `matrix`.
+        out: uint8 [columns, rows]; each row contiguous; it must not overlap `matrix`.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not match.
     """
     if _fits(matrix, out) and _KERNEL is not None:
         _call(_KERNEL.write, matrix, out)
@@ -47,19 +47,19 @@ def transpose(matrix: Bytes, out: Bytes) -> None:
 
 
 def is_transpose(matrix: Bytes, other: Bytes) -> bool:
-    """Whether a matrix uint8 [columns, rows] is the transpose of another; arguments and errors as of `transpose`."""
+    """Whether a matrix uint8 [columns, rows] is the transpose of another; arguments and errors as in `transpose`."""
     if _fits(matrix, other) and _KERNEL is not None:
         return bool(_call(_KERNEL.compare, matrix, other))
     return np.array_equal(matrix.T, other)
 
 
 def compiled() -> bool:
-    """Whether the kernel is used."""
+    """Whether the compiled kernel is in use."""
     return _KERNEL is not None
 
 
 def _fits(matrix: Bytes, other: Bytes) -> bool:
-    """Whether the kernel takes these."""
+    """Whether the compiled kernel takes these matrices."""
     if other.shape != matrix.shape[::-1]:
         raise ValueError(f"the transpose of {matrix.shape} has the shape {matrix.shape[::-1]}, not {other.shape}")
     return all(
@@ -73,7 +73,7 @@ def _call(function: Call, matrix: Bytes, other: Bytes) -> int:
 
 
 def _correct(kernel: Kernel) -> bool:
-    """Whether the kernel agrees with NumPy on squares and remainders: twice, so that no two positions look alike."""
+    """Whether the kernel agrees with NumPy on squares and remainders; two matrices tell all positions apart."""
     index = np.arange(53 * 83).reshape(53, 83)
     for digit in (index % 251, index // 251):
         matrix, whole = digit.astype(np.uint8), np.zeros((83, 60), np.uint8)
@@ -90,7 +90,7 @@ def _correct(kernel: Kernel) -> bool:
 
 
 def _load() -> Kernel | None:
-    """The kernel; None where there is none, it is wrong, or `FP4CAST_NO_KERNEL` asks to do without."""
+    """Load the kernel; None if it is missing or wrong, or if `FP4CAST_NO_KERNEL` turns it off."""
     if os.environ.get("FP4CAST_NO_KERNEL"):
         return None
     try:

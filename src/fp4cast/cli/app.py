@@ -58,9 +58,11 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Options before the command."""
+    """The options before the command."""
 
 
 @app.command()
@@ -97,7 +99,7 @@ def convert(
     engine: Where = "local",
     shards: Shards = None,
     finish: Finish = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Overwrite = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
     as_json: Json = False,
@@ -125,7 +127,7 @@ def convert(
 def convert_part(
     source: str, destination: Path, shards: str, options: ConvertOptions, *, jobs: Jobs, overwrite: bool, as_json: bool
 ) -> None:
-    """`convert --shards I/N`."""
+    """Run `convert --shards I/N`."""
 
     def work(meter: Meter) -> job_array.Part:
         part, parts = job_array.parse_part(shards)
@@ -145,11 +147,13 @@ def refuse_together(
 ) -> None:
     """Exit with 2 for options that cannot go together."""
     if shards is not None and no_verify:
-        exit_with(UsageError("parts are not verified; pass --no-verify to --finish"), as_json, 2)
+        exit_with(UsageError("--shards verifies nothing; pass --no-verify with --finish"), as_json, 2)
     if shards is not None and finish:
-        exit_with(UsageError("--shards writes a part, --finish comes when all are written: pass one"), as_json, 2)
+        exit_with(
+            UsageError("--shards writes a part, --finish publishes when all parts are written: pass one"), as_json, 2
+        )
     if resume and (shards is not None or finish):
-        exit_with(UsageError("parts go on by themselves; --resume is for a conversion in one process"), as_json, 2)
+        exit_with(UsageError("a part resumes by itself; --resume is for a conversion in one process"), as_json, 2)
     if shards is not None and engine == "ray":
         exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
@@ -184,13 +188,13 @@ def verify(
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoints there.", show_default="thrown away")
+        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoints in DIR.", show_default="thrown away")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a miniature of each family, inspect, cast and verify it: seconds, offline."""
+    """Make a miniature of each family, then inspect, cast and verify it. Takes seconds, offline."""
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        exit_with(UsageError(f"{out}: exists and is no empty directory"), as_json, 2)
+        exit_with(UsageError(f"{out}: exists and is not an empty directory"), as_json, 2)
     with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
         rows = run_or_exit(as_json, lambda _: list(run_demo(out or Path(scratch))))
     exact = all(row["exact"] and row["flip_found"] for row in rows)
@@ -206,12 +210,12 @@ def demo(
 def study(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the page there: index.md, index.html, pictures, study.json."),
+        typer.Option(metavar="DIR", help="Write the page to DIR: index.md, index.html, pictures, study.json."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only tensors of up to a million weights.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare every algorithm on every scenario: what is exact, what is lost, which claims hold. A minute or two."""
+    """Compare every algorithm on every scenario: what is exact, what is lost, which claims hold. Takes 1-2 minutes."""
     from fp4cast.study import page, show, survey
 
     def work(steps: Steps) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How commands speak: one JSON document on stdout or text for people, errors as messages and exit codes."""
+"""The output of commands: one JSON document or text for people, errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 def people_console(as_json: bool) -> Console:
-    """Where a person reads: stdout, or stderr when stdout is for a JSON document."""
+    """The console for people: stdout, or stderr when stdout carries a JSON document."""
     return Console(stderr=as_json, highlight=False)
 
 
 def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
-    """Print an error and leave with an exit code."""
+    """Print an error and exit with a code."""
     message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message}})
@@ -48,7 +48,7 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
     except KeyboardInterrupt:
         exit_with(
             KeyboardInterrupt(
-                "interrupted; nothing half done is in place (convert: --resume goes on; a part: run it again)"
+                "interrupted; nothing incomplete was published (convert: continue with --resume; a part: run it again)"
             ),
             as_json,
             130,
@@ -56,5 +56,5 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The document that `--json` asks for."""
+    """Print the document that `--json` asks for."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -16,7 +16,7 @@ __all__ = ["run_demo"]
 
 
 def run_demo(directory: Path) -> Iterator[dict[str, Any]]:
-    """Make, inspect, cast and verify every kind below `directory`; yields one JSON object a kind."""
+    """Make, inspect, cast and verify every kind below `directory`; yields one JSON object for each."""
     for kind in KINDS:
         source, destination = make(kind, directory / kind), directory / f"{kind}-NVFP4"
         info = inspect(source)

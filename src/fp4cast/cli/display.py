@@ -1,4 +1,4 @@
-"""What a person reads: tables and sentences about results."""
+"""Print results for people, as tables and sentences."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _SHOWN = 8
 
 
 def printable(text: str) -> str:
-    """Text from a checkpoint without control characters, which a terminal would obey."""
+    """Drop the control characters, which a terminal would obey, from a checkpoint's text."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """A title, and lines of a name and a text."""
+    """Print a title, then one line for each (name, text)."""
     console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
@@ -47,7 +47,7 @@ def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) ->
 
 
 def show_inspection(console: Console, info: Inspection) -> None:
-    """What a checkpoint is, and what a conversion would do."""
+    """Print what a checkpoint is and what a conversion would do."""
     domains = info.domains
     inexact = [domain for domain in domains if not domain.exact]
     narrow = sum(domain.marlin_exact for domain in domains)
@@ -80,7 +80,7 @@ def _exact_sentence(exact: int, total: int) -> str:
 
 
 def _spreads(info: Inspection) -> Table:
-    """The picture of the exponents: how many domains span how many binades, and the two windows."""
+    """A chart of the exponents: how many domains span how many binades, and the two windows."""
     counts = Counter(domain.spread for domain in info.domains)
     table = Table(title="spread of the exponents, in binades", title_justify="left", box=None, pad_edge=False)
     table.add_column("spread", justify="right")
@@ -104,7 +104,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def show_report(console: Console, report: Report, verb: str) -> None:
-    """What was done or found, and in words what is exact and what is not."""
+    """Print what was done or found, what is exact and what is not."""
     t, h = report.tensors, report.half_blocks
     moved = report.bytes["read"] + report.bytes["written"]
     rows = [
@@ -149,7 +149,7 @@ def _weights_sentence(report: Report) -> str:
 
 
 def show_inexact(inexact: Sequence[InexactTensor]) -> Table:
-    """The tensors that are not exact, worst first."""
+    """A table of the tensors that are not exact, worst first."""
     table = Table(title="rounded tensors", title_justify="left", box=None, pad_edge=False)
     for column in ("tensor", "half-blocks", "max |error|", "MSE", "SNR"):
         table.add_column(column, justify="left" if column == "tensor" else "right")
@@ -165,7 +165,7 @@ def show_inexact(inexact: Sequence[InexactTensor]) -> Table:
 
 
 def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a family, and what to do next."""
+    """Print one line for each family, and what to do next."""
     table = Table(title="MXFP4 -> NVFP4, a miniature of each family", title_justify="left", box=None, pad_edge=False)
     for column in ("family", "as", "spread", "tensors", "verbatim", "shifted", "weights", "flipped bit"):
         numeric = column in ("spread", "tensors", "verbatim", "shifted")
@@ -190,7 +190,7 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def show_part(console: Console, part: Part) -> None:
-    """What one part of several has written."""
+    """Print what one part of a job array has written."""
     rows = [
         ("shards", f"{len(part.shards)}, {format_bytes(part.bytes)} in {part.seconds:.1f} s"),
         ("next", "when all parts are written, the same command with --finish instead of --shards"),

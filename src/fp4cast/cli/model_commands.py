@@ -23,7 +23,7 @@ __all__ = ["ANY_SPELLING", "calibrate", "ptq"]
 
 
 def _underscores(word: str) -> str:
-    """The original's spellings are shown; `--calib-size` does as well as `--calib_size`. Values stay as they are."""
+    """Accept `--calib-size` for `--calib_size`, ModelOpt's spelling, which the help shows; values stay as they are."""
     return word if word in {layout.name for layout in LAYOUTS} else word.replace("-", "_")
 
 
@@ -36,7 +36,7 @@ Format = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; w4a16_nvfp4: weights alone.",
+        help="nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; w4a16_nvfp4: weights only.",
     ),
 ]
 ExportPath = Annotated[Path, typer.Option("--export_path", metavar="DST", help="The directory to make.")]
@@ -45,23 +45,19 @@ CastWeights = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE|ID", help="A text file, a .jsonl file, or a data set of the hub, to calibrate activations on."
-    ),
+    typer.Option(metavar="FILE|ID", help="A text file, a .jsonl file or a Hub dataset, to calibrate activations on."),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--calib_size", min=1, metavar="N", show_default="512", help="Samples, at most."),
+    typer.Option("--calib_size", min=1, metavar="N", show_default="512", help="At most N samples."),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option("--calib_seq", min=1, metavar="N", show_default="512", help="Tokens of a sample, at most."),
+    typer.Option("--calib_seq", min=1, metavar="N", show_default="512", help="At most N tokens of a sample."),
 ]
-Batch = Annotated[
-    int, typer.Option("--batch_size", min=0, metavar="N", help="Samples that run together; 0: as many as fit.")
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
-Remote = Annotated[bool, typer.Option("--trust_remote_code", help="Run model code that the checkpoint brings along.")]
+Batch = Annotated[int, typer.Option("--batch_size", min=0, metavar="N", help="Samples of a batch; 0: as many as fit.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
+Remote = Annotated[bool, typer.Option("--trust_remote_code", help="Run the model code in the checkpoint.")]
 Nearest = Annotated[
     Inexact, typer.Option(help="With the cast, where no tensor scale is exact: stop, or write the nearest values.")
 ]
@@ -86,7 +82,7 @@ def ptq(
 ) -> None:
     """Load a model, quantize and calibrate it, cast its MXFP4 weights, and export it as NVFP4. Needs torch.
 
-    Where only the weights of an MXFP4 checkpoint are to change, `fp4cast convert` does it without a model.
+    To change only the weights of an MXFP4 checkpoint, use `fp4cast convert`, which needs no model.
     """
 
     def work(meter: Any) -> Quantized:
@@ -120,11 +116,11 @@ def ptq(
 def calibrate(
     source: Source,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .json or .safetensors file: module -> amax.")],
-    dataset: Annotated[str, typer.Option(metavar="FILE|ID", help="A text or .jsonl file, or a data set of the hub.")],
+    dataset: Annotated[str, typer.Option(metavar="FILE|ID", help="A text file, a .jsonl file or a Hub dataset.")],
     calib_size: Samples = 512,
     calib_seq: Tokens = 512,
     batch_size: Annotated[
-        int, typer.Option("--batch_size", min=0, metavar="N", help="Samples at a time; 0: 4 on a CPU, 16 on a GPU.")
+        int, typer.Option("--batch_size", min=0, metavar="N", help="Samples of a batch; 0: 4 on a CPU, 16 on a GPU.")
     ] = 0,
     device: Device = "auto",
     trust_remote_code: Remote = False,
@@ -166,7 +162,9 @@ def _show_amax(console: Console, done: Calibrated) -> None:
         ("calibration", f"{done.samples} samples, {done.tokens:,} tokens in {done.seconds:.1f} s"),
     ]
     if done.idle:
-        rows.append(("idle", f"{done.idle} experts saw no token, and have the largest amax of their layer's others"))
+        rows.append(
+            ("idle", f"{done.idle} experts saw no token, and take the largest amax of the others in their layer")
+        )
     rows.append(("next", f"fp4cast convert {done.source} DST --activations w4a4 --input-scales {done.out}"))
     show_facts(console, f"wrote {done.out}", rows)
 

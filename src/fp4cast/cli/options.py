@@ -1,4 +1,4 @@
-"""The command line's arguments and options that commands share; the values of an option are the library's own."""
+"""Arguments and options that several commands share; the library defines an option's values."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ __all__ = [
 ]
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
         "--jobs",
         "-j",
         min=1,
-        help="Worker threads; 1 works inline.",
+        help="Worker threads; 1 works in the main thread.",
         show_default="one a core, 16 at most",
         metavar="N",
     ),
 ]
 Where = Annotated[
-    EngineName, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster, N threads each.")
+    EngineName, typer.Option("--engine", help="This machine, or the tasks of a Ray cluster with --jobs threads each.")
 ]
 InputScales = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|FILE",
         help="For w4a4: the input_scale of every projection, or a JSON or safetensors file "
-        "of projection name -> amax of its input.",
+        "that maps each projection to the amax of its input.",
     ),
 ]
 Shards = Annotated[
     str | None,
-    typer.Option(metavar="I/N", help="Write only the I-th of N parts of the shards, as a task of a job array does."),
+    typer.Option(metavar="I/N", help="Write only part I of N, some of the shards, as one task of a job array."),
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them and publish DST.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
-LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="How engines expect the tensors to be named.")]
+LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="How the tensors are named and stored.")]
 OptionalActivations = Annotated[
     Activations | None,
     typer.Option("--activations", help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served"),
@@ -66,4 +66,4 @@ InexactOption = Annotated[
     Inexact,
     typer.Option("--inexact", help="Where no tensor scale is exact: stop before writing, or write the nearest values."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, once the new one is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new one is complete.")]

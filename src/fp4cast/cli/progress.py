@@ -29,11 +29,11 @@ _PHASES = {
     "write": "writing",
     "verify": "verifying",
 }
-_COUNTED = {"calibrate": "samples", "layers": "layers"}  # phases whose amounts are no bytes
+_COUNTED = {"calibrate": "samples", "layers": "layers"}  # phases whose amounts are not bytes
 
 
 def format_bytes(nbytes: float) -> str:
-    """A size for people, in powers of 1000 as disks and hubs count."""
+    """Format a size for people, in powers of 1000, as disks and the Hub count."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -42,7 +42,7 @@ def format_bytes(nbytes: float) -> str:
 
 
 class _Amount(DownloadColumn):
-    """How much is done: bytes, or what else a phase counts."""
+    """The amount done, in bytes or in the phase's own unit."""
 
     def render(self, task: Task) -> Text:
         if unit := task.fields.get("unit"):
@@ -51,7 +51,7 @@ class _Amount(DownloadColumn):
 
 
 class _Speed(TransferSpeedColumn):
-    """Bytes a second; nothing where bytes are not what is counted."""
+    """Bytes per second; empty for a phase that does not count bytes."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.fields.get("unit") else super().render(task)
@@ -85,9 +85,9 @@ class Meter:
         self.progress.stop()
 
     def __call__(self, phase: str, amount: int, total: int) -> None:
-        """Count what was just done in a phase: bytes, or what else it counts."""
+        """Add the amount just done in a phase, in bytes or in the phase's own unit."""
         with self.lock:
-            self.begin.setdefault(phase, self.latest)  # what is reported first began when the phase before ended
+            self.begin.setdefault(phase, self.latest)  # a phase began at the previous phase's last report
             self.latest = time.monotonic()
             self.done[phase] += amount
             if self.console.is_terminal:
@@ -110,7 +110,7 @@ class Meter:
 
 
 class Steps:
-    """Progress of work that is counted in steps, like `Meter`."""
+    """Like `Meter`, for work that is counted in steps."""
 
     def __init__(self, console: Console, every: float = 10.0) -> None:
         self.console, self.every, self.last, self.done = console, every, time.monotonic(), 0
@@ -126,7 +126,7 @@ class Steps:
         self.progress.stop()
 
     def __call__(self, steps: int, total: int) -> None:
-        """Count steps just done."""
+        """Add the steps just done."""
         self.done += steps
         self.progress.update(self.bar, completed=self.done, total=total)
         if not self.console.is_terminal and time.monotonic() - self.last >= self.every:

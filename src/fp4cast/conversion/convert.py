@@ -47,13 +47,13 @@ def convert(
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
-        resume: go on with an interrupted conversion of the same source and options.
+        resume: continue an interrupted conversion of the same source and options.
         overwrite: replace an existing `dst`, once the new one is complete.
         verify: read everything again and compare every value before `dst` is published.
-        progress: called, from worker threads, with (phase, bytes just done, bytes in all or 0).
+        progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
-        What was done, measured on what was written.
+        What was done, with figures measured on the written files (while writing them, without `verify`).
 
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
@@ -84,7 +84,7 @@ def convert_checkpoint(
     verify: bool,
     progress: Progress,
 ) -> Report:
-    """`convert` with its options together."""
+    """Like `convert`, with its options in one object."""
     begin, worker = time.monotonic(), make_engine(engine, jobs)
     prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
     plan = prepared.plan
@@ -109,7 +109,7 @@ def convert_checkpoint(
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is decided before something is written.
+    """Everything that is decided before the first write.
 
     Attributes:
         source: SRC, on this machine.
@@ -125,7 +125,7 @@ class Prepared:
 def prepare(
     src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, overwrite: bool, progress: Progress
 ) -> Prepared:
-    """Decide everything; arguments and errors are those of `convert`."""
+    """Decide everything before the first write; arguments and errors are those of `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_destination(source, destination, overwrite=overwrite)
     plan = make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))

@@ -27,11 +27,11 @@ _SHOWN = 5  # inexact domains that an error names
 
 @dataclass(frozen=True, slots=True)
 class FileBlocks:
-    """An `exact.BlockSource` over a pair on disk: scales in chunks, codes only where they are asked for.
+    """A `BlockSource` over a pair on disk: reads scales in chunks, and codes only on request.
 
     Attributes:
         pair: the tensor.
-        files: where it is read.
+        files: the open files that it reads.
         check: called before every read; may raise to stop.
     """
 
@@ -41,7 +41,7 @@ class FileBlocks:
 
     @property
     def name(self) -> str:
-        """The module's name and where its scales are."""
+        """The module's name and the path of its scales."""
         return f"{self.pair.module} ({self.pair.scales.path})"
 
     @property
@@ -50,7 +50,7 @@ class FileBlocks:
         return self.pair.bias
 
     def exponents(self) -> Iterator[tuple[int, Bytes]]:
-        """See `exact.BlockSource`."""
+        """See `BlockSource`."""
         scales = self.pair.scales
         file = self.files[scales.path]
         for start, end in spans(0, scales.nbytes, tiles.LIMITS.scan_bytes):
@@ -58,7 +58,7 @@ class FileBlocks:
             yield start, file.read(scales.start + start, end - start)
 
     def codes(self, blocks: Ints) -> Bytes:
-        """See `exact.BlockSource`."""
+        """See `BlockSource`."""
         self.check()
         codes = self.pair.codes
         return self.files[codes.path].gather(codes.start, blocks, MX_BLOCK_BYTES)
@@ -71,8 +71,8 @@ class Domain:
     Attributes:
         name: the module's name, or `parent.w1+w3` for projections that engines merge.
         pairs: its MXFP4 tensors.
-        scaling: the tensor scale, and what it is exact for.
-        search: which blocks decided, where exponents alone did not.
+        scaling: the tensor scale, and the bounds within which it is exact.
+        search: the blocks that decided it, where exponents alone did not.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Domain:
 
     @property
     def marlin_exact(self) -> bool:
-        """Whether vLLM's Marlin kernels keep every value, too; where codes were not read, as the exponents say."""
+        """Whether vLLM's Marlin kernels keep every value too, by exponents alone where codes were not read."""
         return self.scaling.marlin_exact
 
     @property
@@ -141,7 +141,7 @@ def find_domains(
         pairs: the MXFP4 tensors to cast.
         inexact: "nearest" looks for the scale of least error where none is exact, "fail" and "report" do not.
         jobs: threads.
-        progress: called with the number of scale bytes just read, and of all.
+        progress: called with (scale bytes just read, total scale bytes).
 
     Raises:
         ScaleError: a scale byte of 255.

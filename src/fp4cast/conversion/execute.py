@@ -1,6 +1,6 @@
-"""Execute a Plan, shard by shard, without a decision of its own.
+"""Execute a Plan, shard by shard, without further decisions.
 
-A shard is written beside its final name and renamed when it is whole; a note with what was measured makes it finished.
+A shard is written under a temporary name and renamed when it is whole; a note of its figures marks it as finished.
 Any number of workers, on any number of machines, write the same bytes.
 """
 
@@ -42,13 +42,13 @@ def execute(
     Args:
         shards: what to write.
         directory: where, existing.
-        fingerprint: the plan's, which marks what is finished as its own.
-        state: where finished shards leave a note, so that a later run of the same plan skips them.
-        engine: who does it.
-        progress: called with the number of bytes just written, maybe from the workers.
+        fingerprint: the plan's, which marks finished shards as its own.
+        state: the directory for notes of finished shards, so that a later run of the same plan skips them.
+        engine: runs the work.
+        progress: called with the number of bytes just written, maybe from worker threads.
 
     Returns:
-        By module, what was done to the tensors whose codes had to be looked at.
+        By module, a `Tally` of each tensor whose codes had to be read.
     """
     tallies: Tallies = {}
     for measured in engine.map(FinishShard(fingerprint, directory, state), list(shards), progress):
@@ -59,7 +59,7 @@ def execute(
 def finished(
     shards: Iterable[OutputShard], directory: Path, *, fingerprint: str, state: Path
 ) -> tuple[Tallies, list[str]]:
-    """What earlier runs measured, and the files that none of them has finished."""
+    """(tallies from earlier runs, files that no run has finished)."""
     tallies: Tallies = {}
     missing: list[str] = []
     earlier = FinishShard(fingerprint, directory, state)
@@ -73,7 +73,7 @@ def finished(
 
 @dataclass(frozen=True)
 class FinishShard:
-    """Write one shard, or find that an earlier run did.
+    """Write one shard, unless an earlier run has finished it.
 
     Attributes:
         fingerprint: the plan's.
@@ -86,18 +86,18 @@ class FinishShard:
     state: Path
 
     def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
-        """What was done to the shard's tensors whose codes had to be looked at."""
+        """Write the shard; returns a `Tally` of each tensor whose codes had to be read, by module."""
         if (known := self.known(shard)) is not None:
             pool.advance(shard.layout.size)
             return known
-        # A name of this attempt's own: one that a cluster took for dead may still be writing under another.
+        # Each attempt has its own name: an attempt that a cluster took for dead may still be writing.
         partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
         with _writing(self.directory / shard.file):
             tallies = write_shard(shard, partial, pool.advance, pool)
             return self._publish(shard, partial, tallies)
 
     def known(self, shard: OutputShard) -> Tallies | None:
-        """What an earlier run of this plan noted of a shard; None where none finished it, or the note is damaged."""
+        """The tallies from an earlier run's note of a shard; None if no run finished it, or the note is damaged."""
         try:
             if (self.directory / shard.file).stat().st_size != shard.layout.size:
                 return None
@@ -112,7 +112,7 @@ class FinishShard:
         return self.state / f"{shard.file}.done"
 
     def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies) -> Tallies:
-        """Let a written shard appear, with its note; other attempts have nothing left to do."""
+        """Rename a written shard to its final name, write its note, and clear other attempts away."""
         try:
             partial.replace(self.directory / shard.file)
         except FileNotFoundError:
@@ -146,7 +146,7 @@ def write_shard(shard: OutputShard, path: Path, progress: Advance, pool: Workers
             progress(len(shard.layout.header))
 
             def write(piece: Piece) -> Tallies:
-                # Here, where it happens: another shard's worker may be the one that hears of it first.
+                # Named here, where it occurs: a worker of another shard may be the first to raise it.
                 with _writing(path), pool.one_at_a_time_if_many(len(piece)):
                     return Writer(files, target, progress).write(piece)
 

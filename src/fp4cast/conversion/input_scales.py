@@ -36,23 +36,23 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True)
 class InputScales:
-    """Where input scales come from: a constant, or amax by projection."""
+    """The source of input scales: one constant, or an amax for each projection."""
 
     constant: float | None
     amax: Mapping[str, float]
     origin: str
 
     def scale(self, modules: Sequence[str]) -> np.float32:
-        """The input_scale that projections that an engine merges share: that of the largest amax among them."""
+        """The input_scale that merged projections share: that of the largest amax among them."""
         if self.constant is not None:
             return np.float32(self.constant)
         return np.float32(max(self.amax[module] for module in modules)) / np.float32(TENSOR_TOP)
 
     def require(self, modules: Iterable[str]) -> None:
-        """Check that every projection has a usable value; names of other modules are left alone.
+        """Check that every projection has a usable value; other names are ignored.
 
         Raises:
-            InputScaleError: with the first missing names and some that are there, or the first useless value.
+            InputScaleError: a value is missing or unusable; the message names the first.
         """
         if self.constant is not None:
             return
@@ -68,7 +68,7 @@ class InputScales:
 
 
 def _number(value: object) -> float:
-    """A value as a number, NaN where it is none."""
+    """A value as a float; NaN if it is not a number."""
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -113,7 +113,7 @@ def load_input_scales(value: InputScalesLike | None) -> InputScales:
 
     Raises:
         UsageError: nothing was given.
-        InputScaleError: a file that cannot be used, or a useless constant; `require` judges the values of a table.
+        InputScaleError: an unusable file or constant; `require` checks the values of a table.
     """
     if value is None:
         raise UsageError(f"W4A4 needs an activation scale for every projection. {_WAYS_OUT}")

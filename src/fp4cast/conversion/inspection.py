@@ -1,4 +1,4 @@
-"""What a checkpoint is and what a conversion would do to it; writes nothing."""
+"""Inspect a checkpoint: what it is, and what a conversion would do; nothing is written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Inspection:
         cast: MXFP4 tensors that would be cast.
         copied: tensors that would be carried over byte for byte.
         bytes: of "source", its "codes", its "scales", its "other" tensors, and of the "destination".
-        targets: the layouts that the family has, and where each is served.
+        targets: the family's layouts, and the engines that serve each.
     """
 
     source: str
@@ -74,7 +74,7 @@ def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = i
     Args:
         src: a directory, or a Hugging Face model id.
         jobs: threads; None for one a core.
-        progress: called, from worker threads, with the number of scale bytes just read, and of all.
+        progress: called, from worker threads, with (scale bytes just read, total scale bytes).
 
     Returns:
         Family, scale domains with their spreads and windows, sizes.

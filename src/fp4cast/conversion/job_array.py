@@ -1,4 +1,4 @@
-"""One conversion by many processes that need no cluster software: each writes some shards, a last one finishes.
+"""One conversion by many processes, without cluster software: each writes some shards, a last one publishes them.
 
 Every part makes the plan again, from the same headers and scales, and writes its shards into the same working
 directory; the plan's fingerprint tells whether they agree. This is what a Slurm array runs.
@@ -30,13 +30,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Part:
-    """What one part did.
+    """The result of one part of a job array.
 
     Attributes:
         source: the source directory.
-        destination: the destination that will be.
-        part: which part this is, from 1.
-        parts: how many there are.
+        destination: the directory that `finish` will publish.
+        part: the number of this part, from 1.
+        parts: the number of parts.
         shards: the files that it was responsible for.
         bytes: their size.
         seconds: wall time.
@@ -56,13 +56,13 @@ class Part:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n", the i-th of n parts.
+    """Parse "i/n", the i-th of n parts, into (i, n).
 
     >>> parse_part("2/8")
     (2, 8)
 
     Raises:
-        UsageError: it is no such thing.
+        UsageError: the text has another form, or i is not in 1 to n.
     """
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     part, parts = (int(group) for group in match.groups()) if match else (0, 0)
@@ -84,20 +84,20 @@ def convert_part(
 ) -> Part:
     """Write the i-th of n parts of a conversion's shards; other parts may run at the same time, on other machines.
 
-    A part that was interrupted is run again and keeps what it had finished.
+    An interrupted part that runs again keeps the shards that it had finished.
 
     Args:
         src: as for `convert`.
         dst: the directory to make, on a file system that all parts share.
-        part: which, from 1 to `parts`.
-        parts: how many; more than there are shards leaves some with nothing to do.
+        part: the number of this part, from 1 to `parts`.
+        parts: the number of parts; if it exceeds the number of shards, some parts have nothing to do.
         options: the same for all parts.
         jobs: threads; None for one a core.
-        overwrite: `finish` will be called with it, too.
+        overwrite: allow an existing `dst`, which `finish`, called with it too, will replace.
         progress: see `convert`.
 
     Raises:
-        Fp4CastError: see `fp4cast.errors`; what other parts have written is as it was.
+        Fp4CastError: see `fp4cast.errors`; the shards of other parts are as they were.
     """
     begin = time.monotonic()
     parse_part(f"{part}/{parts}")
@@ -132,14 +132,14 @@ def finish(
     verify: bool = True,
     progress: Progress = ignore,
 ) -> Report:
-    """Publish `dst` when all parts have written their shards: documents, verification, one rename.
+    """Publish `dst` when all parts have written their shards: write documents, verify, rename once.
 
     Args:
         src: as for the parts.
         dst: as for the parts.
         options: as for the parts.
         jobs: threads; None for one a core.
-        engine: who verifies; see `convert`.
+        engine: runs the verification; see `convert`.
         overwrite: as for the parts.
         verify: compare every value before `dst` is published.
         progress: see `convert`.

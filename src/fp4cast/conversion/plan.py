@@ -39,7 +39,7 @@ __all__ = ["ConvertOptions", "Plan", "check_unchanged", "make_plan"]
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What decides the bytes of a conversion; the same for all parts of a job array.
+    """The options that decide the bytes of a conversion; all parts of a job array share them.
 
     Attributes:
         layout: "modelopt" or "compressed-tensors".
@@ -67,7 +67,7 @@ class Plan:
         shards: the files to write.
         documents: the other files to write, as bytes by name; config.json among them.
         companions: the files to carry along, relative to the source.
-        stamps: of the source when the plan was made.
+        stamps: the source's, when the plan was made.
     """
 
     source: Source
@@ -96,7 +96,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for two plans if and only if they read the same files and write the same bytes."""
+        """A digest: equal for two plans if and only if they read the same files and write the same bytes."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.stamps}\n".encode())
         for output in self.shards:
@@ -132,9 +132,9 @@ def make_plan(
 
     Args:
         path: the source's directory.
-        options: what is wanted.
+        options: see `ConvertOptions`.
         jobs: threads; None for one a core.
-        progress: called with the number of scale bytes just read, and of all.
+        progress: called with (scale bytes just read, total scale bytes).
 
     Raises:
         CheckpointError: the source is malformed, or holds nothing to cast.
@@ -179,7 +179,7 @@ def _activation_scales(target: Target, value: InputScalesLike | None, modules: S
 
 
 def _storable(domain: Domain, target: Target) -> Domain:
-    """The domain under the tensor scale that a reader will see: where 1/S is stored, FP32 rounds that."""
+    """The domain under the tensor scale that a reader will see: a layout that stores 1/S rounds it to FP32."""
     scaling = domain.scaling
     if not target.form.reciprocal or scaling.m is not None:
         return domain
@@ -188,7 +188,7 @@ def _storable(domain: Domain, target: Target) -> Domain:
 
 
 def _outputs(pair: Pair, domain: Domain, target: Target, amax: InputScales | None) -> dict[str, list[Output]]:
-    """A pair's new tensors by the shard they go to: where the source tensor that they come from is."""
+    """A pair's new tensors, by the name of the source tensor that they replace."""
     form, scaling = target.form, domain.scaling
     stays = scaling.verbatim and not form.transposed
     codes = CopyOf.tensor(pair.codes) if stays else CodesOf(pair, scaling, form.transposed, not scaling.verbatim)

@@ -1,4 +1,4 @@
-"""From written shards to a destination: documents, receipt, verification, and the rename that publishes it."""
+"""Turn written shards into a destination: write documents and receipt, verify, and publish with one rename."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def publish(
     """Publish a destination whose shards are written.
 
     Args:
-        plan: what was written.
-        stage: where.
-        tallies: what was measured while writing.
+        plan: the plan that was executed.
+        stage: the working directory that holds the shards.
+        tallies: the figures measured while writing.
         destination: its name, for the report.
-        engine: who verifies.
+        engine: runs the verification.
         verify: compare every value first.
-        overwrite: replace what is there.
+        overwrite: replace an existing destination.
         progress: see `convert`.
 
     Raises:
@@ -55,7 +55,7 @@ def publish(
 
 
 def _receipt(plan: Plan, stage: Staging, report: Report) -> Receipt:
-    """What was made, and the digests by which rounded tensors and input scales are recognised."""
+    """The receipt: what was made, and digests that identify rounded tensors and input scales."""
     target, modules, w4a4 = plan.target, plan.selection.modules, plan.target.activations == "w4a4"
     written = open_checkpoint(stage.out, stage.config).tensors if report.inexact or w4a4 else {}
     digests = {tensor.name: weight_digest(target.names(tensor.name), written) for tensor in report.inexact}
@@ -70,14 +70,14 @@ def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progre
         stage.forget_shards()
         shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
         raise VerificationError(
-            f"{report.destination}: what was written differs from {source} in {len(found.differences)} places; "
+            f"{report.destination}: the result differs from {source} in {len(found.differences)} places; "
             f"nothing was published:\n{shown}"
         )
     return replace(found, destination=report.destination, bytes=report.bytes)
 
 
 def _report(plan: Plan, destination: str, tallies: Tallies) -> Report:
-    """The report of a run, by the figures measured while writing."""
+    """The report of a conversion, from figures measured while writing."""
     elements = {pair.module: pair.elements for pair in plan.selection.cast}
     inexact: list[InexactTensor] = [
         inexact_tensor(name, t.rounded, elements[name], t.squared_error, t.max_error, t.energy)

@@ -1,4 +1,4 @@
-"""The files of a destination as data: what each tensor is made of, and where it will lie."""
+"""A destination's files as data: what each tensor is made of, and where it lies in its file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CopyOf:
-    """Bytes of a source shard: tensors that are not cast, and codes that keep their values and their order."""
+    """Bytes copied from a source shard: tensors that are not cast, and codes that keep their values and order."""
 
     path: Path
     start: int
@@ -50,13 +50,13 @@ class CopyOf:
 
 @dataclass(frozen=True, slots=True)
 class CodesOf:
-    """A pair's codes where they change their place (a transposed bank) or their value (shifted, rounded half-blocks).
+    """A pair's codes that change their place (a transposed bank) or their value (shifted or rounded half-blocks).
 
     Attributes:
         pair: the source's codes and scales.
-        scaling: of its domain.
+        scaling: its domain's.
         transposed: see `Form`.
-        encoded: some half-blocks may change their codes; otherwise they are only transposed.
+        encoded: whether some half-blocks may change their codes; otherwise they are only transposed.
     """
 
     pair: Pair
@@ -87,8 +87,8 @@ class FromModel:
 
     Attributes:
         experts: how many; 1 for a projection.
-        nbytes: of one expert.
-        make: the bytes of expert i, uint8 of any shape.
+        nbytes: bytes of one expert.
+        make: returns the bytes of expert i, uint8 of any shape.
     """
 
     experts: int
@@ -111,7 +111,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file of the destination, every offset known."""
+    """One file of the destination, with every offset known."""
 
     file: str
     outputs: tuple[Output, ...]
@@ -127,7 +127,7 @@ def nvfp4(
     tensor_scale: float,
     input_scale: float | None,
 ) -> tuple[list[Output], Output]:
-    """(codes and scalars, block scales) of one weight; they may lie in two files.
+    """The outputs of one weight: (codes and scalars, block scales), which may lie in two files.
 
     Args:
         form: how it is stored.
@@ -155,11 +155,11 @@ def _scalar(value: float, reciprocal: bool) -> Constant:
 
 
 def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterator[OutputShard]:
-    """Every source shard's counterpart: the same tensors in the same order, some replaced by what they become.
+    """The counterpart of every source shard: the same tensors in the same order, cast ones replaced.
 
     Args:
         checkpoint: the source.
-        new: by the name of a source tensor, the outputs in its place.
+        new: the outputs that replace a source tensor, by its name.
     """
     for file, shard in checkpoint.shards.items():
         outputs = [
@@ -183,7 +183,7 @@ def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
     files = list(shards)
     names = [output.name for shard in files for output in shard.outputs]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UnsupportedError(f"the cast would write {twice[0]!r} beside a source tensor of that name")
+        raise UnsupportedError(f"the cast would write {twice[0]!r} beside a source tensor of the same name")
     if [shard.file for shard in files] == [SINGLE]:
         return {}
     total = sum(shard.layout.size - len(shard.layout.header) for shard in files)

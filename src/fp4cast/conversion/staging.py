@@ -1,8 +1,8 @@
 """Build the destination beside DST and publish it with one rename: an interruption never leaves a loadable half.
 
-Beside DST stands `.DST.fp4cast`: in it `out/`, which becomes DST by one rename, and next to that the lock, the plan's
-fingerprint, unfinished shards, a note for each finished one, and config.json, without which no engine loads a
-directory, until everything else is complete and verified. An older DST waits there, too, until the new one stands.
+The working directory is `.DST.fp4cast`, beside DST. It holds `out/`, which one rename turns into DST; the lock, the
+plan's fingerprint, unfinished shards and a note for each finished one; config.json, without which no engine loads a
+directory, until everything else is complete and verified; and an older DST, until the new one is in place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Staging:
 
     Attributes:
         destination: DST, without links.
-        state: `.DST.fp4cast`, where `run` keeps what is unfinished.
+        state: `.DST.fp4cast`, which holds unfinished work.
         out: what will become DST.
         config: where config.json waits, relative to `out`.
     """
@@ -41,10 +41,10 @@ class Staging:
     config: str = f"../{CONFIG}"
 
     def adopt(self, fingerprint: str, *, resume: bool) -> None:
-        """Keep the finished shards of an earlier run of the same plan; drop everything else that it left.
+        """With `resume`, keep an earlier run's finished shards of the same plan; delete everything else that it left.
 
         Raises:
-            DestinationError: `resume`, and what is there belongs to another plan.
+            DestinationError: `resume`, and the earlier run belongs to another plan.
         """
         mark = self.state / "plan"
         before = mark.read_text() if mark.exists() else ""
@@ -59,14 +59,14 @@ class Staging:
         write_whole(mark, fingerprint.encode())
 
     def join(self, fingerprint: str, *, first: bool = True) -> None:
-        """Agree with other parts of the same plan, which may be at work at this moment; what they have made is kept.
+        """Join other parts of the same plan, which may be at work now; their shards are kept.
 
         Args:
             fingerprint: the plan's.
             first: whether this may be the first of them.
 
         Raises:
-            DestinationError: what is there belongs to another plan.
+            DestinationError: the directory belongs to another plan, or no part has been written (unless `first`).
         """
         mark = self.state / "plan"
         if not mark.exists() and not first:
@@ -80,13 +80,13 @@ class Staging:
             )
 
     def check_space(self, sizes: Mapping[str, int]) -> None:
-        """Refuse to begin what cannot end.
+        """Raise if the disk is too full for the work.
 
         Args:
-            sizes: bytes of every file that is to be written; those that are there already need nothing more.
+            sizes: bytes of every file to write; files that exist already need no more.
 
         Raises:
-            DestinationError: fewer are free.
+            DestinationError: too few bytes are free.
         """
         needed = FREE_MARGIN + sum(size for file, size in sizes.items() if not (self.out / file).exists())
         free = shutil.disk_usage(self.out).free
@@ -96,11 +96,11 @@ class Staging:
             )
 
     def keep_only(self, files: Iterable[str]) -> None:
-        """Drop from `out` whatever else an earlier run has left."""
+        """Delete everything in `out` but these files."""
         _clear(self.out, keep=set(files))
 
     def forget_shards(self) -> None:
-        """Have every shard written again by the next run."""
+        """Make the next run write every shard again."""
         for note in self.state.glob("*.done"):
             note.unlink()
 
@@ -121,7 +121,7 @@ class Staging:
             shutil.copyfile(source / companion, self.out / companion)
 
     def publish(self, *, overwrite: bool) -> None:
-        """Publish DST: config.json moves in, an older DST steps aside, one rename, and nothing else is left."""
+        """Publish DST: move config.json in and an older DST aside, rename `out`, and delete the rest."""
         (self.state / CONFIG).replace(self.out / CONFIG)
         old = self.state / "old"
         if self.destination.exists() and overwrite:
@@ -160,7 +160,7 @@ def _write_first(path: Path, data: bytes) -> None:
 
 
 def real_path(path: str | Path) -> Path:
-    """A path without links, whose last part need not exist.
+    """A path without links; its last component need not exist.
 
     Raises:
         DestinationError: links in a circle, or a name that no file system takes.
@@ -168,21 +168,21 @@ def real_path(path: str | Path) -> Path:
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DestinationError(f"{str(path)[:200]}: is no usable path: {error}") from error
+        raise DestinationError(f"{str(path)[:200]}: is not a usable path: {error}") from error
 
 
 def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that would mix with the source or cost the user something.
+    """Refuse a destination that overlaps the source, or that must not be replaced.
 
-    It is asked twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
+    It runs twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
 
     Raises:
-        DestinationError: with what is there and what to pass.
+        DestinationError: the message says what is there and which option to pass.
     """
     try:
         objection = _objection(source.resolve(), destination, overwrite)
     except OSError as error:
-        objection = f"cannot be looked at: {error.strerror}"
+        objection = f"cannot be examined: {error.strerror}"
     if objection:
         raise DestinationError(f"{destination}: {objection}")
 
@@ -193,7 +193,7 @@ def _objection(source: Path, destination: Path, overwrite: bool) -> str:
     if not destination.exists():
         return ""
     if not destination.is_dir():
-        return "exists and is no directory"
+        return "exists and is not a directory"
     if destination.is_mount():
         return "is a mount point, which cannot be replaced; name a directory inside it"
     if any(destination.iterdir()) and not overwrite:
@@ -202,7 +202,7 @@ def _objection(source: Path, destination: Path, overwrite: bool) -> str:
 
 
 def _lock(destination: Path, state: Path, shared: bool) -> int:
-    """A descriptor that holds the lock; the lock's file is still the one that others would open."""
+    """Take the lock and return its descriptor; its file is still the one that others would open."""
     lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -210,7 +210,7 @@ def _lock(destination: Path, state: Path, shared: bool) -> int:
     except (BlockingIOError, FileNotFoundError):
         ours = False
     except OSError:
-        ours = True  # a file system without locks: many clusters' have none
+        ours = True  # a file system without locks, as on many clusters
     if not ours:
         os.close(lock)
         raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
@@ -234,8 +234,8 @@ def staging(
         source: SRC.
         destination: DST.
         overwrite: an existing DST will be replaced.
-        shared: others may work in it at the same time, on other shards.
-        keep: what is finished can be resumed; otherwise nothing is left when something fails.
+        shared: other processes may work in it at the same time, on other shards.
+        keep: leave finished shards for --resume when something fails; otherwise leave nothing.
 
     Raises:
         DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
@@ -266,8 +266,8 @@ def _leave(error: Fp4CastError, state: Path, keep: bool) -> None:
         shutil.rmtree(state, ignore_errors=True)
     elif any(state.glob("*.done")):
         error.add_note(
-            f"What is finished lies in {state}: --resume goes on from there "
-            "(a part of several: the same command again); or delete it."
+            f"The finished shards are in {state}: continue with --resume "
+            "(a part: run it again), or delete that directory."
         )
     else:
         error.add_note(f"Nothing is finished; {state} may be deleted.")

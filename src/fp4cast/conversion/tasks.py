@@ -17,11 +17,11 @@ __all__ = ["Piece", "Task", "pieces", "tiling_of"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """[first, last) of what a step gives.
+    """A range [first, last) of a step's output.
 
     Attributes:
-        offset: where all that the step gives begins in the new file.
-        step: what is written.
+        offset: where the step's whole output begins in the new file.
+        step: what makes the bytes.
         first: the first byte of a copy, expert of a model's weight, tile of a transposed bank, or block of other
             codes and scales; 0 for a constant, which is whole.
         last: one after the last.
@@ -39,7 +39,7 @@ Piece = Sequence[Task]
 
 
 def pieces(shard: OutputShard) -> Iterator[Piece]:
-    """The work of a shard but for its header; the pieces depend on nothing but the shard."""
+    """A shard's work except its header, in pieces that depend on the shard alone."""
     return grouped(((task, task.nbytes) for task in _tasks(shard)), tiles.LIMITS.write_bytes)
 
 
@@ -56,7 +56,7 @@ def _tasks(shard: OutputShard) -> Iterator[Task]:
 
 
 def _units(step: Step) -> tuple[int, int]:
-    """(in how many units a step can be cut, bytes of each)."""
+    """(number of units that a step can be cut into, bytes of each)."""
     match step:
         case CopyOf():
             return step.nbytes, 1
@@ -73,7 +73,7 @@ def _units(step: Step) -> tuple[int, int]:
 
 
 def _joined(shard: OutputShard) -> Iterator[tuple[int, Step]]:
-    """(offset, step) of the outputs, with neighbours in one where they are neighbours in the source, or constants."""
+    """(offset, step) of the outputs; source neighbours are joined into one step, and so are constants."""
     run: list[Output] = []
     for output in shard.outputs:
         if run and not _follows(run[-1].step, output.step):

@@ -30,7 +30,7 @@ _BYTE_ENERGY = np.array([_NIBBLE_ENERGY[b & 15] + _NIBBLE_ENERGY[b >> 4] for b i
 
 @dataclass
 class Tally:
-    """What was done to one tensor's half-blocks, and the error measured while doing it.
+    """Counts of one tensor's changed half-blocks, and the error measured while writing.
 
     Attributes:
         shifted: half-blocks written with shifted codes; exact.
@@ -47,12 +47,12 @@ class Tally:
     energy: float = 0.0
 
     def add(self, encoded: Encoded, codes: Bytes, k: Ints) -> None:
-        """Count some blocks: packed codes uint8 [n, 16] with exponents k int [n]."""
+        """Add some blocks: packed codes uint8 [n, 16] with exponents k int [n]."""
         energy = float((_BYTE_ENERGY[codes].sum(axis=-1) * 4.0 ** k.astype(np.float64)).sum())
         self.merge(Tally(encoded.shifted, encoded.rounded, encoded.squared_error, encoded.max_error, energy))
 
     def merge(self, other: Tally) -> None:
-        """Add what another worker counted."""
+        """Add another worker's counts."""
         self.shifted += other.shifted
         self.rounded += other.rounded
         self.squared_error += other.squared_error
@@ -66,11 +66,11 @@ Computed = CodesOf | BlockScalesOf
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where some blocks that are looked at together lie in their tensor.
+    """The numbers, in their tensor, of the blocks of a tile.
 
     Attributes:
-        tiling: of a bank.
-        tile: whose blocks they are.
+        tiling: the bank's.
+        tile: the tile that holds the blocks.
     """
 
     tiling: Tiling
@@ -82,7 +82,7 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class _From:
-    """Likewise for blocks that follow each other from a first one on."""
+    """The numbers, in their tensor, of consecutive blocks from `first` on."""
 
     first: int
 
@@ -98,7 +98,7 @@ class Writer:
         files: the source's shards.
         target: descriptor of the file to write.
         progress: called with the number of bytes just written; may raise to stop.
-        tallies: by module, what was done to the tensors whose codes had to be looked at.
+        tallies: by module, of the tensors whose codes had to be read.
     """
 
     files: Files

@@ -1,4 +1,4 @@
-"""What a family of MXFP4 checkpoints is, as data: a row that says everything in which families differ."""
+"""A family of MXFP4 checkpoints as data: everything in which families differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Family", "Pair", "Source", "Suffix"]
 
 
 class Suffix(NamedTuple):
-    """How the names of some tensors end, and their safetensors dtypes."""
+    """The end of some tensors' names, and their safetensors dtypes."""
 
     text: str
     dtypes: tuple[str, ...]
@@ -33,19 +33,19 @@ class Family:
     Attributes:
         name: for JSON documents.
         title: for people.
-        codes: of the codes, after the module's name.
-        scales: of the scales.
+        codes: the codes' suffix after the module's name, and their dtypes.
+        scales: the scales' suffix and dtypes.
         bank: one tensor holds all experts of a layer, codes [E, N, K/32, 16]; otherwise one projection, [N, K/2].
         module: a pattern that the module of some codes matches in every checkpoint of the family.
         ambiguous: other tensors are named and typed like codes; only those whose module matches must have scales.
         casts: a pattern of the modules that become NVFP4.
-        keeps: a pattern of those that stay MXFP4 nevertheless; None where there are none.
-        activations: what engines serve, the default first.
-        hint: for the error when other activations are asked for: what to do.
-        served: by layout, where the result is served, for people; a layout that is not there is not offered.
+        keeps: a pattern of those that stay MXFP4 nevertheless; None if there are none.
+        activations: those that engines serve, the default first.
+        hint: what to do, for the error when the user asks for other activations.
+        served: by layout, the engines that serve the result, for people; other layouts are not offered.
         aliases: (pattern, what engines may call that part of a module's name), applied one after the other.
-        ignore: what the config lists as not NVFP4 where the rest of a checkpoint is FP8; names and patterns.
-        bias: the exponent bias of the scale bytes, by config.json.
+        ignore: names and patterns that the config lists as not NVFP4 where the rest of a checkpoint is FP8.
+        bias: returns the exponent bias of the scale bytes, given config.json.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Source:
 
     Attributes:
         checkpoint: the opened directory.
-        family: whose names and dtypes it has.
+        family: the family whose names and dtypes it has.
         pairs: its MXFP4 tensors by module, in the order of their codes.
     """
 

@@ -1,4 +1,4 @@
-"""gpt-oss 20b and 120b: a bank of all experts in one tensor, as openai publishes them on the hub.
+"""gpt-oss 20b and 120b: a bank of all experts in one tensor, as OpenAI publishes them on the Hub.
 
 TensorRT-LLM's loader is from https://github.com/NVIDIA/TensorRT-LLM/pull/8956; what vLLM lacks is in
 https://github.com/vllm-project/vllm/issues/46641.

@@ -1,4 +1,4 @@
-"""What engines merge: projections that become one matrix with one tensor scale, and the names of experts.
+"""The projections that engines merge into one matrix with one tensor scale, and the names of experts.
 
 vLLM takes the largest of the projections' tensor scales, TensorRT-LLM asserts that they are equal.
 """

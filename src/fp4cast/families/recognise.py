@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of, and its MXFP4 tensors, paired across shards.
+"""Recognise a checkpoint's family, and pair its MXFP4 tensors across shards.
 
 Families are recognised by tensor names *and* dtypes; a config alone proves nothing.
 """
@@ -29,7 +29,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     """Recognise a checkpoint's family and pair its MXFP4 tensors, across shards.
 
     Raises:
-        UnsupportedError: it holds no MXFP4 weights, or a layout that is refused; the message says what it is.
+        UnsupportedError: it holds no MXFP4 weights, or a layout that fp4cast refuses; the message says which.
         PartnerError: codes without scales, or scales without codes.
         ShapeError: codes and scales that do not fit together.
     """
@@ -49,7 +49,7 @@ def _has_codes(family: Family, tensor: Tensor) -> bool:
 
 
 def _matches(family: Family, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether some tensor has the family's codes, and scales of the family's dtype (or none that is known at all)."""
+    """Whether some codes are the family's, with scales of the family's dtype (or without any known scales)."""
     for name, tensor in tensors.items():
         if _has_codes(family, tensor) and re.search(family.module, name):
             module = name.removesuffix(family.codes.text)
@@ -62,11 +62,11 @@ def _matches(family: Family, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _find_pairs(family: Family, tensors: Mapping[str, Tensor], bias: int) -> dict[str, Pair]:
-    """All pairs of a family.
+    """Find all pairs of a family.
 
     Raises:
         PartnerError: codes without scales.
-        ShapeError: a pair whose parts do not fit.
+        ShapeError: codes and scales that do not fit together.
     """
     pairs: dict[str, Pair] = {}
     for name, codes in tensors.items():

@@ -12,14 +12,14 @@ __all__ = ["REFUSED", "Refused", "describe"]
 
 
 class Refused(NamedTuple):
-    """A layout of 4-bit weights that is not ours to cast.
+    """A layout of 4-bit weights that fp4cast does not cast.
 
     Attributes:
         codes: suffix of the codes' name.
         dtype: of the codes.
         partner: suffix of the scales' name.
         dtypes: of the scales.
-        what: for people.
+        what: its description, for people.
         cast: it is NVFP4 already; otherwise fp4cast does not read it yet.
     """
 
@@ -42,12 +42,12 @@ REFUSED = (
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], titles: Sequence[str]) -> tuple[str, str]:
-    """What a checkpoint without castable weights is, and what to do, for people.
+    """(what a checkpoint without castable weights is, what to do about it), for people.
 
     Args:
         config: its config.json.
         tensors: its tensors by name.
-        titles: of the families that fp4cast reads.
+        titles: the titles of the families that fp4cast reads.
     """
     not_yet = f"fp4cast does not read this layout yet; it reads {', '.join(titles[:-1])} and {titles[-1]}."
     for found in _found(tensors):
@@ -74,7 +74,7 @@ def _found(tensors: Mapping[str, Tensor]) -> Iterable[Refused]:
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype of most bytes."""
+    """The dtype that most bytes have."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

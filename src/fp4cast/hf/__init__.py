@@ -1,10 +1,10 @@
 """NVFP4 in transformers, after `import fp4cast.hf`. Knows transformers' loader, but not how checkpoints are made.
 
 `from_pretrained` then reads what `convert` writes in the layouts of `quant_method` "modelopt" and "modelopt_mixed".
-Weights become the dtype that is asked for, or BF16, tensor by tensor, on the device that each is loaded to; the model
+Weights take the requested dtype, or BF16, tensor by tensor, on the device that each is loaded to; the model
 is then a plain one, without a quantizer and without a quantization_config, and `save_pretrained` writes it as such.
-Before any weight is read, every tensor of the checkpoint is looked at: one that is missing, left over, or not as the
-config says is a `CheckpointError`. The extra `ptq` installs what is needed.
+Before it reads a weight, it checks every tensor of the checkpoint, and raises a `CheckpointError` for one that is
+missing, left over, or not as the config says. The extra `ptq` installs what it needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _register(method: str, replace: bool) -> bool:
         owner = f"{there[0].__module__}.{there[0].__qualname__}"
         logging.getLogger(__name__).warning("%s reads %r: fp4cast.hf.register(replace=True) takes over", owner, method)
         return False
-    for table in tables:  # the public functions refuse a name that is there, and so a reloaded module
+    for table in tables:  # the public functions refuse a registered name, even when this module is reloaded
         table.pop(method, None)
     auto.register_quantizer(method)(ModelOptNvfp4Quantizer)
     auto.register_quantization_config(method)(ModelOptNvfp4Config)

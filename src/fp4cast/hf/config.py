@@ -29,10 +29,10 @@ class ModelOptNvfp4Config(QuantizationConfigMixin):
     dequantize = True
 
     def __init__(self, **section: Any) -> None:
-        """Of the entries of config.json's quantization_config.
+        """Check the entries of config.json's quantization_config.
 
         Raises:
-            CheckpointError: an entry is not what it must be.
+            CheckpointError: an entry is malformed.
             UnsupportedError: it describes no NVFP4 checkpoint of a layout that fp4cast writes.
         """
         _check(section)
@@ -41,12 +41,12 @@ class ModelOptNvfp4Config(QuantizationConfigMixin):
         self._section = copy.deepcopy(section)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries, as they are written."""
+        """The entries, as config.json holds them."""
         return copy.deepcopy(self._section)
 
 
 def _check(section: Mapping[str, Any]) -> None:
-    """What `read_claims` takes lightly, or does not look at."""
+    """Check the entries that `read_claims` accepts unchecked or ignores."""
     ignore = section.get("ignore", [])
     if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
         raise _fault("ignore", ignore, "a list of names")

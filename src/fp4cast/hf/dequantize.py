@@ -1,4 +1,4 @@
-"""The values of NVFP4 tensors, made while transformers loads: E2M1 * E4M3 * S in float32, then rounded once."""
+"""Dequantize NVFP4 tensors while transformers loads them: E2M1 * E4M3 * S in float32, then rounded once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fp4cast.layouts.layout import Names
 
 __all__ = ["Dequantize", "dequantize"]
 
-_PIECE = 1 << 20  # bytes of codes that are decoded at once: what is in float32 stays small beside the weight
+_PIECE = 1 << 20  # bytes of codes that are decoded at once, so that float32 values stay small beside the weight
 
 
 def dequantize(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of an NVFP4 matrix, or of a bank of experts with the output channel last, on its device.
+    """Dequantize an NVFP4 matrix, or a bank of experts with the output channel last, on its device.
 
     Args:
         codes: packed uint8 [N, K/2], or a bank [E, K/2, N]; low nibble first.
         block_scales: float8_e4m3fn [N, K/16], or [E, K/16, N].
         tensor_scale: S, float32 [].
-        dtype: of the result.
+        dtype: the result's.
 
     Returns:
         [N, K], or [E, K, N]. Exact in float32 if S is a power of two, else rounded once; then rounded to dtype.
@@ -57,13 +57,13 @@ def dequantize(codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, dtype:
 
 
 class Dequantize(ConversionOps):
-    """Makes weights of what was collected for one parameter; the operations of the model's own converter follow.
+    """Turns the tensors collected for one parameter into weights; the operations of the model's own converter follow.
 
     Attributes:
         names: the source patterns by what they collect, one group for each source of the model's converter.
         faults: what is wrong with values, for all parameters of a model: transformers would log an error and go on.
         last: no operation follows.
-        dtype: of the parameter; set when its first tensor is read.
+        dtype: the parameter's; set when its first tensor is read.
     """
 
     supports_many_to_many = True
@@ -73,7 +73,7 @@ class Dequantize(ConversionOps):
         self.dtype = torch.bfloat16
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantize:
-        """For another parameter: faults are shared, the dtype is not."""
+        """A copy for another parameter, which shares the faults but not the dtype."""
         return Dequantize(self.names, self.faults, self.last)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where transformers will put every tensor of a checkpoint: its own renaming, on names alone."""
+"""Predict where transformers puts every tensor of a checkpoint: its own renaming, on names alone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ BANKS = (".experts.gate_up_proj", ".experts.down_proj")  # all experts of a laye
 
 
 class Place(NamedTuple):
-    """One tensor of a checkpoint, and what the loader makes of it.
+    """One tensor of a checkpoint, and the parameters that the loader makes of it.
 
     Attributes:
         tensor: as the header describes it.
         parameter: the loader's name for it: the first of the parameters that are made of it.
         made: all of them; more than one where a merged tensor is split.
-        converter: that collects it; None where it is only renamed.
+        converter: the converter that collects it; None if it is only renamed.
         pattern: the converter's source pattern that matches.
     """
 
@@ -46,12 +46,12 @@ class Place(NamedTuple):
 
     @property
     def reads_codes(self) -> bool:
-        """Whether quantized weights are understood here."""
+        """Whether its converter understands quantized weights."""
         return self.converter is not None and isinstance(self.converter.operations[0], Dequantize)
 
     @property
     def alone(self) -> bool:
-        """Whether the parameter is what one tensor holds, quantized or not."""
+        """Whether one weight alone makes the parameter, quantized or not."""
         return self.converter is not None and len(self.converter.operations) == 1 and self.reads_codes
 
     @property
@@ -61,13 +61,13 @@ class Place(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """The patterns of all weights of which the parameter is made."""
+        """The patterns of all weights that make the parameter."""
         operation = self.converter.operations[0] if self.converter is not None else None
         return [names.codes for names in operation.names] if isinstance(operation, Dequantize) else []
 
 
 def companions(codes: str) -> Names:
-    """The names of an NVFP4 weight's four tensors by that of its codes, or the patterns by that of the codes."""
+    """The names of an NVFP4 weight's four tensors, from the name of its codes; patterns, from a pattern."""
     return _form(codes).names(module_of(codes))
 
 
@@ -83,10 +83,10 @@ def module_of(name: str) -> str:
 def reading(
     conversions: Sequence[WeightTransform], faults: list[str]
 ) -> list[tuple[WeightTransform, WeightTransform | None]]:
-    """A model's conversions with NVFP4 read first, and behind them what reads all other weights.
+    """Make a model's conversions read NVFP4, and add conversions for the weights that have none.
 
     Args:
-        conversions: of the model.
+        conversions: the model's.
         faults: see `Dequantize`.
 
     Returns:
@@ -102,7 +102,7 @@ def reading(
 
 
 def _reading(conversion: WeightTransform, faults: list[str]) -> WeightTransform:
-    """A converter of `.weight` tensors collects their scales too; all others stay as they are."""
+    """Make a converter of `.weight` tensors collect their scales too; other conversions stay as they are."""
     sources = conversion._original_source_patterns
     if not isinstance(conversion, WeightConverter) or not all(source.endswith(".weight") for source in sources):
         return conversion
@@ -115,10 +115,10 @@ def _reading(conversion: WeightTransform, faults: list[str]) -> WeightTransform:
 def places(
     tensors: Iterable[Tensor], conversions: Sequence[WeightTransform], model: PreTrainedModel
 ) -> dict[str, Place]:
-    """By name, where the loader puts each tensor; in the loader's order.
+    """The `Place` of each tensor by name, in the loader's order.
 
     Args:
-        tensors: of the checkpoint.
+        tensors: the checkpoint's.
         conversions: to load with; they are not changed.
         model: on any device.
     """

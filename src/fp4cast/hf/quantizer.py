@@ -1,4 +1,4 @@
-"""What transformers calls while it loads a checkpoint of the ModelOpt layout."""
+"""The quantizer that transformers calls while it loads a checkpoint in the ModelOpt layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
         self._conversions: list[tuple[WeightTransform, WeightTransform | None]] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """BF16 where neither config nor caller say a dtype: it would be that of the first tensor, maybe of a scale."""
+        """Default to BF16: transformers would otherwise take the dtype of the first tensor, maybe of a scale."""
         if getattr(config, "dtype", None) is None:
             config.dtype = torch.bfloat16
         return config
@@ -62,7 +62,7 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
         """Check the checkpoint, and make the model's conversions read it.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, or not what it must be.
+            CheckpointError: a tensor is missing, left over, or malformed.
         """
         self._conversions = reading(weight_conversions, self._faults)
         conversions = [each for each, _ in self._conversions]
@@ -72,7 +72,7 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
         return conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Codes and scales are read as they are; the dtype is for what is made of them."""
+        """Read codes and scales as they are; the dtype applies to the weights made of them."""
         operation = next(iter(getattr(converter, "operations", ())), None)
         if not isinstance(operation, Dequantize):
             return super().get_new_dtype(converter, param, dtype)
@@ -80,7 +80,7 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
         return None
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Make it a plain model.
+        """Make the loaded model a plain one.
 
         Raises:
             CheckpointError: a scale was NaN, or not positive.
@@ -97,10 +97,10 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
             raise CheckpointError(self._faults[0] + others)
 
     def is_serializable(self) -> bool:
-        """The loaded model is a plain one."""
+        """True: the loaded model is a plain one."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """The loaded model is a plain one."""
+        """True: the loaded model is a plain one."""
         return True

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint against its config and the model, before a weight is read.
+"""Check every tensor of a checkpoint against its config and the model, before a weight is read.
 
 transformers only warns of a tensor that is missing or left over, and fills a missing weight with random numbers.
 """
@@ -30,7 +30,7 @@ def headers(files: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint's files by name.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or a tensor is in two of them.
+        CheckpointError: a file is not in safetensors, or a tensor is in two files.
     """
     found: dict[str, Tensor] = {}
     for path in map(Path, files):
@@ -64,7 +64,7 @@ def check_partners(tensors: Mapping[str, Tensor], claims: Claims) -> set[str]:
 
 
 def _codes(tensor: Tensor) -> Iterator[str]:
-    """The name of the codes that a tensor is, or belongs to."""
+    """The name of the codes that a tensor holds or belongs to."""
     if tensor.dtype == "U8" and tensor.name.endswith((".weight", *BANKS)):
         yield tensor.name
     for suffixes in (PROJECTION.suffixes, BANK.suffixes):
@@ -93,7 +93,7 @@ def _check_claims(name: str, tensors: Mapping[str, Tensor], claims: Claims) -> N
 
 
 def _check_shapes(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Codes are [N, K/2], or [E, K/2, N] for banks of experts: K is axis 1."""
+    """Check that codes are [N, K/2], or [E, K/2, N] for banks of experts (K is axis 1), and that the rest fits."""
     shape = tensors[name].shape
     if len(shape) != (2 if name.endswith(".weight") else 3) or 0 in shape or shape[1] % NV_BLOCK_BYTES:
         raise ShapeError(
@@ -111,7 +111,7 @@ def check_places(placed: Mapping[str, Place], codes: set[str], claims: Claims, m
     Args:
         placed: every tensor by name.
         codes: the names of all codes.
-        claims: of the config.
+        claims: the config's.
         model: on any device.
 
     Raises:
@@ -141,14 +141,14 @@ def _check_unknown(placed: Iterable[Place], model: PreTrainedModel) -> None:
 
 
 def _after_rules(model: PreTrainedModel, **names: set[str]) -> set[str]:
-    """What is left of missing_keys or unexpected_keys after transformers' own exceptions."""
+    """The missing_keys or unexpected_keys that remain after transformers' own exceptions."""
     info: Any = SimpleNamespace(**{"missing_keys": set(), "unexpected_keys": set(), **names})
     model._adjust_missing_and_unexpected_keys(info)
     return set(info.missing_keys | info.unexpected_keys)
 
 
 def _is_head(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor belongs to a head that nobody asked for: `AutoModel` loads what is below it."""
+    """Whether a tensor belongs to a head that the model lacks: `AutoModel` loads the body alone."""
     prefix = model.base_model_prefix
     return bool(prefix) and not hasattr(model, prefix) and not name.startswith(f"{prefix}.")
 
@@ -156,12 +156,14 @@ def _is_head(name: str, model: PreTrainedModel) -> bool:
 def _check_weight(
     place: Place, placed: Mapping[str, Place], codes: set[str], claims: Claims, model: PreTrainedModel
 ) -> None:
-    """One tensor that is no scale."""
+    """Check one tensor that is not a scale."""
     tensor, name = place.tensor, place.tensor.name
     if name in codes:
         partners = [placed[each] for each in companions(name) if each in placed]
         if not place.reads_codes or {each.parameter for each in partners} != {place.parameter}:
-            raise UnsupportedError(f"{tensor}: transformers converts {place.parameter} in a way that knows no NVFP4")
+            raise UnsupportedError(
+                f"{tensor}: transformers converts {place.parameter} in a way that does not support NVFP4"
+            )
         return
     if (
         claims.quantized(module_of(name))
@@ -177,13 +179,13 @@ def _check_weight(
 
 
 def _shape(tensor: Tensor, codes: set[str]) -> tuple[int, ...]:
-    """Of the weight that a tensor holds."""
+    """The shape of the weight that a tensor holds."""
     shape = tensor.shape
     return (shape[0], 2 * shape[1], *shape[2:]) if tensor.name in codes else shape
 
 
 def _check_group(group: Sequence[Place], codes: set[str], model: PreTrainedModel) -> None:
-    """The tensors of which one parameter is made, or several that were one: each there once, in the right size."""
+    """Check the tensors that make one parameter, or several that were merged: each is there once, in the right size."""
     first, shapes = group[0], [_shape(place.tensor, codes) for place in group]
     wanted = [tuple(model.get_parameter_or_buffer(name).shape) for name in first.made]
     if first.converter is None or first.alone:
@@ -205,7 +207,7 @@ def _check_group(group: Sequence[Place], codes: set[str], model: PreTrainedModel
 
 
 def _check_source(group: Sequence[Place], pattern: str, codes: set[str], count: int) -> None:
-    """The tensors of one source pattern of a parameter: those of its experts."""
+    """Check the tensors of one source pattern of a parameter, which are those of its experts."""
     if len({place.tensor.name in codes for place in group}) > 1:
         raise UnsupportedError(f"{group[0].tensor}: some experts of {group[0].parameter} are NVFP4 and some are not")
     merges = group[0].converter is not None and any(
@@ -226,7 +228,7 @@ def _check_source(group: Sequence[Place], pattern: str, codes: set[str], count: 
 
 
 def _check_complete(made: set[str], model: PreTrainedModel) -> None:
-    """Every parameter is made, or tied to one that is."""
+    """Check that every parameter is made, or tied to one that is."""
     tied: dict[str, set[str]] = defaultdict(set)
     for target, source in model.all_tied_weights_keys.items():
         tied[source] |= {target, source}

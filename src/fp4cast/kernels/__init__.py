@@ -1,8 +1,8 @@
 """NVFP4 on torch tensors: fake quantization, and packed codes. Knows tensors and devices, but no model and no file.
 
-The functions choose by where the tensor is; `reference` (torch) and `gpu` (Triton) have the same signatures and give
-the same bits. A block's scale is that of ModelOpt's exporter, in FP32 and in the order that is written here, which
-decides ties:
+The tensor's device selects the kernels; `reference` (torch) and `gpu` (Triton) have the same signatures and give the
+same bits. A block's scale follows ModelOpt's exporter, in FP32 and in the order that is written here, which decides
+ties:
 
     S = global_amax / (6 * 448)
     s = E4M3(clamp((amax / 6) * 448 / (global_amax / 6), 2^-9, 448))    where an amax is given; 0 counts as 6

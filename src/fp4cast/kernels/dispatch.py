@@ -18,19 +18,19 @@ __all__ = ["dynamic_fp4_fake_quant", "quantize_nvfp4", "static_blockwise_fp4_fak
 def static_blockwise_fp4_fake_quant(
     x: Tensor, amax: Tensor, global_amax: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Round to the values that NVFP4 would hold, under given block amax.
+    """Round to the values that NVFP4 would hold under given block amax.
 
     Args:
         x: floating point, of any rank; blocks run along the last axis.
         amax: non-negative, one for each block in order, of any shape. Its size gives the block size.
         global_amax: 6 * 448 times the tensor scale, one number; the largest of `amax` if not given.
-        out_dtype: of the result; that of x if not given.
+        out_dtype: the result's; that of x if not given.
 
     Returns:
         The shape of x. NaN stays NaN, infinity becomes the largest value of its block.
 
     Raises:
-        ShapeError: no amax, or a number of them that does not cut the last axis into blocks.
+        ShapeError: amax is empty, or its size does not cut the last axis into blocks.
     """
     if amax.numel() == 0:
         raise ShapeError(f"amax is empty: expected one for each block of x {tuple(x.shape)}")
@@ -47,7 +47,7 @@ def static_blockwise_fp4_fake_quant(
 def dynamic_fp4_fake_quant(
     x: Tensor, global_amax: Tensor | None = None, block: int = NV_BLOCK, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The same with each block's own amax, which is how engines quantize activations.
+    """Like `static_blockwise_fp4_fake_quant`, under each block's own amax, as engines quantize activations.
 
     Args:
         x: floating point and finite, last axis a multiple of `block`.
@@ -56,7 +56,7 @@ def dynamic_fp4_fake_quant(
         out_dtype: of the result; that of x if not given.
 
     Raises:
-        ShapeError: a last axis that is no multiple of `block`.
+        ShapeError: a last axis that is not a multiple of `block`.
     """
     _check_blocks(x, block)
     top = _scalar(x.abs().amax().float() if global_amax is None else global_amax, x)
@@ -66,7 +66,7 @@ def dynamic_fp4_fake_quant(
 def quantize_nvfp4(
     x: Tensor, global_amax: Tensor | None = None, amax: Tensor | None = None, block: int = NV_BLOCK
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize into what NVFP4 stores.
+    """Quantize to packed codes, block scales and a tensor scale.
 
     Args:
         x: floating point and finite, of any rank, last axis a multiple of `block`.
@@ -78,7 +78,7 @@ def quantize_nvfp4(
         Packed codes uint8 [..., K/2], low nibble first; E4M3 scales uint8 [..., K/block]; tensor scale float32 [].
 
     Raises:
-        ShapeError: a last axis that is no multiple of `block`, or a number of amax that is not that of blocks.
+        ShapeError: a last axis that is not a multiple of `block`, or an amax without one value for each block.
     """
     _check_blocks(x, block)
     if amax is not None and amax.numel() * block != x.numel():
@@ -102,7 +102,7 @@ def _scalar(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _kernels(x: Tensor, block: int) -> ModuleType:
-    """Triton where x is on a GPU and Triton is there, else torch."""
+    """The Triton kernels if x is on a GPU and Triton is installed, else torch's."""
     if x.is_cuda and block & (block - 1) == 0 and importlib.util.find_spec("triton"):
         from fp4cast.kernels import gpu
 

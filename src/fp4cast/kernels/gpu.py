@@ -1,7 +1,7 @@
-"""NVFP4 in Triton: one pass over the values, a program a few thousand of them. Equal to `reference`, bit for bit.
+"""NVFP4 in Triton: one pass over the values, a few thousand for each program. Equal to `reference`, bit for bit.
 
-What takes care of the bits: divisions are IEEE's (Triton's `/` is not), E4M3 and E2M1 are rounded by adding and
-subtracting 1.5 * 2^23, which rounds a float32 to a whole number, ties to even.
+Two things keep the bits equal: divisions round as IEEE asks (Triton's `/` does not), and E4M3 and E2M1 are rounded by
+adding and subtracting 1.5 * 2^23, which rounds a float32 to a whole number, ties to even.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _round_e4m3(x):
 
 @triton.jit
 def _divide(x, y, inverse):
-    """The quotient as IEEE rounds it, by Markstein: an estimate, whose error a fused multiply finds exactly.
+    """The quotient as IEEE rounds it, by Markstein: an estimate, whose error a fused multiply-add finds exactly.
 
     Three instructions instead of some ten, where nothing over- or underflows and `inverse` is 1 / y, rounded.
     """
@@ -50,7 +50,7 @@ def _divide(x, y, inverse):
 
 @triton.jit
 def _inverse(y):
-    """1 / y, rounded but for the last bit of a few: one step of Newton from the GPU's own estimate."""
+    """1 / y, correctly rounded but for the last bit of a few: one step of Newton from the GPU's own estimate."""
     rough = 1.0 / y
     return tl.fma(rough, tl.fma(-y, rough, 1.0), rough)
 
@@ -90,7 +90,7 @@ def _own_block_scale(amax, top, tensor_scale, quick):
 def _load(
     x, amax, global_amax, blocks, block: tl.constexpr, many: tl.constexpr, dynamic: tl.constexpr, has_fma: tl.constexpr
 ):
-    """A program's blocks: (their indices, which there are, offsets of their values, values, s, S, quick)."""
+    """Load a program's blocks: (their indices, which of them exist, offsets of their values, values, s, S, quick)."""
     rows = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
     inside = rows < blocks
     offsets = rows[:, None] * block + tl.arange(0, block)[None, :]
@@ -217,7 +217,7 @@ def _grid(blocks: int, block: int, values: int) -> tuple[tuple[int], int]:
 
 
 def fake_quant(x: Tensor, amax: Tensor | None, global_amax: Tensor, out_dtype: torch.dtype, block: int) -> Tensor:
-    """See `fp4cast.kernels.static_blockwise_fp4_fake_quant`; amax None: that of each block."""
+    """See `fp4cast.kernels.static_blockwise_fp4_fake_quant`; amax None: each block's own."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=out_dtype)
     blocks = x.numel() // block

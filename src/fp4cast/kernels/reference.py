@@ -22,7 +22,7 @@ def block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
 
 
 def own_block_scales(amax: Tensor, global_amax: Tensor) -> Tensor:
-    """The same where amax [n] was measured on the spot: amax / (6 * S), and 1 for blocks of zeros."""
+    """Like `block_scales`, for the blocks' own amax [n]: amax / (6 * S), and 1 for blocks of zeros."""
     amax = amax.float()
     wanted = torch.where(amax == 0, torch.ones_like(amax), amax / (E2M1_MAX * tensor_scale(global_amax)))
     return wanted.clamp(SMALLEST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -33,7 +33,7 @@ def _positive(amax: Tensor, otherwise: float) -> Tensor:
 
 
 def _scales(blocks: Tensor, amax: Tensor | None, global_amax: Tensor) -> Tensor:
-    """Block scales by the amax that is given, or that of the blocks [n, block]."""
+    """Block scales from a given amax, or from that of the blocks [n, block]."""
     if amax is None:
         return own_block_scales(blocks.abs().amax(dim=1), global_amax)
     return block_scales(amax.reshape(-1), global_amax)
@@ -54,7 +54,7 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def fake_quant(x: Tensor, amax: Tensor | None, global_amax: Tensor, out_dtype: torch.dtype, block: int) -> Tensor:
-    """See `fp4cast.kernels.static_blockwise_fp4_fake_quant`; amax None: that of each block."""
+    """See `fp4cast.kernels.static_blockwise_fp4_fake_quant`; amax None: each block's own."""
     blocks = x.reshape(-1, block).float()
     step = (_scales(blocks, amax, global_amax).float() * tensor_scale(global_amax))[:, None]
     return (round_e2m1(blocks / step) * step).to(out_dtype).reshape(x.shape)

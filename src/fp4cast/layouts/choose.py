@@ -1,4 +1,4 @@
-"""The table of layouts, and which of them a family has."""
+"""The table of layouts, and the choice of one for a family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors `nvfp4-pack-quantized`: one row of names, and what config.json says of it."""
+"""compressed-tensors `nvfp4-pack-quantized`: the tensors' names, and the quantization_config in config.json."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The documents beside the weights, config.json and hf_quant_config.json, without which no engine loads them.
 
-What both layouts need is here; what each says is in its own file, read from vLLM, SGLang, TensorRT-LLM and the exports
-of nvidia-modelopt 0.47. The reasons are in docs/targets.md.
+This module holds what all layouts need; each layout's file makes its own documents, which follow vLLM, SGLang,
+TensorRT-LLM and the exports of nvidia-modelopt 0.47. docs/targets.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def documents(
     Args:
         checkpoint: the source.
         target: the layout.
-        modules: what becomes NVFP4; everything else stays as it is.
-        replaced: the source tensors that they were made from.
-        bank: some of them are banks of experts.
+        modules: the modules that become NVFP4; everything else stays as it is.
+        replaced: the source tensors that they are made from.
+        bank: whether some of them are banks of experts.
 
     Raises:
         UsageError: the layout's configs cannot express what the source holds.
@@ -43,12 +43,12 @@ def documents(
 
 
 def plain_modules(writing: Writing) -> list[str]:
-    """Of the modules that are not cast, those that are not quantized at all."""
+    """The modules that are neither cast nor quantized in another way."""
     return [module for module, weight in writing.kept.items() if weight.dtype in UNQUANTIZED]
 
 
 def _kept(checkpoint: Checkpoint, target: Target, replaced: Collection[str]) -> dict[str, Tensor]:
-    """The weight matrices that are not cast: an engine must be told so about each of them."""
+    """The weight matrices that are not cast; the configs must name each of them."""
     found: dict[str, Tensor] = {}
     for suffix in dict.fromkeys((target.family.codes.text, ".weight_packed", ".weight")):  # the last one prevails
         for name, tensor in checkpoint.tensors.items():

@@ -1,6 +1,6 @@
-"""What a checkpoint's config tells an engine, read the way engines read it: is this module NVFP4, and which kind?
+"""Read a checkpoint's config as engines do: which modules are NVFP4, and of which kind?
 
-The other hand of `layouts`: each layout's file writes its documents, and a clause here reads them.
+This is the counterpart of the layouts' files: each of them writes its documents, and a function here reads them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["Claims", "config_faults", "read_claims"]
 
 @dataclass(frozen=True)
 class Claims:
-    """What a quantization_config states.
+    """The claims of a quantization_config.
 
     Attributes:
         layout: the name of the layout.
         activations: "w4a16" or "w4a4".
-        layers: the modules listed as NVFP4; None where everything is that is not ignored.
+        layers: the modules listed as NVFP4; None if every module is that is not ignored.
         ignore: names and patterns that are not quantized.
         ignores: whether an entry of `ignore` means a module: (entry, module).
         other_groups: modules in other formats have groups of their own, beside `ignore`.
@@ -49,7 +49,7 @@ class Claims:
 
 
 def read_claims(config: Mapping[str, Any]) -> Claims:
-    """What a config.json claims.
+    """Read the claims of a config.json.
 
     Raises:
         UnsupportedError: it does not describe an NVFP4 checkpoint of a layout that fp4cast writes.
@@ -78,7 +78,7 @@ def _modelopt(section: Mapping[str, Any]) -> Claims | None:
     activations = _ALGORITHMS.get(str(section.get("quant_algo")))
     if activations is None or section.get("quant_method") != "modelopt":
         return None
-    return Claims("modelopt", activations, None, _strings(section.get("ignore")), _part_or_wildcard)
+    return Claims("modelopt", activations, None, _strings(section.get("ignore")), _substring_or_wildcard)
 
 
 def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
@@ -90,7 +90,7 @@ def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
     activations = _ALGORITHMS.get(algorithms.pop()) if len(algorithms) == 1 else None
     if activations is None:
         return None
-    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), _part_or_wildcard)
+    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), _substring_or_wildcard)
 
 
 _ALGORITHMS: dict[str, Activations] = {"NVFP4": "w4a4", "W4A16_NVFP4": "w4a16"}
@@ -98,12 +98,12 @@ _CLAUSES = (_compressed_tensors, _modelopt, _modelopt_mixed)
 
 
 def _name_or_expression(entry: str, module: str) -> bool:
-    """As compressed-tensors reads an entry: a name, or a regular expression after `re:`."""
+    """Match an entry as compressed-tensors does: a name, or a regular expression after `re:`."""
     return entry == module or (entry.startswith("re:") and _pattern(entry[3:]).match(module) is not None)
 
 
-def _part_or_wildcard(entry: str, module: str) -> bool:
-    """As vLLM reads a ModelOpt entry: a wildcard, and a plain substring as well."""
+def _substring_or_wildcard(entry: str, module: str) -> bool:
+    """Match a ModelOpt entry as vLLM does: a wildcard, or a plain substring."""
     return entry in module or fnmatchcase(module, entry)
 
 
@@ -117,7 +117,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"the config ignores 're:{text[:100]}', which is no pattern: {error}") from error
+        raise CheckpointError(f"the config ignores 're:{text[:100]}', which is not a valid pattern: {error}") from error
 
 
 def _ancestors(module: str) -> Iterator[str]:
@@ -142,12 +142,12 @@ def _w4a4(groups: object) -> bool:
 
 
 def config_faults(config: Mapping[str, Any], beside: Mapping[str, Any] | None, claims: Claims) -> Iterable[str]:
-    """Where config.json and hf_quant_config.json contradict each other, or a second quantization_config is left.
+    """Contradictions between config.json and hf_quant_config.json, and a second quantization_config, if any.
 
     Args:
         config: config.json.
         beside: hf_quant_config.json, or None where there is none.
-        claims: of config.json.
+        claims: config.json's.
     """
     path, section = find_quantization_config(config)
     others = [

@@ -1,4 +1,4 @@
-"""What a layout of NVFP4 checkpoints is, as data: names, dtypes and shapes that its writer and its readers share."""
+"""A layout of NVFP4 checkpoints as data: names, dtypes and shapes that its writer and its readers share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DTYPES", "Form", "Layout", "Names", "Selection", "Target", "Writing"
 
 
 class Names(NamedTuple):
-    """Something of each of the four tensors of one NVFP4 weight: their names, suffixes or dtypes."""
+    """One entry for each of the four tensors of an NVFP4 weight: names, suffixes or dtypes."""
 
     codes: str
     block_scale: str
@@ -56,7 +56,7 @@ class Form:
         return self._oriented(shape, NV_BLOCK)
 
     def _oriented(self, shape: tuple[int, ...], weights: int) -> tuple[int, ...]:
-        """With one byte for so many weights along K."""
+        """The stored shape, with one byte for `weights` weights along K."""
         *bank, rows, columns = shape
         columns //= weights
         return (*bank, columns, rows) if self.transposed else (*bank, rows, columns)
@@ -79,16 +79,16 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Writing:
-    """What the documents of a new checkpoint are written from.
+    """Everything that the documents of a new checkpoint are made from.
 
     Attributes:
         checkpoint: the source.
         config: its config.json, a copy to change.
         target: how the new one is stored.
-        modules: what becomes NVFP4.
+        modules: the modules that become NVFP4.
         kept: the weight matrices that are not cast, by module, sorted.
         bank: some of `modules` are banks of experts in one tensor.
-        producer: for the field of that name.
+        producer: the value of the field of that name.
     """
 
     checkpoint: Checkpoint
@@ -108,8 +108,8 @@ class Layout:
         name: the value of `--layout`.
         projection: how one projection is stored.
         bank: how a bank of experts is stored; None where no engine reads one.
-        documents: the config files by name. Conversion calls it; verification never does, and reads what it wrote by
-            `engine_view`.
+        documents: returns the config files by name. Conversion calls it; verification never does, and reads the files
+            with `engine_view`.
     """
 
     name: str
@@ -171,11 +171,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a target makes of a source's tensors.
+    """A source's tensors, divided into those that a target casts and the others.
 
     Attributes:
         cast: the pairs that become NVFP4.
-        untouched: the tensors that are no part of such a pair, which stay as they are.
+        untouched: all other tensors, which stay as they are.
     """
 
     cast: Sequence[Pair]
@@ -183,24 +183,24 @@ class Selection:
 
     @cached_property
     def modules(self) -> list[str]:
-        """The names of the pairs."""
+        """The modules of the cast pairs."""
         return [pair.module for pair in self.cast]
 
     @cached_property
     def replaced(self) -> set[str]:
-        """The names of the pairs' tensors."""
+        """The names of the cast pairs' tensors."""
         return {name for pair in self.cast for name in (pair.codes.name, pair.scales.name)}
 
 
 def select(source: Source, target: Target) -> Selection:
-    """Part what is cast from what stays."""
+    """Divide a source's tensors into those that a target casts and those that stay."""
     cast = [pair for pair in source.pairs.values() if target.casts(pair)]
     parts = {name for pair in cast for name in (pair.codes.name, pair.scales.name)}
     return Selection(cast, [tensor for name, tensor in source.checkpoint.tensors.items() if name not in parts])
 
 
 def castable(source: Source, target: Target) -> Selection:
-    """`select`, where something must be cast.
+    """Like `select`, for a source of which something must be cast.
 
     Raises:
         UnsupportedError: nothing is.

@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt's layout: one row of names, and what config.json and hf_quant_config.json say of it.
+"""NVIDIA ModelOpt's layout: the tensors' names, config.json and hf_quant_config.json.
 
 Four kinds of config, for banks of experts (gpt-oss), FP8 checkpoints with NVFP4 experts (DeepSeek-V4), models that one
 algorithm and a list of exceptions describe, and all others (`MIXED_PRECISION`).
@@ -49,7 +49,7 @@ MODELOPT = Layout(
 
 
 def _refuse_other_groups(writing: Writing) -> None:
-    """Raise for other quantized groups (FP8 attention, say): these configs could not say how they are stored."""
+    """Raise for other quantized groups (FP8 attention, say): these configs cannot describe them."""
     for weight in writing.kept.values():
         if weight.dtype not in UNQUANTIZED:
             raise UsageError(
@@ -73,7 +73,7 @@ def _bank(writing: Writing) -> tuple[Section, Section]:
 
 
 def _projections(writing: Writing) -> tuple[Section, Section]:
-    """Likewise for projections: one algorithm with exceptions where that says it all, else a list of layers."""
+    """Like `_bank`, for projections: one algorithm with exceptions where that suffices, else a list of layers."""
     target, modules = writing.target, writing.modules
     if _is_plain(modules, writing.kept):
         ignore = list(writing.kept)
@@ -92,7 +92,7 @@ def _projections(writing: Writing) -> tuple[Section, Section]:
 
 
 def _beside_fp8(writing: Writing) -> tuple[Section, Section]:
-    """Likewise for a checkpoint that is FP8 but for its experts: its config as it was, and that these are NVFP4."""
+    """Like `_bank`, for an FP8 checkpoint with NVFP4 experts: its own config, extended by a list of the experts."""
     target = writing.target
     names, ignore = _banks(writing.modules), list(target.family.ignore)
     layers = _layers(target, names)
@@ -142,7 +142,7 @@ def _layers(target: Target, names: Iterable[str]) -> dict[str, Section]:
 
 
 def _banks(modules: Iterable[str]) -> list[str]:
-    """`...experts` for experts of their own names, the modules themselves otherwise; sorted, each once."""
+    """`...experts` for experts with names of their own, else the module itself; sorted, each once."""
     return sorted({_bank_of(module) or module for module in modules})
 
 
@@ -160,9 +160,9 @@ def _spellings(module: str, target: Target) -> list[str]:
 
 
 def _is_plain(modules: Sequence[str], ignore: Iterable[str]) -> bool:
-    """Whether one algorithm and a list of exceptions says it all, as for dense models.
+    """Whether one algorithm and a list of exceptions suffices, as for dense models.
 
-    vLLM also matches exceptions as substrings, so an exception that is part of a cast module's name (a router `gate`
+    vLLM also matches exceptions as substrings, so an exception that occurs in a cast module's name (a router `gate`
     beside `gate_proj`) needs the explicit list of `MIXED_PRECISION` instead.
     """
     if any(_bank_of(module) for module in modules):
@@ -173,7 +173,7 @@ def _is_plain(modules: Sequence[str], ignore: Iterable[str]) -> bool:
 
 
 def _short_ignore(modules: Sequence[str], kept: Iterable[str]) -> list[str]:
-    """What ModelOpt's gpt-oss export lists: attention as a pattern where all of it stays, the rest by name."""
+    """Exceptions as ModelOpt's gpt-oss export lists them: attention by a pattern if all of it stays, others by name."""
     touched = {module.partition(".self_attn.")[0] for module in modules if ".self_attn." in module}
 
     def entry(module: str) -> str:

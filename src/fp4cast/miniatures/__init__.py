@@ -39,7 +39,7 @@ def make(kind: str, path: Path, *, seed: int = 0, traps: bool = True) -> Path:
     Args:
         kind: one of `KINDS`.
         path: the directory to make.
-        seed: of all its numbers.
+        seed: the seed of all its random numbers.
         traps: plant the traps; without them all half-blocks of all tensors stay verbatim.
 
     Returns:

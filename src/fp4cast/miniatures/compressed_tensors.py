@@ -89,5 +89,5 @@ def draft_dense(draft: Draft, version: str = "0.14.0") -> None:
 
 
 def draft_dense_013(draft: Draft) -> None:
-    """The same values in scale bytes that are two too low."""
+    """Like `draft_dense`, with scale bytes that are two too low."""
     draft_dense(draft, "0.13.0")

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 and V4.1: FP8 neighbours of the same names, MTP experts that stay, partners in other shards."""
+"""DeepSeek-V4 and V4.1: FP8 weights that are named alike, MTP experts that stay, partners in other shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["draft_deepseek_v4", "draft_deepseek_v41"]
 
 
 def draft_deepseek_v4(draft: Draft, nested: bool = False) -> None:
-    """Two layers of four experts, and an MTP layer; `nested` as V4.1 has its config and its FP8 blocks."""
+    """Two layers of four experts, and an MTP layer; `nested` for V4.1's config and FP8 blocks."""
     hidden, inner, experts, block = 128, 64, 4, 32 if nested else 128
 
     def put(e: int, module: str, codes: Bytes, scales: Bytes) -> None:
@@ -37,7 +37,7 @@ def draft_deepseek_v4(draft: Draft, nested: bool = False) -> None:
     draft.add(0, "layers.0.ffn.gate.tid2eid", "I64", table.astype(np.int64))
     draft.f32(1, "layers.1.ffn.gate.bias", experts)
     add_experts(draft, "mtp.0.ffn.experts", 2, hidden, inner, put)
-    if nested:  # V4.1's one-byte tables are no codes
+    if nested:  # V4.1's one-byte tables are not codes
         draft.add(1, "layers.1.engram.table.weight", "I8", draft.rng.integers(0, 256, (64, 32)).astype(np.uint8))
     draft.bf16(0, "embed.weight", VOCABULARY, hidden)
     draft.bf16(1, "head.weight", VOCABULARY, hidden)

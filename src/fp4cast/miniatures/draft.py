@@ -1,4 +1,4 @@
-"""What miniatures are made with: random weights like those of trained models, the traps, and the files."""
+"""The tools that make miniatures: random weights like those of trained models, the traps, and the files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass
 class Draft:
-    """A checkpoint that is being made up.
+    """A miniature checkpoint under construction.
 
     Attributes:
-        rng: where all numbers come from.
-        traps: plant the traps.
+        rng: the source of all random numbers.
+        traps: whether to plant the traps.
         files: by shard, by name: (dtype, array).
         config: config.json.
         first_shard: the number in the first shard's name.
@@ -69,7 +69,7 @@ class Draft:
     def mxfp4(self, module: str, *shape: int, lower: int = 0) -> tuple[Bytes, Bytes]:
         """(codes [.., K/32, 16], scales [.., K/32]) for shape [.., N, K], with the traps.
 
-        Every scale domain lies a few binades higher or lower than the others, so that no two could be confused;
+        Every scale domain lies a few binades higher or lower than the others, so that no two can be confused;
         `lower` sets one of its projections below the others.
         """
         top = CENTER + 4 + zlib.crc32(shared_scale_group(module)[0].encode()) % 7

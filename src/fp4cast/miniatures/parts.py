@@ -1,4 +1,4 @@
-"""Groups of tensors that several families have: experts, attention, embeddings."""
+"""Groups of tensors that several families share: experts, attention, embeddings."""
 
 from __future__ import annotations
 

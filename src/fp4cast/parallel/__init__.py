@@ -1,1 +1,1 @@
-"""Who does the work: threads of this process, or the tasks of a Ray cluster. Knows nothing of what the work is."""
+"""Run work in this process's threads or in the tasks of a Ray cluster. Knows nothing about the work itself."""

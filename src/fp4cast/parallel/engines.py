@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 class Engine(Protocol):
-    """Something that does a piece of work on each of some items."""
+    """Runs a function on each of some items."""
 
     def map(
         self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
@@ -29,20 +29,20 @@ class Engine(Protocol):
         """Results in the order of the items.
 
         Args:
-            work: called with an item and the workers that it may use; both can be pickled, and doing it twice does no
-                harm.
+            work: called with an item and the workers that it may use. It and the items can be pickled, and running it
+                twice does no harm.
             items: what to work on.
-            progress: called with the number of bytes just done, maybe from other threads; may be less than nothing
-                where work was lost and is done again.
+            progress: called with the number of bytes just done, maybe from other threads; the number is negative
+                where work was lost and runs again.
 
         Raises:
-            BaseException: the first error of any work; the rest is stopped.
+            BaseException: the first error of any item; the other items are stopped.
         """
 
 
 @dataclass(frozen=True)
 class Local:
-    """This process: as many items at a time as there are threads, which they share."""
+    """This process: as many items at a time as it has threads, which the items share."""
 
     jobs: int | None = None
 
@@ -66,7 +66,7 @@ def make_engine(name: str, jobs: int | None) -> Engine:
     if name == "local":
         return Local(jobs)
     if name == "ray":
-        from fp4cast.parallel.ray_engine import Ray  # what it needs is large and optional
+        from fp4cast.parallel.ray_engine import Ray  # Ray is large and optional
 
         require("ray", "ray")
         return Ray(jobs)

@@ -1,4 +1,4 @@
-"""How long work tells its progress. Callbacks may be called from worker threads."""
+"""The types of progress callbacks; worker threads may call them."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ Progress = Callable[[str, int, int], None]  # (phase, amount just done, amount i
 
 
 def ignore(*_: object) -> None:
-    """Take no notice."""
+    """Do nothing."""

@@ -1,4 +1,4 @@
-"""Cutting work to size: ranges of at most so many, items together until they are enough."""
+"""Cut work to size: ranges of a limited length, groups of a limited weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def spans(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """[first, last) in ranges of `size`, at least one; the last may be shorter.
+    """Cut [first, last) into ranges of `size`, or of 1 if `size` is less; the last may be shorter.
 
     >>> list(spans(3, 8, 2))
     [(3, 5), (5, 7), (7, 8)]
@@ -23,12 +23,12 @@ def spans(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def grouped(items: Iterable[tuple[Item, int]], weight: int, most: int = sys.maxsize) -> Iterator[list[Item]]:
-    """Neighbours together until they weigh enough or are many.
+    """Group consecutive items until their weight reaches `weight` or their number `most`.
 
     Args:
         items: (item, its weight).
-        weight: at which a group is complete.
-        most: items of a group.
+        weight: completes a group.
+        most: items of a group, at most.
 
     >>> list(grouped([("a", 1), ("b", 1), ("c", 5), ("d", 0)], 2))
     [['a', 'b'], ['c'], ['d']]

@@ -1,7 +1,7 @@
 """The Ray engine: each item of work is a task of a cluster whose nodes share a file system.
 
-A task whose node or process dies is done again elsewhere; what it does is written under a name of its own and renamed,
-so that doing it twice harms nothing. When one fails, the others are cancelled.
+A task whose node or process dies runs again elsewhere; it writes under a name of its own and renames the result, so
+running it twice does no harm. When a task fails, the others are cancelled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Ray"]
 DEFAULT_JOBS = 4  # threads, and CPUs, of a task: copying needs no more
 RETRIES = 5  # how often a task may lose its node
 BASE_MEMORY, JOB_MEMORY = 300 << 20, 64 << 20  # bytes that a task asks of its node
-_EVERY = 0.5  # seconds between two looks at the progress
+_EVERY = 0.5  # seconds between two reports of progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class _Ledger:
 
 
 class _Reporter:
-    """A task's side of the ledger: tells it now and then, not for each tensor."""
+    """A task's side of the ledger: reports now and then, not for each tensor."""
 
     def __init__(self, ledger: Any, item: int) -> None:
         self.ledger, self.item = ledger, item
@@ -60,7 +60,7 @@ class _Reporter:
 def _perform(
     work: Callable[[Item, Workers], Result], item: Item, number: int, jobs: int, ledger: Any
 ) -> tuple[Result, int]:
-    """What a task does, in a process of the cluster: the result, and the bytes that it took."""
+    """Run a task in a process of the cluster: (its result, the bytes that it has done)."""
     reporter = _Reporter(ledger, number)
     try:
         with workers(jobs, reporter) as pool:
@@ -105,14 +105,14 @@ class Ray:
             yield results[i]
 
     def _jobs(self, ray: Any) -> int:
-        """CPUs for each task that some node has, together with their memory."""
+        """The CPUs of each task; raises if no node has that many with their memory."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
         jobs = self.jobs or max(1, min(DEFAULT_JOBS, most))
         if not any(node.get("CPU", 0) >= jobs and node.get("memory", 0) >= _memory(jobs) for node in nodes):
             raise EngineError(
                 f"a task asks for {jobs} CPUs and {_memory(jobs) >> 20} MiB of memory, and none of the {len(nodes)} "
-                f"nodes of the Ray cluster has both (the most CPUs are {most}); pass a smaller --jobs"
+                f"nodes of the Ray cluster has both (the largest has {most} CPUs); pass a smaller --jobs"
             )
         return jobs
 
@@ -123,7 +123,7 @@ def _memory(jobs: int) -> int:
 
 @contextmanager
 def _connected(ray: Any) -> Iterator[None]:
-    """Connected to a cluster; a connection that was there before is left as it is."""
+    """Connect to a cluster for a `with` block; an existing connection is used and stays."""
     if ray.is_initialized():
         yield
         return
@@ -140,7 +140,7 @@ def _connected(ray: Any) -> Iterator[None]:
 def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance) -> dict[int, Any]:
     """Results by item, as they come."""
     results: dict[int, Any] = {}
-    done: dict[int, int] = {}  # bytes by item: what finished ones returned, what others last said
+    done: dict[int, int] = {}  # bytes by item: finished ones returned them, others last reported them
     reported = 0
     while pending:
         ready, _ = ray.wait(list(pending), timeout=_EVERY)
@@ -156,7 +156,7 @@ def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance) -
 
 @contextmanager
 def _cancelled(ray: Any, pending: dict[Any, int]) -> Iterator[None]:
-    """The first error, and Ctrl-C, stop everything."""
+    """Cancel all tasks on the first error or Ctrl-C."""
     try:
         yield
     except BaseException:
@@ -174,7 +174,7 @@ def _result(ray: Any, reference: Any) -> Any:
         if isinstance(error.cause, Fp4CastError | OSError):
             raise error.cause from None
         raise EngineError(
-            f"a task of the Ray cluster failed: {error.cause!r}. Every node needs fp4cast of the same version."
+            f"a task of the Ray cluster failed: {error.cause!r}. Every node needs the same version of fp4cast."
         ) from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
         raise EngineError(f"a task of the Ray cluster was lost {RETRIES + 1} times: {error}") from error
@@ -183,7 +183,7 @@ def _result(ray: Any, reference: Any) -> Any:
 
 
 def _said(ray: Any, ledger: Any) -> dict[int, int]:
-    """What tasks last said; nothing while the ledger's own node is being replaced."""
+    """The bytes that tasks last reported; none while the ledger's own node is being replaced."""
     try:
         return dict(ray.get(ledger.get.remote(), timeout=10))
     except ray.exceptions.RayError:

@@ -1,4 +1,4 @@
-"""Threads that end with the work that needs them: an error or Ctrl-C cancels what has not begun.
+"""Threads that end with the work that needs them: an error or Ctrl-C cancels the tasks that have not begun.
 
 NumPy and the kernel do the work and release the GIL, so threads use all cores without copies or pickles.
 """
@@ -19,8 +19,8 @@ from fp4cast.parallel.progress import Advance, ignore
 __all__ = ["Stopped", "Workers", "cores", "workers"]
 
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
-_LOOK_SECONDS = 0.5  # between two looks whether Ctrl-C was pressed
-_MANY = 100  # tasks of a piece that are too small for threads
+_LOOK_SECONDS = 0.5  # between two checks for Ctrl-C
+_MANY = 100  # a piece of so many tasks or more has tasks too small for threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,10 +36,10 @@ def cores() -> int:
 
 
 class Workers:
-    """Some threads, or for one job the caller's own thread, in which a debugger can step.
+    """A pool of threads; for one job, the caller's own thread, in which a debugger can step.
 
     Attributes:
-        jobs: how many work at the same time.
+        jobs: the number of threads.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Workers:
         self._error: BaseException | None = None
 
     def check(self) -> None:
-        """Called by tasks between steps.
+        """Raise if the work has been given up; tasks call this between steps.
 
         Raises:
             Stopped: the work has been given up.
@@ -69,12 +69,12 @@ class Workers:
             raise Stopped
 
     def advance(self, nbytes: int) -> None:
-        """Called by tasks that have done some bytes; checks, too."""
+        """Report bytes just done, and check; tasks call this."""
         self.check()
         self._progress(nbytes)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of the items, which are taken as they are needed.
+        """Yield results in the order of the items, which are taken as they are needed.
 
         Raises:
             BaseException: the first error of any task; the others stop at their next step.
@@ -92,10 +92,10 @@ class Workers:
                 yield self._result(waiting.popleft())
 
     def map_outer(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """`map` for work that itself maps over these workers: as many items at a time as there are workers.
+        """Like `map`, for work that itself maps over these workers: as many items at a time as there are workers.
 
-        The kernel lets one thread at a time write to a file, so workers had better be in different ones. The threads
-        that this takes mostly wait.
+        The kernel lets one thread at a time write to a file, so workers should write to different files. The
+        additional threads mostly wait.
         """
         try:
             with workers(min(self.jobs, max(1, len(items))), stop=self._stop) as waiters:
@@ -105,7 +105,7 @@ class Workers:
 
     @contextmanager
     def _sharing(self, waiting: deque[Future[Result]]) -> Iterator[None]:
-        """Count a map; when it ends early, no task of it is left that could still use what its caller closes."""
+        """Count a running map; when it ends early, wait for its tasks, which may use files that the caller closes."""
         with self._lock:
             self._maps += 1
         try:
@@ -122,7 +122,7 @@ class Workers:
                 self._maps -= 1
 
     def _share(self) -> int:
-        """Tasks that one of the maps at work may have begun: one each, or enough that no thread has nothing to do."""
+        """How many tasks each running map may have submitted: one, or enough to keep all threads busy."""
         if self._maps >= self.jobs:
             return 1
         return 2 * -(-self.jobs // max(1, self._maps)) + 1
@@ -139,7 +139,7 @@ class Workers:
 
     def _result(self, future: Future[Result]) -> Result:
         try:
-            # A signal that the kernel hands to another thread does not wake this one: it looks for itself.
+            # A signal that the kernel hands to another thread does not wake this one, so it wakes up by itself.
             while not wait([future], timeout=_LOOK_SECONDS).done:
                 pass
             return future.result()
@@ -148,10 +148,10 @@ class Workers:
 
     @contextmanager
     def one_at_a_time_if_many(self, tasks: int) -> Iterator[None]:
-        """One worker at a time where a piece of work is very many small tasks.
+        """Let one worker at a time run a piece of very many small tasks.
 
-        Those are the interpreter's work more than the kernel's, and threads that hand the interpreter to each other
-        after each of them take twice as long as one.
+        Small tasks occupy the interpreter more than the kernel, and threads that take turns with it after each task
+        take twice as long as one thread.
         """
         if tasks < _MANY:
             yield
@@ -161,7 +161,7 @@ class Workers:
             yield
 
     def close(self, *, stop: bool) -> None:
-        """Wait for the threads; with `stop`, what has not begun is dropped and the rest ends at its next step."""
+        """Wait for the threads; with `stop`, drop waiting tasks and end running ones at their next step."""
         if stop:
             self._stop.set()
         if self._threads is not None:
@@ -173,9 +173,9 @@ def workers(jobs: int | None = None, progress: Advance = ignore, stop: Event | N
     """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early.
 
     Args:
-        jobs: how many; None for one a core.
+        jobs: the number of threads; None for one a core.
         progress: called by `advance`.
-        stop: what tells them to stop, where others share it.
+        stop: an event that stops them, where others share it.
     """
     pool = Workers(jobs, progress, stop)
     try:

@@ -1,4 +1,4 @@
-"""The amax of quantizers by closed form, from MXFP4 codes and scales, under the names of the feature in ModelOpt."""
+"""The amax of quantizers in closed form, from MXFP4 codes and scales, under ModelOpt's function names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def quantizer_name_from_blocks_key(key: str) -> str:
-    """`<base>_blocks`, a bank of gpt-oss, belongs to `<base>_weight_quantizer`.
+    """The quantizer of a gpt-oss bank: `<base>_blocks` -> `<base>_weight_quantizer`.
 
     Raises:
         UnsupportedError: the key does not end in `_blocks`.
@@ -60,20 +60,18 @@ def global_amax(tensor_scale: float) -> Tensor:
     """6 * 448 * S, float32 [].
 
     Raises:
-        ScaleError: it is beyond float32: the weights reach 2^117.
+        ScaleError: it exceeds float32, because the weights reach 2^117.
     """
     top = torch.tensor(TENSOR_TOP * tensor_scale)
     if not torch.isfinite(top):
-        raise ScaleError(
-            f"a tensor scale of {tensor_scale:g} has no global amax in float32; cast it by fp4cast convert"
-        )
+        raise ScaleError(f"a tensor scale of {tensor_scale:g} has no global amax in float32; use fp4cast convert")
     return top
 
 
 def compute_per_block_amax_for_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Block amax of an MXFP4 tensor that is one scale domain, float32 [numel / 16, 1].
 
-    6 * 2^k wherever that is exact; else 6 times the block's scale, exact by a shift of its codes or nearest.
+    6 * 2^k where that is exact; else 6 times the block's scale, exact by a shift of its codes or nearest.
 
     Args:
         blocks: packed codes uint8 [..., K/32, 16].
@@ -97,7 +95,7 @@ def compute_per_block_amax_for_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def block_amax(block_scales: Bytes, scaling: Scaling, device: torch.device | str = "cpu") -> Tensor:
-    """Block amax float32 [n, 1] of E4M3 codes: the bytes travel to the device, the table is looked up there."""
+    """Block amax float32 [n, 1] of E4M3 codes, looked up on the device, to which only the bytes travel."""
     table = torch.from_numpy((6 * E4M3.values * scaling.tensor_scale).astype(np.float32)).to(device)
     codes = torch.from_numpy(block_scales.reshape(-1)).to(device)
     return table[codes.int()].reshape(-1, 1)

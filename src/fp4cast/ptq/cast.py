@@ -1,8 +1,8 @@
-"""The cast into a model: block and global amax of its weight quantizers set from an MXFP4 checkpoint, by closed form.
+"""Cast into a model: set block and global amax of its weight quantizers from an MXFP4 checkpoint, in closed form.
 
 A quantizer with `global_amax` = 6 * 448 * S and `_amax` = 6 * s * S rounds a weight under the block scale s and the
-tensor scale S. Both are those that `fp4cast convert` writes, so an export of the model holds the same bytes. Function
-names are those of the feature in ModelOpt; the numerics are `fp4cast.casting.tight_rule` and `fp4cast.casting.nearest`.
+tensor scale S. Both are those that `fp4cast convert` writes, so an export of the model holds the same bytes. The
+function names are ModelOpt's; the numerics are `fp4cast.casting.tight_rule` and `fp4cast.casting.nearest`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
     "cast_domains",
 ]
 
-_SAMPLE = 1 << 20  # weights that are looked at, to see whose they are
+_SAMPLE = 1 << 20  # weights that are compared with their checkpoint
 
 
 def _exponents(pair: Pair, files: Files) -> Bytes:
@@ -61,7 +61,7 @@ def _codes(pair: Pair, files: Files, blocks: Any) -> Bytes:
 
 
 def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> int:
-    """How many blocks keep every value: all, or as measured on those outside of the window."""
+    """How many blocks keep every value; those outside of the window are measured."""
     if scaling.exact:
         return pair.blocks
     odd = scaling.undecided(exponents.astype(np.int64) - pair.bias)
@@ -73,7 +73,7 @@ def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> i
 
 
 class AmaxFacts(TypedDict):
-    """What the cast sets of one tensor; see `build_amax_map`."""
+    """What the cast sets for one tensor; see `build_amax_map`."""
 
     global_amax: float
     k_min: int | None
@@ -85,7 +85,7 @@ class AmaxFacts(TypedDict):
 
 
 class Scaled(NamedTuple):
-    """One MXFP4 tensor and how its scale domain is scaled."""
+    """One MXFP4 tensor and the scaling of its domain."""
 
     pair: Pair
     scaling: Scaling
@@ -97,7 +97,7 @@ class Scaled(NamedTuple):
 
     @property
     def quantizer(self) -> str:
-        """The name of the model's quantizer that it belongs to."""
+        """The name of its quantizer in the model."""
         return f"{self.module}_weight_quantizer" if self.pair.bank else f"{self.module}.weight_quantizer"
 
 
@@ -132,15 +132,15 @@ def _facts(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> Amax
 
 
 def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict[str, AmaxFacts]:
-    """What the cast would set, by the name of the quantizer.
+    """What the cast would set, by quantizer name.
 
     Args:
         checkpoint_dir: an MXFP4 checkpoint.
         inexact: "fail" or "nearest", where no tensor scale is exact.
 
     Returns:
-        global_amax, k_min, k_max and m (None for a tensor scale that is no power of two) of the tensor's scale domain,
-        and n_total_blocks, n_lossless_blocks and pct_lossless of its MXFP4 blocks, measured where they are not exact.
+        global_amax, k_min, k_max and m (None for a tensor scale that is not a power of two) of the tensor's domain, and
+        n_total_blocks, n_lossless_blocks and pct_lossless of its MXFP4 blocks, measured where they are not exact.
     """
     with Files() as files:
         return {
@@ -150,7 +150,7 @@ def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict
 
 
 def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = "fail") -> dict[str, AmaxFacts]:
-    """Set every weight quantizer of a model that belongs to an MXFP4 tensor of a checkpoint.
+    """Set a model's weight quantizers from the MXFP4 tensors of its checkpoint.
 
     Args:
         model: with static, promoted weight quantizers, as `max_calibrate` leaves them.
@@ -168,7 +168,7 @@ def apply_to_model(model: nn.Module, checkpoint_dir: str | Path, inexact: str = 
 
 
 def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFacts]:
-    """`apply_to_model` with what `cast_domains` found."""
+    """Like `apply_to_model`, with the result of `cast_domains`."""
     quantizers = {each.quantizer: _find(model, each.quantizer, each.pair) for each in found}
     weights = {id(quantizer): rows for _, quantizer, rows in quantized_weights(model)}
     applied = {}
@@ -185,7 +185,7 @@ def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFa
 
 
 def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling) -> None:
-    """In place and in the buffer's own shape: what refers to it sees the new values."""
+    """Set both amax in place, in the buffer's own shape, so that references to it see the new values."""
     if quantizer.amax is not None:  # as `_find` has seen
         device = quantizer.amax.device
         quantizer.amax.copy_(block_amax(block_scales, scaling, device).reshape(quantizer.amax.shape))
@@ -193,7 +193,7 @@ def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling)
 
 
 def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:
-    """The quantizer of a tensor, checked."""
+    """Find and check the quantizer of a tensor."""
     where = f"{pair.codes.name} ({pair.codes.path.name})"
     try:
         quantizer = model.get_submodule(name)
@@ -215,10 +215,10 @@ def _find(model: nn.Module, name: str, pair: Pair) -> NVFP4StaticQuantizer:
 
 
 def _check_weight(name: str, pair: Pair, rows: Tensor, files: Files) -> None:
-    """See that the model's weight is the checkpoint's: by its shape, and by the magnitudes of some of its blocks.
+    """Check that the model's weight is the checkpoint's: by its shape, and by the magnitudes of some of its blocks.
 
-    In units of its MXFP4 scale, the largest magnitude of a block is one of E2M1; another checkpoint's scales make it
-    something else soon. No codes are read for that.
+    In units of its MXFP4 scale, the largest magnitude of a block is one of E2M1; under another checkpoint's scales,
+    some block soon has another. No codes are read for this.
     """
     where = f"{pair.codes.name} ({pair.codes.path.name})"
     if tuple(rows.shape) != pair.shape:

@@ -1,6 +1,6 @@
-"""Calibration data: a text file, a JSON-lines file or a data set of the hub, as batches of token ids.
+"""Calibration data: a text file, a JSON-lines file or a Hub dataset, as batches of token ids.
 
-Samples that share a batch have the same length: nothing is padded, so no quantizer sees what padding would give.
+Samples that share a batch have the same length: nothing is padded, so no quantizer observes padding.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LINES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where calibration text comes from.
+    """A source of calibration text.
 
     Attributes:
         name: as given.
-        path: of a local file; None for a data set of the hub.
+        path: the local file; None for a Hub dataset.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Dataset:
 
     @property
     def whole(self) -> bool:
-        """One long text that is cut into samples, instead of samples that are cut off."""
+        """Whether it is one long text, which is cut into samples, and not samples that are truncated."""
         return self.path is not None and self.path.suffix not in _LINES
 
 
 def check_counts(calib_size: int | None, calib_seq: int | None, batch_size: int) -> None:
-    """Samples and tokens are positive, or left open; a batch of 0 is one that is chosen.
+    """Check that samples and tokens are positive or None, and the batch size positive, 0 (automatic) or None.
 
     Raises:
         UsageError: one of them is not.
@@ -72,15 +72,15 @@ def check_counts(calib_size: int | None, calib_seq: int | None, batch_size: int)
         ("batch_size", batch_size, 0),
     ):
         if number is not None and number < least:
-            raise UsageError(f"--{name}: expected a positive number, got {number}")
+            raise UsageError(f"--{name}: expected at least {least}, got {number}")
 
 
 def open_dataset(name: str) -> Dataset:
-    """A file that exists, or else the id of a data set on the hub.
+    """Open a file if it exists, else a Hub dataset.
 
     Raises:
         DatasetError: neither can be read.
-        MissingExtraError: a data set of the hub needs `datasets`.
+        MissingExtraError: a Hub dataset needs `datasets`.
     """
     path = Path(name)
     if path.is_file():
@@ -88,7 +88,7 @@ def open_dataset(name: str) -> Dataset:
             raise DatasetError(f"{path}: is empty")
         return Dataset(name, path)
     if path.suffix or name.count("/") > 1 or name.startswith((".", "~")):
-        raise DatasetError(f"{name}: no such file; expected a text or .jsonl file, or the id of a data set of the hub")
+        raise DatasetError(f"{name}: no such file; expected a text or .jsonl file, or the id of a Hub dataset")
     require("datasets", "datasets")
     return Dataset(name, None)
 
@@ -127,17 +127,17 @@ def _hub_records(name: str) -> Iterator[Any]:
             yield _record(dict(record), f"{name}, record {number}")
     except (DatasetError, MissingExtraError):
         raise
-    except Exception as error:  # whatever a hub, a network or a builder raises
-        raise DatasetError(f"{name}: cannot be loaded from the hub: {error}") from error
+    except Exception as error:  # anything that the Hub, the network or a builder raises
+        raise DatasetError(f"{name}: cannot be loaded from the Hub: {error}") from error
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, count: int, length: int) -> list[Tensor]:
-    """The first samples of a data set.
+    """Tokenize the first samples of a dataset.
 
     Args:
-        dataset: where from.
-        tokenizer: of transformers.
-        count: how many, at most.
+        dataset: the source of the text.
+        tokenizer: a transformers tokenizer.
+        count: samples, at most.
         length: tokens of a sample, at most.
 
     Returns:
@@ -167,7 +167,7 @@ def _render(dataset: Dataset, tokenizer: Any, messages: list[Any]) -> str:
         raise DatasetError(f"{dataset.name}: holds chat messages, and the model's tokenizer has no chat template")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # anything that a template raises
         raise DatasetError(f"{dataset.name}: the model's chat template refuses a conversation: {error}") from error
 
 

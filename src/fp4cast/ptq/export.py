@@ -1,4 +1,4 @@
-"""From a quantized model in memory to a Hugging Face directory, by the targets and the writer of `convert`.
+"""Export a quantized model in memory to a Hugging Face directory, with the targets and the writer of `convert`.
 
 Quantized weights come from the model, everything else byte for byte from the checkpoint that it was loaded from: no
 tensor that transformers does not know is lost, and none changes its dtype.
@@ -36,7 +36,7 @@ __all__ = ["Exported", "WeightCounts", "export", "write_model"]
 
 
 class WeightCounts(TypedDict):
-    """Weights that were quantized, those from MXFP4 that are exact and inexact; and tensors that were copied."""
+    """Counts of quantized weights, of exact and inexact ones from MXFP4, and of copied tensors."""
 
     quantized: int
     exact: int
@@ -54,7 +54,7 @@ class Exported:
         layout: as in `fp4cast.convert`.
         activations: "w4a16" or "w4a4".
         tensors: counts of weights "quantized", of those from MXFP4 "exact" and "inexact", and of tensors "copied".
-        inexact: weights from MXFP4 whose values are not the source's, as measured on what was written.
+        inexact: weights from MXFP4 whose written values are not the source's, with the measured errors.
         bytes: "read" from the source's files, and "written".
         seconds: wall time.
         served: where the result is served, for people.
@@ -111,7 +111,7 @@ def export(
     Raises:
         QuantizerError: a quantizer is not calibrated, or a weight is not one of the source's.
         CheckpointError: a parameter that is not quantized differs from the source's.
-        VerificationError: a weight in `lossless` is not; nothing is published.
+        VerificationError: a weight in `lossless` lost a value; nothing is published.
         DestinationError: `destination` cannot be written.
     """
     opened = open_model(source)
@@ -133,7 +133,7 @@ def write_model(
     jobs: int | None,
     progress: Progress,
 ) -> Exported:
-    """`export` with a checkpoint that is open and a target that is chosen."""
+    """Like `export`, with an open checkpoint and a chosen target."""
     begin, checkpoint = time.monotonic(), opened.checkpoint
     weights = calibrated_weights(model, opened, target)
     replaced = {tensor.name for weight in weights for tensor in weight.replaces}
@@ -168,8 +168,8 @@ def write_model(
 
 
 def _write(shards: Sequence[OutputShard], stage: Staging, engine: Engine, progress: Progress) -> int:
-    """Write all shards; how many bytes they have."""
-    fingerprint = os.urandom(16).hex()  # of this run alone: what a model held cannot be resumed
+    """Write all shards; returns their bytes."""
+    fingerprint = os.urandom(16).hex()  # for this run alone: an export from memory cannot be resumed
     stage.adopt(fingerprint, resume=False)
     sizes = {shard.file: shard.layout.size for shard in shards}
     total = sum(sizes.values())
@@ -189,7 +189,7 @@ def _documents(
     replaced: Collection[str],
     shards: Sequence[OutputShard],
 ) -> dict[str, bytes]:
-    """Index and configs."""
+    """The index and the configs, as bytes by name."""
     modules, bank = [weight.module for weight in weights], any(weight.bank for weight in weights)
     files = documents(checkpoint, target, modules, replaced, bank=bank)
     return index(shards) | {name: json_bytes(document) for name, document in files.items()}
@@ -200,12 +200,12 @@ def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str],
         first = f"{wrong[0].name} ({wrong[0].rounded_half_blocks} half-blocks, SNR {wrong[0].snr_db:.1f} dB)"
         raise VerificationError(
             f"{destination}: {len(wrong)} of {len(lossless)} weights that the cast keeps were written with other "
-            f"values, the first is {first}; nothing was published. Do the quantizers still hold what the cast has set?"
+            f"values, the first is {first}; nothing was published. Do the quantizers still hold what the cast set?"
         )
 
 
 def _outputs(weights: Sequence[Weight]) -> dict[str, list[Output]]:
-    """The weights' new tensors by the source tensor in whose place they stand."""
+    """The weights' new tensors, by the source tensor that they replace."""
     new: dict[str, list[Output]] = {}
     for weight in weights:
         shape, experts = tuple(weight.rows.shape), weight.experts

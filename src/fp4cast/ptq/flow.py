@@ -42,7 +42,7 @@ __all__ = ["Options", "Quantized", "quantize"]
 
 CALIB_SIZE, CALIB_SEQ = 512, 512
 _FIRST_BATCH = {"cpu": 8, "cuda": 64}  # halved until one fits
-_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a data set of the hub), or use --qformat w4a16_nvfp4."
+_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Quantized:
     """What `quantize` did.
 
     Attributes:
-        qformat: by which format.
-        cast: weights set from the MXFP4 checkpoint by closed form; None where that was not asked for.
+        qformat: the format's name.
+        cast: the number of weights cast from the MXFP4 checkpoint in closed form; None without the cast.
         calibration: counts "samples" and "tokens", and the "batch_size".
         exported: what was written.
         seconds: wall time of "load", "calibrate", "cast" and "export".
@@ -67,7 +67,7 @@ class Quantized:
 
     @property
     def exact(self) -> bool:
-        """The weights were cast, and every one equals the source's."""
+        """Whether the weights were cast and every one equals the source's."""
         return bool(self.cast) and not self.exported.inexact
 
     def to_json(self) -> dict[str, Any]:
@@ -85,22 +85,22 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Options:
-    """What `quantize` is asked for; the names are those of ModelOpt's script.
+    """The options of `quantize`, under the names of ModelOpt's script.
 
     Attributes:
         pyt_ckpt_path: the model: a directory, or a Hugging Face model id.
         export_path: the directory to make.
         qformat: a name in `QFORMATS`.
         cast_mxfp4_to_nvfp4: keep the weights of an MXFP4 checkpoint bit for bit instead of requantizing them.
-        dataset: for W4A4: a text or .jsonl file, or a data set of the hub, to calibrate activations on.
+        dataset: for W4A4: a text or .jsonl file, or a Hub dataset, to calibrate activations on.
         calib_size: samples at most; None for 512.
         calib_seq: tokens of a sample at most; None for 512.
         batch_size: samples that run together; 0 for as many as fit.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
         layout: "modelopt", or "compressed-tensors" for models without batched experts.
-        inexact: "fail" or "nearest", for weights that no tensor scale keeps.
+        inexact: "fail" or "nearest", for weights that no tensor scale keeps exact.
         overwrite: replace an existing `export_path`, once the new one is complete.
-        trust_remote_code: run model code that the checkpoint brings along.
+        trust_remote_code: run the model code in the checkpoint.
         jobs: threads that write; None for one a core.
     """
 
@@ -121,10 +121,10 @@ class Options:
 
 
 def quantize(options: Options, progress: Progress = ignore) -> Quantized:
-    """Quantize a checkpoint by loading it, running it, and writing it again.
+    """Load a checkpoint's model, quantize and calibrate it, cast its weights if asked to, and export it.
 
     Args:
-        options: what is wanted.
+        options: see `Options`.
         progress: called, maybe from threads, with (phase, amount just done, amount in all); "calibrate" counts samples,
             the other phases bytes.
 
@@ -143,7 +143,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
         model = load_model(checkpoint, job.device, options.trust_remote_code)
     loop = _Loop(samples, options.batch_size, job.device, progress)
     with _timed(clock, "calibrate"):
-        loop.fit(model)  # before there are quantizers: what is tried must leave no trace
+        loop.fit(model)  # before there are quantizers: trial runs must leave no trace
         attach(model, QFORMATS[options.qformat], static=options.cast_mxfp4_to_nvfp4)
         max_calibrate(model, loop if samples else None)
     with _timed(clock, "cast"):
@@ -179,14 +179,14 @@ def _lossless(domains: Sequence[Scaled], applied: Mapping[str, AmaxFacts]) -> li
 
 @dataclass(frozen=True)
 class _Job:
-    """What is known before a model is loaded.
+    """Everything that is known before the model is loaded.
 
     Attributes:
         opened: the model's checkpoint.
         target: how the result is stored.
         domains: what the cast will set; empty where nothing is cast.
         samples: token ids to calibrate on.
-        device: where.
+        device: where the model runs.
     """
 
     opened: OpenedModel
@@ -197,7 +197,7 @@ class _Job:
 
 
 def _check(options: Options) -> _Job:
-    """Find out everything that can be known before a model is loaded."""
+    """Check everything that can be checked before the model is loaded."""
     _check_words(options)
     device = choose_device(options.device)
     data = None if options.dataset is None else open_dataset(options.dataset)
@@ -213,7 +213,7 @@ def _check(options: Options) -> _Job:
 
 
 def _check_words(options: Options) -> None:
-    """Options that contradict each other, whatever the checkpoint."""
+    """Raise for options that contradict each other with any checkpoint."""
     qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
     find_layout(options.layout)
     check_inexact(options.inexact)
@@ -228,7 +228,7 @@ def _check_words(options: Options) -> None:
 
 
 def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[Scaled]]:
-    """(how the result is stored, what the cast will set), if the options fit the checkpoint and nothing would be lost.
+    """Check the options against the checkpoint: (the target, what the cast will set), if nothing would be lost.
 
     The format is attached to the model on the meta device, which shows whether all that it quantizes can be written.
     """
@@ -270,7 +270,7 @@ class _Loop:
             body(input_ids=tokens.to(self.device), use_cache=False)
 
     def fit(self, model: nn.Module) -> None:
-        """Where no batch size was given, find the largest that fits, on copies of the longest sample."""
+        """If no batch size was given, find the largest that fits, on copies of the longest sample."""
         if self.batch_size or not self.samples:
             return
         find = require("accelerate.utils", "ptq").find_executable_batch_size

@@ -29,10 +29,10 @@ __all__ = [
 
 
 def choose_device(name: str) -> str:
-    """A device that is there: "auto" is the GPU where there is one.
+    """Choose a device of this machine: "auto" is the GPU if there is one.
 
     Raises:
-        UsageError: torch knows no such device, or it is not there.
+        UsageError: torch knows no such device, or this machine has none.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def use_device(device: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def explain_load_errors(path: Path, what: str) -> Iterator[None]:
-    """Whatever transformers raises, as an error with the checkpoint's name."""
+    """Turn anything that transformers raises into a CheckpointError that names the checkpoint."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def explain_load_errors(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def explain_run_errors() -> Iterator[None]:
-    """Whatever a model raises while it runs, memory that is out above all, as an error that says what to try."""
+    """Turn anything that a running model raises, such as out of memory, into an error that says what to try."""
     try:
         yield
     except Fp4CastError:
@@ -78,7 +78,7 @@ def explain_run_errors() -> Iterator[None]:
 
 
 def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `from_pretrained` must be told so that weights become BF16."""
+    """The arguments of `from_pretrained` that make weights BF16."""
     transformers = require("transformers", "ptq")
     method = find_quantization_config(checkpoint.config).section.get("quant_method")
     if method == "mxfp4":
@@ -89,7 +89,7 @@ def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.Module:
-    """A checkpoint's model with parameters on the meta device, of the dtypes that `load_model` gives them.
+    """A checkpoint's model with parameters on the meta device, in the dtypes that `load_model` gives them.
 
     Raises:
         CheckpointError: transformers does not know the model.
@@ -110,7 +110,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.M
 
 
 def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model with its weights in BF16 (or the checkpoint's own dtype), for inference.
+    """Load a causal language model for inference, with its weights in BF16 (or the checkpoint's own dtype).
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -129,7 +129,7 @@ def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = Fa
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer.
+    """Load the checkpoint's tokenizer.
 
     Raises:
         CheckpointError: transformers cannot load it.

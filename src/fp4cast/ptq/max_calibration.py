@@ -1,4 +1,4 @@
-"""Max calibration: the largest magnitudes of weights and of what flows into them."""
+"""Max calibration: the largest magnitudes of weights and of their inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def max_calibrate(
             if distributed_sync and distributed.is_available() and distributed.is_initialized():
                 _take_largest(model)
             if forward_loop is not None:
-                _fill_idle_experts(model)  # what was idle on all ranks
+                _fill_idle_experts(model)  # the experts that were idle on all ranks
     finally:
         promote_nvfp4_static_quantizers(model)
         share_global_amax(model)
@@ -63,13 +63,13 @@ def _calibrate_weights(model: nn.Module) -> None:
             raise ShapeError(f"{name}: {error}") from error
         top = quantizer.tensor_amax
         if top is not None and not top.is_meta and not torch.isfinite(top):
-            raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot; is the checkpoint damaged?")
+            raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot hold; is the checkpoint damaged?")
 
 
 def _calibrate_inputs(
     model: nn.Module, inputs: Sequence[TensorQuantizer], forward_loop: Callable[[nn.Module], object]
 ) -> None:
-    """Weights stay as they are meanwhile: what is observed is the unquantized model."""
+    """Observe the inputs while the model runs with unquantized weights."""
     weights = [quantizer for _, quantizer, _ in quantized_weights(model)]
     for quantizer in weights:
         quantizer.disable()
@@ -86,7 +86,7 @@ def _calibrate_inputs(
 
 
 def _take_largest(model: nn.Module) -> None:
-    """Every amax becomes the largest of all ranks; a rank that saw nothing takes what the others saw."""
+    """Set every amax to the largest of all ranks; a rank that saw nothing takes that of the others."""
     for quantizer in (module for module in model.modules() if isinstance(module, TensorQuantizer)):
         if not quantizer.is_enabled:
             continue
@@ -102,7 +102,7 @@ def _take_largest(model: nn.Module) -> None:
 
 
 def check_amax(name: str, amax: float) -> None:
-    """See that what was observed of an input gives a scale.
+    """Check that the observed amax of an input gives a scale.
 
     Raises:
         QuantizerError: it was zero throughout, NaN or infinite.
@@ -113,7 +113,7 @@ def check_amax(name: str, amax: float) -> None:
 
 
 def share_global_amax(model: nn.Module) -> None:
-    """Weights that engines merge get the largest global amax of their group: they will share one tensor scale."""
+    """Give weights that engines merge the largest global amax of their group: they will share one tensor scale."""
     groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
     for name, quantizer, _ in quantized_weights(model):
         group, members = shared_scale_group(name.removesuffix(".weight"))
@@ -130,7 +130,7 @@ def share_global_amax(model: nn.Module) -> None:
 
 
 def _fill_idle_experts(model: nn.Module) -> None:
-    """Give the experts of a list that saw no token what the others of their layer saw."""
+    """Give experts of a list that saw no token the largest amax of the others in their layer."""
     groups: dict[tuple[str, str], list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and (expert := expert_projection(name)):
@@ -143,12 +143,12 @@ def set_expert_quantizer_amax(experts: Iterable[nn.Module], quantizer: str = "in
     """Give experts that saw no token the amax of their group.
 
     Args:
-        experts: modules that play the same part, as the up projections of one layer's experts.
+        experts: modules of one kind, such as the up projections of one layer's experts.
         quantizer: name of their quantizer.
 
     Returns:
-        What the missing ones were given: the largest amax of the group, or of its weights where no expert saw a token;
-        None if there is neither. Tensors on the meta device say nothing and are skipped.
+        The amax that they were given: the largest of the group, or of its weights where no expert saw a token; None if
+        there is neither. Tensors on the meta device hold no values and are skipped.
     """
     modules = [module for module in experts if getattr(getattr(module, quantizer, None), "is_enabled", False)]
     seen = [getattr(module, quantizer).amax for module in modules]

@@ -1,4 +1,4 @@
-"""A model's quantized weights beside the tensors of the checkpoint that they were loaded from."""
+"""Match a model's quantized weights with the tensors of the checkpoint that they were loaded from."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Weight:
     """A quantized weight of a model.
 
     Attributes:
-        module: its name in a checkpoint, as of `fp4cast.families.recognise.Pair`.
+        module: its name in a checkpoint, as in `fp4cast.families.family.Pair`.
         rows: the weight, [N, K] or [E, N, K], blocks along the last axis; of any strides.
         quantizer: calibrated.
-        input_scale: of what it is multiplied with, a float32 number; None for W4A16.
+        input_scale: its input's, a float32 number; None for W4A16.
         replaces: the source's tensors: codes and scales where it is MXFP4, else the weight.
         pair: the source's MXFP4 tensor.
         form: how it is named and oriented.
@@ -52,12 +52,12 @@ class Weight:
 
     @property
     def experts(self) -> int:
-        """How many a bank has, which are quantized one at a time; 1 for a projection."""
+        """The number of experts of a bank, which are quantized one at a time; 1 for a projection."""
         return self.rows.shape[0] if self.bank else 1
 
     @property
     def bank(self) -> bool:
-        """All experts of a layer in one tensor."""
+        """Whether it holds all experts of a layer in one tensor."""
         return self.rows.ndim == 3
 
     @property
@@ -107,7 +107,7 @@ def calibrated_weights(model: nn.Module, opened: OpenedModel, target: Target) ->
     Raises:
         QuantizerError: nothing is quantized, a quantizer is not calibrated, or a weight is not the checkpoint's.
         UnsupportedError: the checkpoint holds MXFP4 weights that the model does not quantize.
-        UsageError: a weight has no such layout.
+        UsageError: the layout cannot hold a weight.
     """
     amax = input_amax(model)
     weights = matching_weights(model, opened, target)
@@ -128,13 +128,13 @@ def matching_weights(model: nn.Module, opened: OpenedModel, target: Target) -> l
     Raises:
         QuantizerError: a weight is not the checkpoint's, or not of whole blocks.
         UnsupportedError: the checkpoint holds MXFP4 weights that the model does not quantize.
-        UsageError: a weight has no such layout.
+        UsageError: the layout cannot hold a weight.
     """
     weights = [_weight(opened, target, *each) for each in quantized_weights(model)]
     if left := sorted(opened.pairs.keys() - {weight.module for weight in weights}):
         raise UnsupportedError(
             f"{opened.checkpoint.path}: {len(left)} of {len(opened.pairs)} MXFP4 tensors are not quantized in the "
-            f"model, the first is {left[0]}; a qformat that covers all of them is needed"
+            f"model, the first is {left[0]}; use a qformat that covers all of them"
         )
     return weights
 
@@ -152,10 +152,10 @@ def _check_calibrated(weight: Weight) -> None:
 
 
 def input_amax(model: nn.Module) -> dict[str, float]:
-    """The calibrated amax of what every quantized weight is multiplied with, by module; those of W4A16 are left out.
+    """The calibrated amax of every quantized weight's input, by module; W4A16 weights have none.
 
     Raises:
-        QuantizerError: an input's quantizer is on and has seen nothing.
+        QuantizerError: an input's quantizer is on and has observed nothing.
     """
     amax: dict[str, float] = {}
     for name, *_ in quantized_weights(model):
@@ -164,7 +164,7 @@ def input_amax(model: nn.Module) -> dict[str, float]:
             continue
         if quantizer.amax is None:
             raise QuantizerError(
-                f"{name}: nothing was seen of its input; run the model on calibration data, or use a W4A16 format"
+                f"{name}: its input was never observed; run the model on calibration data, or use a W4A16 format"
             )
         value = amax[_module(name)] = float(quantizer.amax)
         check_amax(name, value)
@@ -197,13 +197,13 @@ def _weight(opened: OpenedModel, target: Target, name: str, quantizer: TensorQua
 
 
 def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:
-    """The source's tensor of a weight that nobody quantized before."""
+    """The source tensor of a weight that was not quantized before."""
     tensor = checkpoint.tensors.get(name)
     if tensor is None:
         some = ", ".join(list(checkpoint.tensors)[:3])
         raise QuantizerError(
-            f"{name}: is no tensor of {checkpoint.path}, which has {some}, ...; expected the checkpoint that the model "
-            "was loaded from, under the model's own names"
+            f"{name}: is not a tensor of {checkpoint.path}, which has {some}, ...; expected the checkpoint that the "
+            "model was loaded from, under the model's own names"
         )
     expected = tuple((rows.transpose(-1, -2) if is_bank(name) else rows).shape)
     if tensor.shape != expected or tensor.dtype not in UNQUANTIZED:
@@ -214,7 +214,7 @@ def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:
 
 
 def check_untouched(model: nn.Module, checkpoint: Checkpoint, replaced: Collection[str]) -> None:
-    """What is not quantized will be copied from the checkpoint: see that the model holds the same.
+    """Check that the model still holds the checkpoint's unquantized parameters, which will be copied from there.
 
     Raises:
         CheckpointError: a parameter differs, because the model was trained or changed since it was loaded.

@@ -36,7 +36,7 @@ class QuantLinear(nn.Linear):
 
 
 def _through(module: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """An input and a batched weight, quantized."""
+    """Quantize an input and a batched weight."""
     quantizer, weight = getattr(module, f"{name}_weight_quantizer"), getattr(module, name)
     if quantizer.is_enabled:
         weight = quantizer(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
@@ -69,7 +69,7 @@ def _gpt_oss_forward(
 
 
 def _llama4_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """Transformers' Llama-4 experts, likewise."""
+    """Transformers' Llama-4 experts, with every product's input and weight quantized."""
     states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
     states, gate_up_proj = _through(self, "gate_up_proj", states)
     gate, up = torch.bmm(states, gate_up_proj).chunk(2, dim=-1)
@@ -99,7 +99,7 @@ def _quantized_experts(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """Classes of quantized experts by name, as pickle looks for them."""
+    """The class of quantized experts of that name, for pickle."""
     for module, cls in _EXPERTS:
         if name == f"Quant{cls}" and (made := _quantized_experts(getattr(importlib.import_module(module), cls))):
             return made
@@ -108,7 +108,7 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class _Change:
-    """What makes a module a quantized one."""
+    """The change that makes a module a quantized one."""
 
     module: nn.Module
     kind: type[nn.Module]
@@ -141,12 +141,12 @@ def _change(module: nn.Module, name: str, qformat: QFormat, static: bool) -> _Ch
 
 
 def _refuse_experts(module: nn.Module, name: str, qformat: QFormat) -> None:
-    """Experts that would silently stay as they are."""
+    """Raise for experts that would silently stay as they are."""
     for parameter, value in module.named_parameters(recurse=False):
         if value.ndim == 3 and "experts" in name and qformat.enables(f"{name}.{parameter}_weight_quantizer"):
             known = ", ".join(cls for _, cls in _EXPERTS)
             raise UnsupportedError(
-                f"{name}.{parameter}: {qformat.name} quantizes it, but {type(module).__name__} is not known here, "
+                f"{name}.{parameter}: {qformat.name} quantizes it, but {type(module).__name__} is not supported, "
                 f"only {known}. For an MXFP4 checkpoint, use fp4cast convert (and fp4cast calibrate)."
             )
 
@@ -155,12 +155,12 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
     """Quantize a model's linear layers and batched experts in place; the output head stays as it is.
 
     Args:
-        model: of transformers, or any other.
+        model: a transformers model, or any other.
         qformat: which quantizers are on.
         static: keep the block amax of weights, as the cast needs.
 
     Returns:
-        How many quantizers are on.
+        The number of quantizers that are on.
 
     Raises:
         UnsupportedError: none is, the model is quantized already, or it has experts that cannot be; nothing is changed.
@@ -207,7 +207,7 @@ def is_bank(weight: str) -> bool:
 
 
 def input_quantizer(model: nn.Module, weight: str) -> TensorQuantizer:
-    """What quantizes the input that a weight of `quantized_weights` is multiplied with."""
+    """The quantizer of the input of a weight of `quantized_weights`."""
     name = f"{weight}_input_quantizer" if is_bank(weight) else f"{weight.removesuffix('.weight')}.input_quantizer"
     quantizer = model.get_submodule(name)
     if not isinstance(quantizer, TensorQuantizer):

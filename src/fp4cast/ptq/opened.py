@@ -1,4 +1,4 @@
-"""The checkpoint of a model and how its quantized form is stored: opened and chosen once, and handed on."""
+"""A model's checkpoint and the target of its export: opened and chosen once, then passed on."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class OpenedModel:
 
     Attributes:
         checkpoint: the opened directory.
-        stamps: of its shards, before anything was read of them.
+        stamps: its shards', taken before any of them was read.
         source: its MXFP4 tensors; None where it holds none.
-        why_not: why it is no MXFP4 checkpoint, for people.
+        why_not: why it is not an MXFP4 checkpoint, for people.
     """
 
     checkpoint: Checkpoint
@@ -60,7 +60,7 @@ def open_model(path: str | Path) -> OpenedModel:
 
 
 def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
-    """How a model's quantized weights are stored.
+    """Choose the target that stores a model's quantized weights.
 
     Args:
         opened: the model's checkpoint.

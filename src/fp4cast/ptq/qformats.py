@@ -1,4 +1,4 @@
-"""Which quantizers a format turns on: ordered wildcard rules over their names, the last match wins."""
+"""Formats, which turn quantizers on: ordered wildcard rules over their names, the last match wins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["QFORMATS", "QFormat", "find_qformat"]
 
 Rule = tuple[str, bool]  # (pattern of a quantizer's full name, whether it is on)
 
-# Never quantized, whatever the format says before.
+# Never quantized: these rules come last in every format.
 _OFF: tuple[Rule, ...] = tuple(
     (pattern, False)
     for pattern in (
@@ -64,14 +64,14 @@ QFORMATS: dict[str, QFormat] = {
 
 
 def find_qformat(names: str | Sequence[str], cast: bool = False) -> QFormat:
-    """The one format of that name.
+    """Find the one format that the user named.
 
     Args:
         names: what the user gave, perhaps several with commas.
         cast: whether the weights are to be cast from MXFP4, which needs one NVFP4 format.
 
     Raises:
-        UsageError: unknown, or several.
+        UsageError: the name is unknown, or there are several.
     """
     given = names.split(",") if isinstance(names, str) else list(names)
     why = " with --cast_mxfp4_to_nvfp4" if cast else ""

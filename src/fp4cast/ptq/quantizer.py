@@ -1,4 +1,4 @@
-"""Quantizers: modules that round what passes through them to NVFP4, or look at it to learn how.
+"""Quantizers: modules that round tensors to NVFP4, or observe them to learn their amax.
 
 Names and meaning are ModelOpt's: `amax` is the largest magnitude, of each block of 16 (`static`: learned once, for
 weights) or of the tensor (its blocks are then measured on every call, as engines do with activations).
@@ -34,7 +34,7 @@ class TensorQuantizer(nn.Module):
 
     Attributes:
         is_enabled: whether it does anything.
-        calibrating: whether it looks at what passes instead of rounding it.
+        calibrating: whether it observes tensors instead of rounding them.
     """
 
     def __init__(self, static: bool = False, enabled: bool = True) -> None:
@@ -66,30 +66,30 @@ class TensorQuantizer(nn.Module):
         self.amax = value.reshape(())
 
     def enable(self) -> None:
-        """Round, or calibrate, again."""
+        """Turn the quantizer on."""
         self.is_enabled = True
 
     def disable(self) -> None:
-        """Let everything pass unchanged."""
+        """Turn the quantizer off, so that tensors pass unchanged."""
         self.is_enabled = False
 
     def enable_calib(self) -> None:
-        """Look at what passes: its amax is remembered, and it is not rounded."""
+        """Observe tensors and remember their amax, instead of rounding them."""
         self.calibrating = True
 
     def disable_calib(self) -> None:
-        """Round again."""
+        """Round tensors again, instead of observing them."""
         self.calibrating = False
 
     def reset_amax(self) -> None:
-        """Forget what was seen."""
+        """Forget the amax."""
         self._buffers["_amax"] = None
 
     def collect(self, x: Tensor) -> None:
-        """Widen amax by a tensor.
+        """Include a tensor in the amax.
 
         Raises:
-            ShapeError: the tensor has other blocks than the ones before, or a last axis that is no multiple of 16.
+            ShapeError: the tensor has other blocks than earlier ones, or a last axis that is not a multiple of 16.
         """
         if x.numel() == 0:
             return
@@ -105,7 +105,7 @@ class TensorQuantizer(nn.Module):
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What NVFP4 would hold, in the dtype of x."""
+        """Round x to what NVFP4 would hold, in its dtype; while calibrating or disabled, return it as it is."""
         if not self.is_enabled:
             return x
         if self.calibrating:
@@ -114,13 +114,13 @@ class TensorQuantizer(nn.Module):
         return self.fake_quant(x)
 
     def fake_quant(self, x: Tensor) -> Tensor:
-        """Round; an uncalibrated quantizer takes the tensor's own amax."""
+        """Round x; an uncalibrated quantizer takes the tensor's own amax."""
         if self.static and self._amax is not None:
             return static_blockwise_fp4_fake_quant(x, self._amax)
         return dynamic_fp4_fake_quant(x, self._amax if not self.static else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
-        """`.to()` and its kind move the amax and leave it float32: BF16 would change the scales."""
+        """Move the amax, as `.to()` and its like ask, but leave it float32: BF16 would change the scales."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -128,7 +128,7 @@ class TensorQuantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Buffers that calibration would have made are made when a state dict has them; so is the promotion."""
+        """Make the buffers that a state dict holds, and promote the quantizer, as calibration would have done."""
         if type(self) is TensorQuantizer and self.static and f"{prefix}_global_amax" in state_dict:
             self.__class__ = NVFP4StaticQuantizer
             self.register_buffer("_global_amax", None)
@@ -144,7 +144,7 @@ class TensorQuantizer(nn.Module):
 
 
 class NVFP4StaticQuantizer(TensorQuantizer):
-    """A weight's quantizer whose block amax and global amax are fixed: what the cast sets and the export writes."""
+    """A weight quantizer with fixed block amax and global amax, which the cast sets and the export writes."""
 
     def __init__(self, enabled: bool = True) -> None:
         super().__init__(static=True, enabled=enabled)
@@ -172,12 +172,12 @@ class NVFP4StaticQuantizer(TensorQuantizer):
         self._global_amax = value.detach().float().reshape(())
 
     def reset_amax(self) -> None:
-        """Forget both."""
+        """Forget block amax and global amax."""
         super().reset_amax()
         self._buffers["_global_amax"] = None
 
     def collect(self, x: Tensor) -> None:
-        """Widen both by a weight."""
+        """Include a weight in block amax and global amax."""
         super().collect(x)
         if self._amax is not None:
             self._global_amax = self._amax.amax().reshape(())
@@ -199,7 +199,7 @@ class NVFP4StaticQuantizer(TensorQuantizer):
 
 
 def promote_nvfp4_static_quantizers(model: nn.Module) -> int:
-    """Promote every enabled, calibrated, static quantizer that is not one yet; returns how many were."""
+    """Promote every enabled, calibrated, static quantizer that is not promoted yet; returns how many."""
     found = [
         module
         for module in model.modules()

@@ -24,7 +24,7 @@ __all__ = ["read_back"]
 def read_back(
     weights: Sequence[Weight], target: Target, stage: Staging, engine: Engine, progress: Progress
 ) -> list[InexactTensor]:
-    """The weights whose written values are not those of their MXFP4 tensors, with the errors."""
+    """The weights whose written values differ from those of their MXFP4 tensors, with the errors."""
     written = open_checkpoint(stage.out, stage.config).tensors
     table: dict[Path, ShardWork] = defaultdict(ShardWork)
     for weight in weights:
@@ -43,7 +43,7 @@ def read_back(
 def _judge(converted: Converted, found: Comparison | None) -> list[InexactTensor]:
     if found is None:
         raise VerificationError(
-            f"{converted.tensor_scale.name}: would be no positive normal FP32 number, which engines cannot use"
+            f"{converted.tensor_scale.name}: is not a positive normal FP32 number, so engines cannot use it"
         )
     figures = (found.rounded, converted.pair.elements, found.squared_error, found.max_error, found.energy)
     return [inexact_tensor(converted.pair.module, *figures)] if found.rounded else []

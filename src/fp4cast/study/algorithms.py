@@ -109,7 +109,7 @@ def midpoint(source: Mxfp4) -> Nvfp4:
 
 
 def _candidates(source: Mxfp4) -> range:
-    """Every m that could matter: from where all blocks are above the window to where all are below, 6 * 2^m in FP32."""
+    """Every m that can matter: from where all blocks are above the window to where all are below, 6 * 2^m in FP32."""
     return range(max(source.k_min - E_MAX - 1, -149), min(source.k_max - E_MIN + 1, 125) + 1)
 
 

@@ -34,7 +34,7 @@ def representable(e: int) -> npt.NDArray[np.bool_]:
 
 
 def rule(members: int, e: int) -> bool:
-    """What the theorem says of a set, from the definition of its shifts: -9 - a_max <= e <= 8 - a_min."""
+    """What the theorem says about a set, from the definition of its shifts: -9 - a_max <= e <= 8 - a_min."""
     smallest, largest = _shifts(members)
     return -9 - largest <= e <= 8 - smallest
 

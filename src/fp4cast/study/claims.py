@@ -22,7 +22,7 @@ _THREE = ("1", "2-search", "3")  # what the original compared
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, what became of it, and why."""
+    """A sentence, its status, and the figures behind it."""
 
     claim: str
     status: str
@@ -35,12 +35,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the claims are judged by.
+    """The figures that judge the claims.
 
     Attributes:
         records: every scenario that was run.
-        seeds: how many other tensors of each kind were looked at.
-        exact_by_seed: in how many of them Algorithm 3 is exact, by scenario.
+        seeds: the number of other tensors of each kind that were tried.
+        exact_by_seed: the number of them for which Algorithm 3 is exact, by scenario.
         outliers: single outliers of several sizes.
         gains: SNR of 3 over that of 2 in dB, by scenario: (block scales clamped to 2^-9, flushed to zero).
         costs: times the squared error grows when the window moves a binade down, and up.
@@ -61,7 +61,7 @@ class Facts:
         return [record for record in self.records if record.scenario.original]
 
     def named(self, name: str) -> Record:
-        """One of them."""
+        """The record of the scenario of that name."""
         return next(record for record in self.records if record.scenario.name == name)
 
 

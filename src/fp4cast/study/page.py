@@ -1,4 +1,4 @@
-"""The study's page, made of its document alone: Markdown, and the same page as one HTML file."""
+"""The study's page, made from its document alone: Markdown, and the same page as one HTML file."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def html(text: str, pictures: dict[str, str]) -> str:
 
 
 def check(directory: Path) -> None:
-    """Say now what would fail after minutes of work.
+    """Raise now for what would fail after minutes of work.
 
     Raises:
         MissingExtraError: matplotlib or markdown-it-py is not installed.

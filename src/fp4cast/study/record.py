@@ -1,4 +1,4 @@
-"""One scenario under all algorithms, and the words for who wins."""
+"""One scenario under all algorithms, and which of them win."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["Record", "examine"]
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one scenario.
+    """The results of one scenario.
 
     Attributes:
-        scenario: which.
-        shape: of the values.
+        scenario: the scenario.
+        shape: the values' shape.
         k_min: smallest exponent over blocks that hold a non-zero code.
         k_max: largest.
         blocks: how many blocks of 32.
-        outside: how many with a non-zero code lie outside of the window of m = k_max - 8.
+        outside: how many blocks with a non-zero code lie outside of the window of m = k_max - 8.
         best_m: every m under which Algorithm 3 errs least.
         scales: (m or None, S) by algorithm.
         errors: by algorithm.

@@ -27,7 +27,7 @@ Make = Callable[[Rng], Values]
 
 
 def generator(name: str, seed: int = SEED) -> Rng:
-    """The random numbers of a scenario."""
+    """A scenario's generator of random numbers."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 

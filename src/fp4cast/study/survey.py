@@ -45,7 +45,7 @@ def study(quick: bool = False, progress: AdvanceOf = lambda _done, _total: None)
 
     Returns:
         The document that `fp4cast study --json` prints: scenarios, claims, what was left out and why, and the data of
-        the plots. The same on every run.
+        the plots. Every run gives the same.
     """
     reasons = {scenario.name: _left_out(scenario, quick) for scenario in (*ORIGINAL, *ADDED)}
     chosen = [scenario for scenario in (*ORIGINAL, *ADDED) if reasons[scenario.name] is None]

@@ -1,4 +1,4 @@
-"""What single tensors do not show: error against spread, outliers of every size, other seeds, a window that moves."""
+"""Sweeps over many tensors: error against spread, outliers of every size, other seeds, a window that moves."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Outlier:
 
     Attributes:
         clamped: squared error of 3 over that of 1.
-        flushed: the same where block scales of 2^-10 and less become zero.
+        flushed: like `clamped`, where block scales of 2^-10 and less become zero.
         clamped_worse: whether 3 errs more than 1, compared exactly.
-        flushed_worse: the same, flushed.
+        flushed_worse: like `clamped_worse`, where they become zero.
         ours_worse: whether 4 errs more than 1.
         continuous: whether 4 took a tensor scale that is no power of two.
     """
@@ -56,7 +56,7 @@ class Outlier:
 
 
 def outliers(sizes: int) -> list[Outlier]:
-    """So many outliers, evenly over one binade from that of the scenario up."""
+    """`sizes` outliers, spread evenly over one binade from the scenario's outlier up."""
     return [_outlier(1e4 * 2 ** (size / sizes)) for size in range(sizes)]
 
 
@@ -90,7 +90,7 @@ def gains(names: Iterable[str]) -> dict[str, tuple[float, float]]:
 
 
 def exact_by_seed(seeds: int) -> dict[str, int]:
-    """In how many of so many other tensors of a kind Algorithm 3 is exact, for the smaller of the 27."""
+    """For how many of `seeds` other tensors Algorithm 3 is exact, by scenario, for the smaller of the 27."""
     small = [scenario for scenario in ORIGINAL if scenario.elements <= LARGE]
     return {scenario.name: sum(_exact(scenario.make(seed)) for seed in range(1, seeds + 1)) for scenario in small}
 

@@ -1,4 +1,4 @@
-"""What the study works on: one MXFP4 tensor, the NVFP4 tensors made of it, and how values become the former."""
+"""The study's tensors: one in MXFP4, those in NVFP4 made of it, and the quantization of values to MXFP4."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Mxfp4:
 
     @property
     def k_max(self) -> int:
-        """Largest such exponent."""
+        """Largest exponent over the same blocks."""
         return int(self.used.max(initial=0)) - E8M0_BIAS if self.used.size else 0
 
     @property
     def spread(self) -> int:
-        """Binades between them."""
+        """Binades between `k_min` and `k_max`."""
         return self.k_max - self.k_min
 
     def outside(self, m: int) -> int:
@@ -93,7 +93,7 @@ def nearest(table: Float64s, values: Values) -> Bytes:
 
 
 def quantize(values: Values, shape: tuple[int, ...] = ()) -> Mxfp4:
-    """MXFP4 of some values: the smallest power of two under which no code saturates, codes to nearest, ties to even.
+    """Quantize to MXFP4: the smallest power of two under which no code saturates, codes to nearest, ties to even.
 
     Args:
         values: finite, last axis a multiple of 32.

@@ -1,4 +1,4 @@
-"""The fast path: the same codes, and scales that are equal by a table, on raw bytes.
+"""The fast path: compare raw bytes, codes with codes and scales through a table.
 
 Where bytes do not match, `values` decodes both sides. Work is cut into units that fit into the processor's caches:
 chunks of blocks, or tiles of a transposed bank.
@@ -28,7 +28,7 @@ __all__ = ["Converted", "compare_bytes", "compare_units", "count_units", "energy
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A source pair and what became of it.
+    """A source pair and the NVFP4 tensors made from it.
 
     Attributes:
         pair: the source's codes and scales.
@@ -66,13 +66,13 @@ class Converted:
 
     @property
     def nbytes(self) -> int:
-        """Of both sides."""
+        """Bytes on both sides."""
         tensors = (self.pair.codes, self.pair.scales, self.codes, self.scales, self.tensor_scale, self.input_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def count_units(converted: Converted) -> tuple[int, int]:
-    """(how many units a pair is compared in, bytes of the source in each)."""
+    """(number of units in which a pair is compared, source bytes of each)."""
     pair, chunk = converted.pair, tiles.LIMITS.compare_blocks
     if not converted.form.transposed:
         return -(-pair.blocks // chunk), min(chunk, pair.blocks) * (MX_BLOCK_BYTES + 1)
@@ -89,7 +89,7 @@ def compare_units(
         converted: both sides.
         first: first unit, of `count_units`.
         last: one after the last.
-        tensor_scale: the destination's, a multiplier.
+        tensor_scale: the destination's, as a multiplier.
         files: both sides' files.
         progress: called with the number of bytes just read.
     """
@@ -104,7 +104,7 @@ def compare_units(
 
 @dataclass(frozen=True, slots=True)
 class _From:
-    """Numbers of blocks that follow each other from a first one on."""
+    """Numbers of consecutive blocks from `first` on."""
 
     first: int
 

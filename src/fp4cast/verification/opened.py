@@ -45,7 +45,7 @@ def open_both(source: Path, destination: Path, config: str) -> Opened:
     """Open both checkpoints and recognise what they claim to be.
 
     Raises:
-        CheckpointError: one of them cannot be read, or the destination claims what its source cannot be.
+        CheckpointError: one of them cannot be read, or the destination claims a target that its source does not have.
     """
     found = read_source(open_checkpoint(source))
     opened = open_checkpoint(destination, config)

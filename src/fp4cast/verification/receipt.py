@@ -1,6 +1,6 @@
 """fp4cast.json, the receipt of a conversion: what its writer and its readers agree on.
 
-Conversion writes it; verification takes from it only what no source value can say: which tensors were rounded on
+Conversion writes it; verification takes from it only what the source cannot tell: which tensors were rounded on
 purpose, and the digests of documents and input scales.
 """
 
@@ -25,12 +25,12 @@ __all__ = ["Receipt", "digest", "digest_bytes", "input_scales_digest", "weight_d
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a destination says of its own making; all of it is empty where there is no receipt.
+    """What a destination says about its own making; every field is empty if there is no receipt.
 
     Attributes:
-        facts: the report's figures that do not depend on when, where and how fast; for people and scripts.
+        facts: the report's figures that do not depend on time, place or speed; for people and scripts.
         rounded: half-blocks that were rounded on purpose, by module.
-        digests: of the bytes of those modules' tensors.
+        digests: digests of those modules' tensors.
         documents: digests of the config files, by name.
         input_scales: digest of all input scales; None where there are none.
     """
@@ -48,8 +48,8 @@ class Receipt:
         """The receipt of a conversion.
 
         Args:
-            report: of what was written.
-            digests: by module, of every tensor in `report.inexact`.
+            report: the conversion's.
+            digests: by module, the digest of every tensor in `report.inexact`.
             documents: the config files by name.
             input_scales: digest of all input scales, for W4A4.
         """
@@ -59,10 +59,10 @@ class Receipt:
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
-        """The receipt of a directory. It is untrusted: what is not of the right type is left out.
+        """Read a directory's receipt. It is untrusted: entries of a wrong type are left out.
 
         Raises:
-            CheckpointError: it is no JSON object.
+            CheckpointError: it is not a JSON object.
         """
         path = directory / RECEIPT
         document = read_json(path) if path.exists() else {}
@@ -108,10 +108,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def weight_digest(names: Names, tensors: Mapping[str, Tensor]) -> str:
-    """Of a weight: how a rounded one, which no source value pins down, is recognised."""
+    """The digest of a weight, by which a rounded one is recognised: the source does not determine it."""
     return digest(tensors[name] for name in (names.codes, names.block_scale, names.tensor_scale))
 
 
 def input_scales_digest(form: Form, modules: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
-    """Of the input scales of some modules, in the order of their names."""
+    """The digest of some modules' input scales, in the order of their names."""
     return digest(tensors[form.names(module).input_scale] for module in sorted(modules))

@@ -14,7 +14,7 @@ __all__ = ["ByteCounts", "Difference", "HalfBlockCounts", "InexactTensor", "Repo
 
 
 class TensorCounts(TypedDict):
-    """MXFP4 tensors that were cast, those of them that are exact and inexact; and tensors that were copied."""
+    """Counts of cast MXFP4 tensors, of exact and inexact ones among them, and of copied tensors."""
 
     cast: int
     exact: int
@@ -23,7 +23,7 @@ class TensorCounts(TypedDict):
 
 
 class HalfBlockCounts(TypedDict):
-    """Half-blocks that keep their codes, whose codes were shifted, and that hold other values."""
+    """Counts of half-blocks that keep their codes, that have shifted codes, and that hold other values."""
 
     verbatim: int
     shifted: int
@@ -38,7 +38,7 @@ class ByteCounts(TypedDict):
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN, which is what a damaged scale decodes to."""
+    """A number for JSON; None for NaN, which JSON lacks and a damaged scale decodes to."""
     return value if math.isfinite(value) else None
 
 
@@ -74,7 +74,7 @@ class InexactTensor:
 def inexact_tensor(
     name: str, rounded: int, elements: int, squared_error: float, max_error: float, energy: float
 ) -> InexactTensor:
-    """Figures from sums: squared_error and energy over all `elements` weights."""
+    """Compute the figures from sums: squared_error and energy over all `elements` weights."""
     snr = 10 * math.log10(energy / squared_error) if energy > 0 and squared_error > 0 else 0.0
     return InexactTensor(name, rounded, max_error, squared_error / elements, snr)
 
@@ -104,8 +104,8 @@ class Report:
     Attributes:
         source: the source directory.
         destination: the destination directory.
-        family: of the source.
-        layout: of the destination.
+        family: the source's.
+        layout: the destination's.
         activations: "w4a16" or "w4a4".
         exact: every value of every cast tensor equals the source's.
         tensors: counts of MXFP4 tensors "cast", "exact", "inexact", and of tensors "copied".
@@ -152,7 +152,7 @@ class Report:
         seconds: float = 0.0,
         verified: bool = False,
     ) -> Report:
-        """A report by what was selected and measured; the other arguments are those of the class.
+        """A report from what was selected and measured; the other arguments are those of the class.
 
         Args:
             source: the MXFP4 checkpoint.
@@ -163,7 +163,7 @@ class Report:
             inexact: the tensors that are not exact.
             marlin_exact: measured.
             bytes: measured.
-            unmeasured: tensors that could not be compared, which counts as inexact.
+            unmeasured: the number of tensors that could not be compared, which count as inexact.
             differences: what is wrong.
             seconds: wall time.
             verified: measured on what was written.
@@ -189,11 +189,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing was found wrong; inexact tensors that were asked for are not wrong."""
+        """Whether nothing was found wrong; inexact tensors that were asked for are not wrong."""
         return not self.differences
 
     def facts(self) -> dict[str, Any]:
-        """What does not depend on when, where and how fast: a JSON object."""
+        """The figures that do not depend on time, place or speed: a JSON object."""
         return {
             "family": self.family,
             "layout": self.layout,

@@ -1,4 +1,4 @@
-"""What is compared of one shard of the destination, as data, and the work of comparing it."""
+"""Compare one shard of the destination: the work as data, the comparison, and its findings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ShardFindings", "ShardWork", "StoredScales", "check_shard"]
 
 
 class StoredScales(NamedTuple):
-    """The scalars of one weight; tensor scale and input scale are stored as S or 1/S."""
+    """The scalars of one weight as stored: S or 1/S."""
 
     tensor_scale: float
     input_scale: float | None
@@ -40,12 +40,12 @@ class ShardWork:
 
 @dataclass
 class ShardFindings:
-    """What was found, in the order of the work.
+    """The findings about one shard, in the order of its work.
 
     Attributes:
-        comparisons: of every cast tensor, None where its tensor scale is no number to multiply with.
-        scales: of every cast tensor.
-        copies: of every copy, the first byte that differs, or None.
+        comparisons: one for every cast tensor; None where its tensor scale is not usable.
+        scales: one for every cast tensor.
+        copies: for every copy, the position of the first byte that differs, or None.
     """
 
     comparisons: list[Comparison | None]
@@ -55,7 +55,7 @@ class ShardFindings:
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """Units of a cast tensor, or bytes of a copy: [first, last) of the item of that number."""
+    """[first, last) of the item with this number: units of a cast tensor, or bytes of a copy."""
 
     number: int
     first: int
@@ -123,7 +123,7 @@ def _compare_copies(work: ShardWork, files: Files, pool: Workers) -> list[int | 
 
 
 def _value_units(work: ShardWork, comparisons: list[Comparison | None]) -> Iterator[tuple[_Units, int]]:
-    """(units, their bytes a side): at most a piece each."""
+    """(units, their bytes on each side): each at most a piece of work."""
     for number, converted in enumerate(work.converted):
         if comparisons[number] is not None:
             units, size = count_units(converted)

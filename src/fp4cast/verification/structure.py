@@ -1,4 +1,4 @@
-"""What shows without looking at a weight: names, dtypes, shapes, index, configs, companion files."""
+"""Compare everything but the weights: names, dtypes, shapes, index, configs, companion files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def tensor_differences(opened: Opened) -> Iterator[Difference]:
-    """Every source tensor has its counterpart, of the right dtype and shape, and nothing else is there."""
+    """Check that every source tensor has a counterpart of the right dtype and shape, and that nothing else is there."""
     expected, actual = _expected(opened), opened.destination.tensors
     for name, (dtype, shape) in expected.items():
         tensor = actual.get(name)
@@ -46,7 +46,7 @@ def tensor_differences(opened: Opened) -> Iterator[Difference]:
 
 
 def document_differences(opened: Opened) -> Iterator[Difference]:
-    """Index, configs and companions agree with the tensors and with the source."""
+    """Check that index, configs and companions agree with the tensors and with the source."""
     path = opened.destination.path
     if (path / INDEX).exists():
         metadata = read_json(path / INDEX).get("metadata")
@@ -58,7 +58,7 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
     beside = read_json(path / QUANT_CONFIG) if (path / QUANT_CONFIG).exists() else None
     faults = [*config_faults(opened.destination.config, beside, opened.claims), *_claimed(opened)]
     if _without_quantization(opened.destination.config) != _without_quantization(opened.source.checkpoint.config):
-        faults.append("what it says beside the quantization differs from the source's")
+        faults.append("its entries other than the quantization differ from the source's")
     yield from (Difference(opened.config, "config", fault) for fault in faults)
     if not faults:
         yield from _sealed(opened)
@@ -79,7 +79,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sealed(opened: Opened) -> Iterator[Difference]:
-    """The documents are, byte for byte, those that the receipt names."""
+    """Check that the documents are, byte for byte, those that the receipt names."""
     for name, expected in opened.receipt.documents.items():
         path = opened.destination.path / (opened.config if name == CONFIG else PurePosixPath(name).name)
         if not path.is_file() or digest_bytes(path.read_bytes()) != expected:
@@ -87,7 +87,7 @@ def _sealed(opened: Opened) -> Iterator[Difference]:
 
 
 def _claimed(opened: Opened) -> Iterator[str]:
-    """The config says NVFP4 of every module that was cast, and of no other."""
+    """Check that the config calls every cast module NVFP4, and no other."""
     for module in sorted(opened.selection.modules):
         if not opened.claims.quantized(module):
             yield f"{module} was cast, but the config does not say that it is NVFP4"

@@ -36,7 +36,7 @@ _BATCH = 1 << 14  # blocks decoded to float64 together: 4 MB
 
 @dataclass
 class Comparison:
-    """What was measured on one tensor.
+    """The figures measured on one tensor.
 
     Attributes:
         verbatim: half-blocks with the source's codes and values.
@@ -63,7 +63,7 @@ class Comparison:
     marlin_zeroed: int = 0
 
     def merge(self, other: Comparison) -> None:
-        """Add what was measured on later blocks of the same tensor."""
+        """Add the figures of later blocks of the same tensor."""
         self.verbatim += other.verbatim
         self.shifted += other.shifted
         self.rounded += other.rounded
@@ -96,7 +96,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaleTables:
-    """What the scales of a tensor must be.
+    """The block scales that a tensor must have, as tables.
 
     Attributes:
         tensor_scale: the destination's multiplier.
@@ -118,7 +118,7 @@ class ScaleTables:
         same = np.full(256, 0xFF, np.uint8)
         for code in _SCALE_CODES:
             same[wanted == E4M3.values[code] * tensor_scale] = code
-        # Under a tensor scale that is no power of two a zero block's scale is that of its exponent alone.
+        # Under a tensor scale that is not a power of two, a zero block's scale is that of its exponent alone.
         unit = tensor_scale if np.frexp(tensor_scale)[0] == 0.5 else 1.0
         clamped = np.clip(wanted / unit, 2.0**-9, 2.0**8)
         zero = [_SCALE_CODES[E4M3.values[_SCALE_CODES] == value][0] if value == value else 0 for value in clamped]
@@ -137,7 +137,7 @@ class ScaleTables:
 
 
 def equal(a: Bytes, b: Bytes) -> bool:
-    """Whether two arrays of one shape hold the same bytes; eight at a time where that divides.
+    """Whether two arrays of one shape hold the same bytes, compared eight at a time where the length allows it.
 
     The last axis of both must be contiguous.
     """

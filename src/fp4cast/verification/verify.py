@@ -44,7 +44,7 @@ def verify(
         dst: the NVFP4 checkpoint: a directory or a model id.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
-        progress: called, from worker threads, with the number of bytes just read, and of all.
+        progress: called, from worker threads, with (bytes just read, total bytes).
 
     Returns:
         A report; `report.ok` is False and `report.differences` says why when anything is wrong.
@@ -63,7 +63,7 @@ def verify_checkpoint(
     config: str = CONFIG,
     progress: AdvanceOf = ignore,
 ) -> Report:
-    """`verify` of directories, with the destination's config under any name: `convert` checks before it publishes."""
+    """Like `verify`, on directories, with the config under any name: `convert` verifies before it publishes."""
     begin = time.monotonic()
     opened = open_both(source, destination, config)
     total = opened.source.checkpoint.total_size + opened.destination.total_size
@@ -80,11 +80,11 @@ def verify_checkpoint(
 
 @dataclass
 class _Found:
-    """What is known of a destination so far.
+    """The findings about a destination so far.
 
     Attributes:
         differences: what is wrong.
-        measured: by module, of the tensors that could be compared.
+        measured: by module, for the tensors that could be compared.
         scales: by module, as stored.
     """
 
@@ -100,7 +100,7 @@ class _Found:
 
 
 def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
-    """What can be compared, by the shard of the destination; what is missing or of another shape has been said."""
+    """The comparisons of each destination shard, without the tensors that `wrong` names."""
     table = {shard.path: ShardWork() for shard in opened.destination.shards.values()}
     tensors, target = opened.destination.tensors, opened.target
     for pair in opened.selection.cast:
@@ -115,7 +115,7 @@ def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
 
 
 def _judge_shard(opened: Opened, work: ShardWork, findings: ShardFindings) -> _Found:
-    """What is wrong with one shard, and its figures."""
+    """The differences in one shard, and its figures."""
     found = _Found()
     for converted, comparison, stored in zip(work.converted, findings.comparisons, findings.scales, strict=True):
         found.scales[converted.pair.module] = stored
@@ -137,7 +137,7 @@ def _judge_scales(converted: Converted, stored: StoredScales) -> Iterator[Differ
 
 
 def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference]:
-    """Whether what was measured is what the conversion said."""
+    """The differences between what was measured and what the conversion announced."""
     names = opened.target.names(pair.module)
     if (seen := found.verbatim + found.shifted + found.rounded) != 2 * pair.blocks:
         yield Difference(names.codes, "values", f"{seen} half-blocks were compared, expected {2 * pair.blocks}")
@@ -166,7 +166,7 @@ def _announced(opened: Opened, pair: Pair, found: Comparison) -> bool:
 
 
 def _input_scales(opened: Opened, wrong: set[str]) -> Iterator[Difference]:
-    """Input scales are as they were written: no value of the source says what they must be."""
+    """Check that the input scales are those that were written: the source does not determine them."""
     announced, form, modules = opened.receipt.input_scales, opened.target.form, opened.selection.modules
     if opened.target.activations == "w4a16" or announced is None:
         return
@@ -177,7 +177,7 @@ def _input_scales(opened: Opened, wrong: set[str]) -> Iterator[Difference]:
 
 
 def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScales]) -> Iterator[Difference]:
-    """Projections that engines merge have one tensor scale and one input scale."""
+    """Check that projections that engines merge have one tensor scale and one input scale."""
     groups = {group for module in scales if len(group := shared_scale_group(module)[1]) > 1}
     for group in sorted(groups):
         members = [module for module in group if module in scales]
@@ -189,7 +189,9 @@ def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScal
         )
         for spelled, values in kinds:
             if len(values) > 1 and not wrong.intersection(spelled):
-                yield Difference(spelled[0], "values", f"differs from {spelled[1:]}: engines merge them under one")
+                yield Difference(
+                    spelled[0], "values", f"differs from {spelled[1:]}: engines merge them under one scale"
+                )
 
 
 def _report(opened: Opened, destination: Path, found: _Found, seconds: float) -> Report:

@@ -1,1 +1,1 @@
-"""Calibration of one layer at a time. Knows transformers' layers and loader; quantizes and writes nothing."""
+"""Calibrate a model one layer at a time. Knows transformers' layers and loader; quantizes and writes nothing."""

@@ -42,10 +42,10 @@ class Calibrated:
     Attributes:
         source: the checkpoint.
         out: the file that was written.
-        amax: the largest magnitude of what each MXFP4 weight is multiplied with, by module.
-        idle: experts that saw no token, and have the largest amax of their layer's others.
-        samples: how many were run.
-        tokens: in all of them.
+        amax: the largest magnitude in the input of each MXFP4 weight, by module.
+        idle: the number of experts that saw no token, and take the largest amax of the others in their layer.
+        samples: the number of samples that were run.
+        tokens: the number of tokens in all of them.
         seconds: wall time.
     """
 
@@ -84,24 +84,24 @@ def calibrate(
     overwrite: bool = False,
     progress: Progress = ignore,
 ) -> Calibrated:
-    """Run a model layer by layer and write the amax of what its MXFP4 weights are multiplied with.
+    """Run a model layer by layer and write the amax of its MXFP4 weights' inputs.
 
     One layer is in memory at a time, so a model need not fit on the device, or in memory.
 
     Args:
         source: an MXFP4 checkpoint: a directory, or a Hugging Face model id.
         out: a .json or .safetensors file: module -> amax, as `convert(input_scales=...)` takes it.
-        dataset: a text or .jsonl file, or a data set of the hub.
+        dataset: a text or .jsonl file, or a Hub dataset.
         calib_size: samples at most.
         calib_seq: tokens of a sample at most.
         batch_size: samples that run together; 0 for 4 on a CPU and 16 on a GPU.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
-        trust_remote_code: run model code that the checkpoint brings along.
+        trust_remote_code: run the model code in the checkpoint.
         overwrite: replace an existing file.
-        progress: called with ("layers", layers just done, layers in all).
+        progress: called with ("layers", layers just done, total layers).
 
     Raises:
-        UnsupportedError: transformers names the model's tensors in another way than the checkpoint.
+        UnsupportedError: transformers and the checkpoint name the model's tensors differently.
         Fp4CastError: see `fp4cast.errors`.
     """
     begin = time.monotonic()
@@ -128,28 +128,28 @@ def _check_out(out: Path, overwrite: bool) -> Path:
         raise UsageError(f"--out {out}: expected a .json or .safetensors file")
     path = real_path(out)
     if not path.parent.is_dir():
-        raise DestinationError(f"{path.parent}: is no directory")
+        raise DestinationError(f"{path.parent}: is not a directory")
     if path.exists() and not overwrite:
         raise DestinationError(f"{path}: exists; pass --overwrite to replace it")
     return path
 
 
 def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
-    """Every MXFP4 weight belongs to a layer, which will be run."""
+    """Check that every MXFP4 weight belongs to a layer that will run."""
     name, decoder = find_decoder(model)
     parameters = (f"{name}.layers.{key}".lstrip(".") for key, _ in decoder.layers.named_parameters())
     reached = {module for key in parameters for modules in weights.modules(key) for module in modules}
     if lost := [pair.module for pair in pairs if pair.module not in reached]:
         raise UnsupportedError(
             f"{weights.checkpoint.path}: {len(lost)} MXFP4 weights, the first is {lost[0]}, belong to none of the "
-            f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be seen"
+            f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be observed"
         )
 
 
 def _by_module(
     seen: Mapping[tuple[str, int], Tensor], weights: Weights, pairs: Iterable[Pair]
 ) -> tuple[dict[str, float], int]:
-    """(amax by module of the checkpoint, how many experts saw no token)."""
+    """(amax by the checkpoint's module, number of experts that saw no token)."""
     amax: dict[str, float] = {}
     largest: dict[str, float] = {}  # of any expert, by parameter
     of: dict[str, str] = {}
@@ -164,7 +164,7 @@ def _by_module(
         largest[parameter] = max(value, largest.get(parameter, 0.0))
     wanted = [pair.module for pair in pairs]
     if lost := [module for module in wanted if module not in of]:
-        raise UnsupportedError(f"{lost[0]}: the model multiplied it with nothing, so nothing is known of its input")
+        raise UnsupportedError(f"{lost[0]}: the model never multiplied it with an input, so it has no amax")
     idle = sum(module not in amax for module in wanted)
     return {module: amax.get(module, largest[of[module]]) for module in wanted}, idle
 

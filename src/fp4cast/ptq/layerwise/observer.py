@@ -1,4 +1,4 @@
-"""Watching products: the largest magnitude of what each weight of a model is multiplied with."""
+"""Watch a model's products, and find the largest magnitude in the input of each weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PRODUCTS = {
 
 
 class Observer(TorchFunctionMode):
-    """While active, every product of an input with a watched weight, or with one expert of it, is looked at.
+    """While active, observes every product of an input with a watched weight, or with one of its experts.
 
     It sees what any model computes, however its modules are written, as long as experts are multiplied one by one or
     all together (transformers' eager implementation). Nothing is changed.
@@ -40,7 +40,7 @@ class Observer(TorchFunctionMode):
         self._watched: dict[int, tuple[str, Tensor]] = {}
 
     def watch(self, weights: Mapping[str, Tensor]) -> None:
-        """Watch these weights, [N, K] or experts [E, ...], instead of the ones before."""
+        """Watch these weights, [N, K] or experts [E, ...], instead of the previous ones."""
         self._watched = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in weights.items()}
 
     def __torch_function__(

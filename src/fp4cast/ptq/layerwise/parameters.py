@@ -1,6 +1,6 @@
-"""A checkpoint's tensors as the parameters of transformers' modules: dequantized, renamed, lists of experts stacked.
+"""Read a checkpoint's tensors as parameters of transformers modules: dequantized, renamed, lists of experts stacked.
 
-Which tensors make which parameter is transformers' own table of renamings and conversions; the values are made here, so
+transformers' own renamings and conversions say which tensors make which parameter; this module computes the values, so
 that one layer can be read alone.
 """
 
@@ -39,12 +39,12 @@ class _Tensor:
 
 
 class Weights(ExitStack):
-    """Reads parameters by the names that transformers gives them; files stay open until it is left.
+    """Reads parameters by the names that transformers gives them; files stay open until the context ends.
 
     Args:
         checkpoint: the directory.
         pairs: its MXFP4 tensors.
-        model: of transformers, on any device.
+        model: a transformers model, on any device.
         device: where parameters are made.
     """
 
@@ -84,7 +84,7 @@ class Weights(ExitStack):
         return [list(names) for names in zip(*patterns.values(), strict=False)]
 
     def read(self, parameter: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """One parameter.
+        """Read one parameter.
 
         Raises:
             UnsupportedError: the checkpoint has nothing for it, or something of another shape.
@@ -92,7 +92,7 @@ class Weights(ExitStack):
         parts = self._parts.get(parameter)
         if not parts:
             raise UnsupportedError(
-                f"{self.checkpoint.path}: holds nothing that transformers makes {parameter} of; it has "
+                f"{self.checkpoint.path}: holds no tensor from which transformers makes {parameter}; it has "
                 f"{', '.join(list(self.checkpoint.tensors)[:3])}, ..."
             )
         if parts[0].pattern is None:
@@ -122,7 +122,9 @@ class Weights(ExitStack):
     def _check_operations(self, parameter: str, pattern: str) -> None:
         names = self._operations[pattern]
         if names not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-            raise UnsupportedError(f"{parameter}: transformers makes it by {', '.join(names)}, which is not known here")
+            raise UnsupportedError(
+                f"{parameter}: transformers makes it by {', '.join(names)}, which fp4cast does not support"
+            )
 
     def _value(self, name: str, dtype: torch.dtype) -> Tensor:
         """A plain tensor, [N, K] of a projection, or a bank as the model holds it, [E, K, N]."""
@@ -161,7 +163,7 @@ class Weights(ExitStack):
         return (values * _powers(scales, bias)[..., None]).to(dtype).flatten(-2)
 
     def _fp8(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """FP8 [N, K] under scales of blocks."""
+        """FP8 [N, K] with block scales as [N, K]."""
         rows, columns = find_quantization_config(self.checkpoint.config).section.get("weight_block_size") or (
             _FP8_BLOCK,
             _FP8_BLOCK,
@@ -180,7 +182,7 @@ def _powers(exponents: Tensor, bias: int) -> Tensor:
 
 
 def _placed(names: Sequence[str], model: nn.Module) -> tuple[dict[str, list[_Tensor]], dict[str, list[str]]]:
-    """(the parts of every parameter in transformers' order, the names of a conversion's operations by its patterns)."""
+    """(tensors of every parameter in transformers' order, names of a conversion's operations by its patterns)."""
     loader: Any = require("transformers.core_model_loading", "ptq")
     mapping: Any = require("transformers.conversion_mapping", "ptq")
     try:

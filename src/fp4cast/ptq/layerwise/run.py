@@ -1,4 +1,4 @@
-"""Running a decoder layer by layer: one layer's weights in memory at a time, all samples through it, then the next."""
+"""Run a decoder layer by layer: read one layer's weights, send all samples through it, then take the next."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def run_layers(
 
     Args:
         model: empty, as `empty_model` gives it.
-        weights: of its checkpoint.
+        weights: its checkpoint's.
         batches: int64 [n, length] each.
         observer: sees the layers' parameters by their full names.
-        progress: called with (layers just done, layers in all).
+        progress: called with (layers just done, total layers).
     """
     name, decoder = find_decoder(model)
     layers: nn.ModuleList = decoder.layers
@@ -74,7 +74,7 @@ def _states(out: Any, layer: str) -> Tensor:
 
 @contextmanager
 def _filled(name: str, module: nn.Module, weights: Weights) -> Iterator[None]:
-    """A module with its parameters and saved buffers read, and empty again afterwards."""
+    """Fill a module's parameters and saved buffers for a `with` block, and empty it afterwards."""
     saved = set(module.state_dict())
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     empty = {key: tensor for key, tensor in tensors.items() if key in saved}
@@ -103,7 +103,7 @@ def _put(module: nn.Module, key: str, value: Tensor) -> None:
 def _enter(
     decoder: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor], device: str
 ) -> tuple[list[Tensor], list[list[Call]]]:
-    """What the first layer takes in for each batch, and how each layer is called: masks, positions."""
+    """(the first layer's input for each batch, the other arguments of each layer: masks, positions)."""
     calls: list[list[Call]] = [[] for _ in layers]
     entered: list[Tensor] = []
     pool = _Pool()
@@ -129,7 +129,7 @@ def _enter(
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with every tensor in them replaced."""
+    """Replace every tensor in nested arguments."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, dict):
