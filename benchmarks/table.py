@@ -182,7 +182,7 @@ def summary(directory: Path) -> str:
     measured = {document["benchmark"] for document in found}
     rows = _table(SUMMARY_HEAD, (_summary_line(row, found) for row in SUMMARY if row.benchmark in measured))
     misses = [line for document in found for line in _misses(document)]
-    return rows + (f"\nMissed: {'; '.join(misses)}.\n" if misses else "")
+    return rows + (f"\nMissed, by their medians: {'; '.join(misses)}.\n" if misses else "")
 
 
 MARKS = {"<!-- benchmarks/table.py -->": markdown, "<!-- benchmarks/table.py: summary -->": summary}

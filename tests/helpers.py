@@ -3,7 +3,9 @@
 import hashlib
 import re
 import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,22 +16,24 @@ from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.cli.app import app
+from fp4cast.families.recognise import read_source
+from fp4cast.layouts.choose import targets_of
 
+
+def _targets(kind):
+    """What a kind of miniature can be converted into."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return targets_of(read_source(open_checkpoint(mini.make(kind, Path(scratch, kind)))).family)
+
+
+TARGETS = {kind: _targets(kind) for kind in mini.KINDS}
+VARIANTS = [(kind, each.layout.name, each.activations) for kind, targets in TARGETS.items() for each in targets]
 DEEPSEEK = {"deepseek-v4", "deepseek-v4.1"}
-
-VARIANTS = [
-    (kind, layout, activations)
-    for kind in mini.KINDS
-    for layout in ("modelopt", "compressed-tensors")
-    for activations in ("w4a16", "w4a4")
-    if not (layout == "compressed-tensors" and (kind in DEEPSEEK or kind == "gpt-oss"))
-    and not (activations == "w4a16" and kind in DEEPSEEK)
-]
 
 
 def options(kind):
     """What convert needs for a kind beside the defaults."""
-    return {"activations": "w4a4", "input_scales": 1.0} if kind in DEEPSEEK else {}
+    return {} if TARGETS[kind][0].activations == "w4a16" else {"activations": "w4a4", "input_scales": 1.0}
 
 
 def tree(path):

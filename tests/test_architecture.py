@@ -5,10 +5,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from imports import MODULES, SOURCE, imports_of, names_in, reach, room
 
 import fp4cast
 from fp4cast.layouts import choose
-from imports import MODULES, SOURCE, imports_of, names_in, reach, room
 
 GROUND = {"_require_torch", "_version", "errors", "extras", "formats"}
 
@@ -73,9 +73,13 @@ def test_verification_never_calls_what_writes_the_documents(miniatures, converte
     def refuse(_):
         pytest.fail("verification wrote a document")
 
+    compressed = tmp_path / "compressed"
+    fp4cast.convert(miniatures["moe"], compressed, layout="compressed-tensors")
+
     monkeypatch.setattr(choose, "LAYOUTS", tuple(replace(layout, documents=refuse) for layout in choose.LAYOUTS))
-    for kind in ("gpt-oss", "deepseek-v4", "kimi-k3", "dense"):
-        assert fp4cast.verify(miniatures[kind], converted[kind]).ok
+    for kind, source in miniatures.items():
+        assert fp4cast.verify(source, converted[kind]).ok
+    assert fp4cast.verify(miniatures["moe"], compressed).ok
     changed = shutil.copytree(converted["dense"], tmp_path / "dst")
     config = (changed / "config.json").read_text().replace('"ignore": [', '"ignore": ["model.layers.0.mlp.down_proj",')
     (changed / "config.json").write_text(config)
@@ -121,6 +125,8 @@ def test_the_words_of_options_are_the_rows_of_their_tables():
 def test_every_error_is_in_the_tree_of_the_docstring():
     from fp4cast import errors
 
-    for name in errors.__all__:
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert defined == set(errors.__all__)
+    for name in defined:
         assert name in (errors.__doc__ or "")
         assert issubclass(getattr(errors, name), fp4cast.Fp4CastError)

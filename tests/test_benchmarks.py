@@ -112,7 +112,7 @@ def test_the_summary_has_the_median_and_the_worst_round(tmp_path):
     (tmp_path / "verify-disk.json").write_text(json.dumps(document))
     text = table.summary(tmp_path)
     assert "| 3 | 80.0 % | 50.0 % (c, ext4) | 0 of 1 |" in text
-    assert "Missed: `verify` of c, ext4: 80.0 % (at least 90.0 %)." in text
+    assert "Missed, by their medians: `verify` of c, ext4: 80.0 % (at least 90.0 %)." in text
 
 
 def test_update_replaces_what_stands_between_the_marks(tmp_path):

@@ -17,29 +17,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "E2M1",
-    "E4M3",
-    "E4M3_MAX",
-    "E8M0",
-    "E8M0_BIAS",
-    "E8M0_NAN",
-    "MX_BLOCK",
-    "MX_BLOCK_BYTES",
-    "NV_BLOCK",
-    "NV_BLOCK_BYTES",
-    "TENSOR_TOP",
-    "Activations",
-    "Bytes",
-    "Float64s",
-    "Format",
-    "mxfp4_values",
-    "nvfp4_values",
-    "pack",
-    "unpack",
-    "usable_scale",
-]
-
 Bytes = npt.NDArray[np.uint8]
 Float64s = npt.NDArray[np.float64]
 

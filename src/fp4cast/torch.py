@@ -24,15 +24,15 @@ __all__ = ["Cast", "cast"]
 
 @dataclass(frozen=True)
 class Cast:
-    """An NVFP4 tensor, on the device of its source.
+    """Like `fp4cast.Cast`, in torch tensors on the device of the source.
 
     Attributes:
-        codes: packed uint8 [..., K/2]; the given tensor itself where no code changes.
+        codes: packed uint8 [..., K/2]; the same tensor that was passed in where no code changes.
         block_scales: float8_e4m3fn [..., K/16].
-        tensor_scale: S, float32 []; a weight is code value * block scale * S.
-        exact: every value equals the MXFP4 tensor's.
-        shifted: half-blocks whose codes were divided by a power of two; exact.
-        rounded: half-blocks that hold the nearest values instead.
+        tensor_scale: S, float32 [].
+        exact: see `fp4cast.Cast`.
+        shifted: see `fp4cast.Cast`.
+        rounded: see `fp4cast.Cast`.
     """
 
     codes: Tensor

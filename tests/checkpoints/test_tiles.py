@@ -1,4 +1,4 @@
-"""Tiles cover every block of a bank once, and know where it lies on both sides, whatever the sizes."""
+"""Tiles cover every block of a bank once, whatever the sizes."""
 
 import numpy as np
 import pytest
@@ -26,20 +26,6 @@ def test_tiles_cover_a_bank_once(experts, rows, blocks, tile_bytes, tile_rows):
         seen[tile.expert, tile.top : tile.bottom, tile.first : tile.last] += 1
         assert tile.rows * tile.width * 16 <= max(tile_bytes, 16 * min(rows, tile_rows))
     assert (seen == 1).all()
-
-
-@given(*SIZES, st.sampled_from([1, 2, 16]))
-def test_a_tile_knows_its_blocks_on_both_sides(experts, rows, blocks, tile_bytes, tile_rows, size):
-    """Against NumPy's own indexing of a bank and of its transpose."""
-    tiling = tilings(experts, rows, blocks, tile_bytes, tile_rows)
-    number = np.arange(experts * rows * blocks).reshape(experts, rows, blocks)
-    offset = np.arange(experts * blocks * size * rows).reshape(experts, blocks * size, rows)
-    for i in range(len(tiling)):
-        tile = tiling[i]
-        inside = number[tile.expert, tile.top : tile.bottom, tile.first : tile.last].reshape(-1)
-        np.testing.assert_array_equal(tiling.block(tile, np.arange(tile.rows * tile.width)), inside)
-        assert tiling.block(tile, 0) == inside[0]
-        assert tiling.turned(tile, size) == offset[tile.expert, tile.first * size, tile.top]
 
 
 def test_real_experts_are_one_tile_of_bands_that_stay_in_the_cache():

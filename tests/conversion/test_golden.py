@@ -1,7 +1,7 @@
 """The bytes that every miniature becomes, frozen: a change of the output is a decision, never an accident.
 
-To decide: `python tests/test_golden.py` prints the new table; put it into tests/golden.json by hand and say why in the
-changelog.
+To decide: `PYTHONPATH=tests python tests/conversion/test_golden.py` prints the new table; put it into tests/golden.json
+by hand and say why in the changelog.
 """
 
 import json

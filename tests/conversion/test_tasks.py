@@ -6,7 +6,7 @@ from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.tiles import Limits
 from fp4cast.conversion.plan import ConvertOptions, make_plan
 from fp4cast.conversion.recipe import CodesOf, Constant, CopyOf
-from fp4cast.conversion.tasks import pieces, tiling_of
+from fp4cast.conversion.tasks import pieces
 
 W4A4 = ConvertOptions(activations="w4a4", input_scales=1.0)
 
@@ -37,4 +37,4 @@ def whole(step):
     if isinstance(step, Constant):
         return 1, len(step.data)
     blocks = step.pair.blocks
-    return len(tiling_of(step.pair)) if step.transposed else blocks, blocks * (16 if isinstance(step, CodesOf) else 2)
+    return len(step.pair.tiling) if step.transposed else blocks, blocks * (16 if isinstance(step, CodesOf) else 2)

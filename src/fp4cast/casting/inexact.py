@@ -6,8 +6,6 @@ from typing import Literal, get_args
 
 from fp4cast.errors import UsageError
 
-__all__ = ["INEXACT", "Inexact", "check_inexact"]
-
 Inexact = Literal["fail", "nearest"]
 INEXACT: tuple[Inexact, ...] = get_args(Inexact)
 

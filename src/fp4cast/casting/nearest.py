@@ -28,9 +28,7 @@ from fp4cast.casting.tight_rule import (
     shift_bounds,
     shift_codes,
 )
-from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, TENSOR_TOP, Bytes, Float64s, pack, unpack
-
-__all__ = ["Encoded", "block_scale_bytes", "choose_nearest", "encode", "squared_error"]
+from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK_BYTES, TENSOR_TOP, Bytes, Float64s, pack, unpack
 
 _MAGNITUDES = E2M1.values[:8]
 _MIDPOINTS = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
@@ -147,7 +145,7 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     halves[moved] = shift_codes(halves[moved], shifts)
     halves[lost], half_scales[lost], _ = _round(before, half_k[lost], scaling.tensor_scale)
     codes = codes.copy()
-    codes[outside] = halves.reshape(-1, 16)
+    codes[outside] = halves.reshape(-1, MX_BLOCK_BYTES)
     block_scales[outside] = half_scales.reshape(-1, 2)
     written = _half_values(halves[lost], E4M3.values[half_scales[lost]] * scaling.tensor_scale)
     difference = np.abs(written - _half_values(before, 2.0 ** half_k[lost].astype(np.float64)))

@@ -12,8 +12,6 @@ from fp4cast.casting.tight_rule import ArrayBlocks, choose
 from fp4cast.errors import InexactError, ShapeError, UsageError
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK_BYTES, Bytes
 
-__all__ = ["Cast", "cast"]
-
 
 @dataclass(frozen=True)
 class Cast:

@@ -23,20 +23,6 @@ import numpy.typing as npt
 from fp4cast.errors import ScaleError
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, E8M0_NAN, Bytes
 
-__all__ = [
-    "ArrayBlocks",
-    "BlockSource",
-    "Scaling",
-    "Search",
-    "choose",
-    "closed_form",
-    "half_masks",
-    "halve",
-    "outside_window",
-    "scale_table",
-    "shift_codes",
-]
-
 Ints = npt.NDArray[np.int64]
 
 E_MIN, E_MAX = -9, 8  # E4M3 holds 2^e exactly for e in [E_MIN, E_MAX]

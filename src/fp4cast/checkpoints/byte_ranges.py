@@ -16,8 +16,6 @@ from fp4cast.errors import CheckpointError
 from fp4cast.formats import Bytes
 from fp4cast.parallel.progress import Advance, ignore
 
-__all__ = ["BUFFERS", "CHUNK_BYTES", "Buffer", "File", "Files", "copy_range", "write_all", "write_whole"]
-
 CHUNK_BYTES = 8 << 20  # bytes that one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # bytes that the kernel copies between two reports of progress
 

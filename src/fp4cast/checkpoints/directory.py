@@ -18,21 +18,6 @@ from fp4cast.checkpoints.header import Shard, Tensor, read_header
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 
-__all__ = [
-    "CONFIG",
-    "INDEX",
-    "OTHER_FORMATS",
-    "QUANT_CONFIG",
-    "RECEIPT",
-    "SINGLE",
-    "Checkpoint",
-    "Stamps",
-    "check_stamps",
-    "gc_paused",
-    "open_checkpoint",
-    "stamp",
-]
-
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

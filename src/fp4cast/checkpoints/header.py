@@ -18,16 +18,6 @@ from typing import Any, NamedTuple
 
 from fp4cast.errors import CheckpointError, HeaderError
 
-__all__ = [
-    "DTYPE_BITS",
-    "UNQUANTIZED",
-    "FileLayout",
-    "Shard",
-    "Tensor",
-    "lay_out",
-    "read_header",
-]
-
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 
 # safetensors' dtypes and their widths in bits.

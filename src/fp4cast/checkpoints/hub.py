@@ -8,8 +8,6 @@ from pathlib import Path
 from fp4cast.checkpoints.directory import OTHER_FORMATS
 from fp4cast.errors import CheckpointError
 
-__all__ = ["resolve"]
-
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

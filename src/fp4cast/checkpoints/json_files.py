@@ -9,8 +9,6 @@ from typing import Any
 
 from fp4cast.errors import CheckpointError
 
-__all__ = ["index_bytes", "json_bytes", "read_json"]
-
 MAX_JSON_BYTES = 1 << 30
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["QuantizationConfig", "drop_quantization_configs", "find_quantization_config", "set_quantization_config"]
-
 _KEYS = ("quantization_config", "compression_config")
 
 

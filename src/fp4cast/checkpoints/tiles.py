@@ -1,21 +1,14 @@
 """Cut a bank of experts into tiles that fit into memory, and set the size of each piece of work.
 
-Conversion and verification share this geometry; `tests/checkpoints/test_tiles.py` shows that tiles cover each block of
-a bank exactly once, whatever the sizes.
+Conversion and verification share how a bank is cut, and a test shows that tiles cover each block exactly once, whatever
+the sizes. Where a tile lies in a file each of them finds out by itself, so that a wrong place cannot hide from both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
 
 from fp4cast.formats import MX_BLOCK_BYTES
-
-Index = TypeVar("Index", int, np.ndarray[Any, np.dtype[np.int64]])
-
-__all__ = ["LIMITS", "Limits", "Tile", "Tiling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +117,3 @@ class Tiling:
         expert, down = divmod(rest, self._down)
         top, first = down * self.height, across * self.width
         return Tile(expert, top, min(top + self.height, self.rows), first, min(first + self.width, self.blocks))
-
-    def turned(self, tile: Tile, size: int) -> int:
-        """Offset of a tile in the transposed bank [E, K/32 blocks * size, N]; its lines are N bytes apart."""
-        return (tile.expert * self.blocks + tile.first) * size * self.rows + tile.top
-
-    def block(self, tile: Tile, index: Index) -> Index:
-        """The number in the whole bank of a tile's block `index`; an array of numbers gives an array."""
-        row, across = index // tile.width, index % tile.width
-        return (tile.expert * self.rows + tile.top + row) * self.blocks + tile.first + across

@@ -15,8 +15,6 @@ import numpy as np
 
 from fp4cast.formats import Bytes
 
-__all__ = ["LIBRARY", "compiled", "is_transpose", "transpose"]
-
 LIBRARY = Path(__file__).with_name("_transpose.so")  # made by hatch_build.py from transpose.c
 
 Call = Callable[[int | None, int, int, int, int | None, int], int]

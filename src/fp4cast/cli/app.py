@@ -39,8 +39,6 @@ from fp4cast.parallel.engines import EngineName
 from fp4cast.parallel.progress import Progress
 from fp4cast.verification.report import Report
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

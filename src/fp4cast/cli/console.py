@@ -15,8 +15,6 @@ from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.errors import Fp4CastError, UsageError
 
-__all__ = ["exit_with", "people_console", "print_json", "run_or_exit"]
-
 T = TypeVar("T")
 
 

@@ -12,8 +12,6 @@ from fp4cast.conversion.inspection import inspect
 from fp4cast.miniatures import KINDS, make
 from fp4cast.verification.verify import verify
 
-__all__ = ["run_demo"]
-
 
 def run_demo(directory: Path) -> Iterator[dict[str, Any]]:
     """Make, inspect, cast and verify every kind below `directory`; yields one JSON object for each."""

@@ -16,16 +16,6 @@ from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
 from fp4cast.verification.report import InexactTensor, Report
 
-__all__ = [
-    "printable",
-    "show_demo",
-    "show_facts",
-    "show_inexact",
-    "show_inspection",
-    "show_part",
-    "show_report",
-]
-
 WINDOW = E_MAX - E_MIN
 _SHOWN = 8
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from fp4cast.ptq.flow import Quantized
     from fp4cast.ptq.layerwise.calibrate import Calibrated
 
-__all__ = ["ANY_SPELLING", "calibrate", "ptq"]
-
 
 def _underscores(word: str) -> str:
     """Accept `--calib-size` for `--calib_size`, ModelOpt's spelling, which the help shows; values stay as they are."""

@@ -12,21 +12,6 @@ from fp4cast.formats import Activations
 from fp4cast.layouts.choose import LayoutName
 from fp4cast.parallel.engines import EngineName
 
-__all__ = [
-    "Destination",
-    "Finish",
-    "InexactOption",
-    "InputScales",
-    "Jobs",
-    "Json",
-    "LayoutOption",
-    "OptionalActivations",
-    "Overwrite",
-    "Shards",
-    "Source",
-    "Where",
-]
-
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Jobs = Annotated[

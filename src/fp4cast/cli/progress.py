@@ -20,8 +20,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Meter", "Steps", "format_bytes"]
-
 _PHASES = {
     "scan": "reading scales",
     "calibrate": "calibrating",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.hub import resolve
@@ -16,8 +16,6 @@ from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
-
-__all__ = ["Prepared", "convert", "convert_checkpoint", "prepare"]
 
 
 def convert(
@@ -86,9 +84,8 @@ def convert_checkpoint(
 ) -> Report:
     """Like `convert`, with its options in one object."""
     begin, worker = time.monotonic(), make_engine(engine, jobs)
-    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
-    plan = prepared.plan
-    with staging(prepared.source, prepared.destination, overwrite=overwrite) as stage:
+    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite) as stage:
         stage.adopt(plan.fingerprint, resume=resume)
         stage.check_space(plan.sizes)
         total = plan.write_bytes
@@ -107,26 +104,10 @@ def convert_checkpoint(
     return replace(report, seconds=time.monotonic() - begin)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is decided before the first write.
-
-    Attributes:
-        source: SRC, on this machine.
-        destination: DST, without links.
-        plan: what will be written.
-    """
-
-    source: Path
-    destination: Path
-    plan: Plan
-
-
 def prepare(
     src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, overwrite: bool, progress: Progress
-) -> Prepared:
-    """Decide everything before the first write; arguments and errors are those of `convert`."""
+) -> tuple[Path, Plan]:
+    """(DST without links, the plan): everything that is decided before a byte is written; arguments as in `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_destination(source, destination, overwrite=overwrite)
-    plan = make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
-    return Prepared(source, destination, plan)
+    return destination, make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))

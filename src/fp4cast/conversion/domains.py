@@ -18,8 +18,6 @@ from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.ranges import grouped, spans
 from fp4cast.parallel.workers import workers
 
-__all__ = ["Domain", "FileBlocks", "find_domains", "group_domains"]
-
 _SLICE = 128  # domains that one task of the pool scans at most
 _SLICE_BYTES = 8 << 20  # scale bytes after which a task is large enough
 _SHOWN = 5  # inexact domains that an error names

@@ -25,8 +25,6 @@ from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.workers import Workers
 
-__all__ = ["FinishShard", "execute", "finished", "write_shard"]
-
 
 def execute(
     shards: Iterable[OutputShard],

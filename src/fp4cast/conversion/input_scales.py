@@ -20,8 +20,6 @@ from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import InputScaleError, UsageError
 from fp4cast.formats import TENSOR_TOP
 
-__all__ = ["InputScales", "InputScalesLike", "load_input_scales"]
-
 # An input_scale and its reciprocal must be normal FP32 numbers: a GPU flushes others to zero.
 _LEAST = float(np.finfo(np.float32).tiny)
 _MOST = 1 / _LEAST

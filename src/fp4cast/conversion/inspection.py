@@ -15,8 +15,6 @@ from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
 
-__all__ = ["Inspection", "inspect"]
-
 
 @dataclass(frozen=True)
 class Inspection:

@@ -23,8 +23,6 @@ from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
 
-__all__ = ["Part", "convert_part", "finish", "parse_part"]
-
 _SHOWN = 5
 
 
@@ -101,11 +99,10 @@ def convert_part(
     """
     begin = time.monotonic()
     parse_part(f"{part}/{parts}")
-    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
-    plan = prepared.plan
+    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
     shards = plan.shards[part - 1 :: parts]
     total = sum(shard.layout.size for shard in shards)
-    with staging(prepared.source, prepared.destination, overwrite=overwrite, shared=True) as stage:
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True) as stage:
         stage.join(plan.fingerprint)
         stage.check_space({shard.file: shard.layout.size for shard in shards})
         execute(
@@ -118,7 +115,7 @@ def convert_part(
         )
         check_unchanged(plan)
     files = [shard.file for shard in shards]
-    return Part(str(prepared.source), str(dst), part, parts, files, total, time.monotonic() - begin)
+    return Part(str(plan.source.checkpoint.path), str(dst), part, parts, files, total, time.monotonic() - begin)
 
 
 def finish(
@@ -150,9 +147,8 @@ def finish(
     """
     begin = time.monotonic()
     worker = make_engine(engine, jobs)
-    prepared = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
-    plan = prepared.plan
-    with staging(prepared.source, prepared.destination, overwrite=overwrite) as stage:
+    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite) as stage:
         stage.join(plan.fingerprint, first=False)
         tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
         if missing:

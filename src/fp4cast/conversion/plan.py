@@ -34,8 +34,6 @@ from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Selection, Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
 
-__all__ = ["ConvertOptions", "Plan", "check_unchanged", "make_plan"]
-
 
 @dataclass(frozen=True)
 class ConvertOptions:

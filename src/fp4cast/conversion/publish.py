@@ -16,8 +16,6 @@ from fp4cast.verification.receipt import Receipt, input_scales_digest, weight_di
 from fp4cast.verification.report import InexactTensor, Report, inexact_tensor
 from fp4cast.verification.verify import verify_checkpoint
 
-__all__ = ["publish"]
-
 
 def publish(
     plan: Plan,

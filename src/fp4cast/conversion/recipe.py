@@ -19,20 +19,6 @@ from fp4cast.families.family import Pair
 from fp4cast.formats import Bytes
 from fp4cast.layouts.layout import DTYPES, Form
 
-__all__ = [
-    "BlockScalesOf",
-    "CodesOf",
-    "Constant",
-    "CopyOf",
-    "FromModel",
-    "Output",
-    "OutputShard",
-    "Step",
-    "index",
-    "nvfp4",
-    "place",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class CopyOf:

@@ -19,8 +19,6 @@ from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.errors import DestinationError, Fp4CastError
 
-__all__ = ["Staging", "check_destination", "real_path", "staging"]
-
 FREE_MARGIN = 64 << 20
 
 

@@ -6,13 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fp4cast.checkpoints import tiles
-from fp4cast.checkpoints.tiles import Tiling
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel, Output, OutputShard, Step
-from fp4cast.families.family import Pair
 from fp4cast.formats import MX_BLOCK_BYTES
 from fp4cast.parallel.ranges import grouped, spans
-
-__all__ = ["Piece", "Task", "pieces", "tiling_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +39,6 @@ def pieces(shard: OutputShard) -> Iterator[Piece]:
     return grouped(((task, task.nbytes) for task in _tasks(shard)), tiles.LIMITS.write_bytes)
 
 
-def tiling_of(pair: Pair) -> Tiling:
-    """The tiles of a bank."""
-    return Tiling.of(pair.experts, pair.rows, pair.row_blocks)
-
-
 def _tasks(shard: OutputShard) -> Iterator[Task]:
     for offset, step in _joined(shard):
         units, size = _units(step)
@@ -68,7 +59,7 @@ def _units(step: Step) -> tuple[int, int]:
             size = MX_BLOCK_BYTES if isinstance(step, CodesOf) else 2  # bytes that a block becomes
             if not step.transposed:
                 return step.pair.blocks, size
-            tiling = tiling_of(step.pair)
+            tiling = step.pair.tiling
             return len(tiling), tiling.height * tiling.width * size
 
 

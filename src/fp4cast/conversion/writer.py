@@ -5,7 +5,11 @@ No step holds more than a tile of one tensor. A worker's memory is bounded by tw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from operator import add
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +21,10 @@ from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tile, Tiling
 from fp4cast.checkpoints.transpose import transpose
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel
-from fp4cast.conversion.tasks import Piece, Task, tiling_of
+from fp4cast.conversion.tasks import Piece, Task
 from fp4cast.formats import E2M1, MX_BLOCK_BYTES, Bytes
 from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.ranges import spans
-
-__all__ = ["Tallies", "Tally", "Writer"]
 
 _NIBBLE_ENERGY = E2M1.values**2
 _BYTE_ENERGY = np.array([_NIBBLE_ENERGY[b & 15] + _NIBBLE_ENERGY[b >> 4] for b in range(256)])
@@ -62,32 +64,6 @@ class Tally:
 
 Tallies = dict[str, Tally]
 Computed = CodesOf | BlockScalesOf
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """The numbers, in their tensor, of the blocks of a tile.
-
-    Attributes:
-        tiling: the bank's.
-        tile: the tile that holds the blocks.
-    """
-
-    tiling: Tiling
-    tile: Tile
-
-    def __call__(self, blocks: Ints) -> Ints:
-        return self.tiling.block(self.tile, blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class _From:
-    """The numbers, in their tensor, of consecutive blocks from `first` on."""
-
-    first: int
-
-    def __call__(self, blocks: Ints) -> Ints:
-        return blocks + self.first
 
 
 @dataclass
@@ -134,7 +110,7 @@ class Writer:
         """E4M3 bytes of a pair's blocks, in their order."""
         for first, last in spans(task.first, task.last, tiles.LIMITS.scale_blocks):
             exponents = self._read(step.pair.scales, first, last - first, BUFFERS.exponents)
-            self._put(task.offset + 2 * first, self._block_scales(step, exponents, _From(first)))
+            self._put(task.offset + 2 * first, self._block_scales(step, exponents, partial(add, first)))
 
     def _codes(self, task: Task, step: CodesOf) -> None:
         """Packed codes of a pair with shifted or rounded half-blocks, in the order of its blocks."""
@@ -147,7 +123,7 @@ class Writer:
     def _transposed(self, task: Task, step: Computed) -> None:
         """Tiles of a bank: [rows, blocks] becomes [bytes of the blocks, rows], band by band."""
         size = MX_BLOCK_BYTES if isinstance(step, CodesOf) else 2
-        tiling = tiling_of(step.pair)
+        tiling = step.pair.tiling
         for index in range(task.first, task.last):
             tile = tiling[index]
             turned = BUFFERS.tile(tile.width * size, tile.rows)
@@ -155,7 +131,7 @@ class Writer:
                 band = self._band(step, tiling, tile.band(top, bottom))
                 columns = slice(top - tile.top, bottom - tile.top)
                 transpose(band.reshape(bottom - top, tile.width * size), turned[:, columns])
-            self._put_turned(task.offset + tiling.turned(tile, size), tiling, turned)
+            self._put_turned(task.offset + turned_offset(tiling, tile, size), tiling, turned)
 
     def _put_turned(self, offset: int, tiling: Tiling, turned: Bytes) -> None:
         if turned.shape[1] == tiling.rows:
@@ -169,7 +145,7 @@ class Writer:
         pair = step.pair
         if isinstance(step, BlockScalesOf):
             exponents = self._rows(pair.scales, tiling, band, 1, BUFFERS.exponents)
-            return self._block_scales(step, exponents, _Places(tiling, band))
+            return self._block_scales(step, exponents, partial(block_number, tiling, band))
         codes = self._rows(pair.codes, tiling, band, MX_BLOCK_BYTES, BUFFERS.source)
         if not step.encoded:
             return codes
@@ -177,14 +153,14 @@ class Writer:
 
     def _rows(self, tensor: Tensor, tiling: Tiling, band: Tile, size: int, buffer: Buffer) -> Bytes:
         """Source bytes of a band, `size` a block: uint8 [rows * blocks * size]."""
-        start = tensor.start + tiling.block(band, 0) * size
+        start = tensor.start + int(block_number(tiling, band, 0)) * size
         out = self.files[tensor.path].rectangle(start, tiling.blocks * size, band.rows, band.width * size, buffer)
         return out.reshape(-1)
 
     def _read(self, tensor: Tensor, start: int, nbytes: int, buffer: Buffer) -> Bytes:
         return self.files[tensor.path].read(tensor.start + start, nbytes, buffer)
 
-    def _block_scales(self, step: BlockScalesOf, exponents: Bytes, places: _Places | _From) -> Bytes:
+    def _block_scales(self, step: BlockScalesOf, exponents: Bytes, places: Callable[[Ints], Ints]) -> Bytes:
         """E4M3 bytes [2n] of some blocks; codes are read, at their places, only outside of the window."""
         codes = step.pair.codes
 
@@ -201,3 +177,14 @@ class Writer:
             tally.add(encoded, blocks[first:last], exponents[first:last].astype(np.int64) - bias)
             out[first:last] = encoded.codes
         return out.reshape(-1)
+
+
+def block_number(tiling: Tiling, tile: Tile, block: Any) -> Any:
+    """The number in the whole bank of a tile's block, or of each of an array of blocks."""
+    row, across = tile.top + block // tile.width, tile.first + block % tile.width
+    return (tile.expert * tiling.rows + row) * tiling.blocks + across
+
+
+def turned_offset(tiling: Tiling, tile: Tile, size: int) -> int:
+    """Where a tile begins in the transposed bank [E, K/32 blocks * size, N]; its lines are N bytes apart."""
+    return (tile.expert * tiling.blocks + tile.first) * size * tiling.rows + tile.top

@@ -10,8 +10,6 @@ from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.families.family import Family, Suffix
 from fp4cast.formats import E8M0_BIAS
 
-__all__ = ["ALIASES", "COMPRESSED_TENSORS", "PACKED", "PACKED_SCALES", "packed_bias"]
-
 PACKED = Suffix(".weight_packed", ("U8",))
 PACKED_SCALES = Suffix(".weight_scale", ("F8_E8M0", "U8"))
 

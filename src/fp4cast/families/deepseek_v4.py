@@ -1,10 +1,12 @@
-"""DeepSeek-V4 and V4.1: MXFP4 experts beside FP8 weights that are named alike."""
+"""DeepSeek-V4 and V4.1: MXFP4 experts beside FP8 weights that are named alike.
+
+The config is that of nvidia/DeepSeek-V4.1-Flash-NVFP4, and what vLLM 0.32 reads: `moe_quant_algo` in
+models/deepseek_v41/quant_config.py.
+"""
 
 from __future__ import annotations
 
 from fp4cast.families.family import Family, Suffix
-
-__all__ = ["DEEPSEEK_V4"]
 
 DEEPSEEK_V4 = Family(
     name="deepseek-v4",
@@ -19,5 +21,5 @@ DEEPSEEK_V4 = Family(
     hint="Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
     "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
     served={"modelopt": "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)"},
-    ignore=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
+    beside_fp8=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import Tensor
+from fp4cast.checkpoints.tiles import Tiling
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, Activations
-
-__all__ = ["Family", "Pair", "Source", "Suffix"]
 
 
 class Suffix(NamedTuple):
@@ -35,16 +34,17 @@ class Family:
         title: for people.
         codes: the codes' suffix after the module's name, and their dtypes.
         scales: the scales' suffix and dtypes.
+        served: by layout, the engines that serve the result, for people; other layouts are not offered.
         bank: one tensor holds all experts of a layer, codes [E, N, K/32, 16]; otherwise one projection, [N, K/2].
         module: a pattern that the module of some codes matches in every checkpoint of the family.
         ambiguous: other tensors are named and typed like codes; only those whose module matches must have scales.
         casts: a pattern of the modules that become NVFP4.
         keeps: a pattern of those that stay MXFP4 nevertheless; None if there are none.
-        activations: those that engines serve, the default first.
+        activations: those that engines serve.
         hint: what to do, for the error when the user asks for other activations.
-        served: by layout, the engines that serve the result, for people; other layouts are not offered.
         aliases: (pattern, what engines may call that part of a module's name), applied one after the other.
-        ignore: names and patterns that the config lists as not NVFP4 where the rest of a checkpoint is FP8.
+        beside_fp8: names and patterns that the config lists as not NVFP4, for checkpoints that are FP8 but for the
+            experts; empty if engines read no such config of this family.
         bias: returns the exponent bias of the scale bytes, given config.json.
     """
 
@@ -52,6 +52,7 @@ class Family:
     title: str
     codes: Suffix
     scales: Suffix
+    served: Mapping[str, str]
     bank: bool = False
     module: str = ""
     ambiguous: bool = False
@@ -59,9 +60,8 @@ class Family:
     keeps: str | None = None
     activations: tuple[Activations, ...] = ("w4a16", "w4a4")
     hint: str = ""
-    served: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()
-    ignore: tuple[str, ...] = ()
+    beside_fp8: tuple[str, ...] = ()
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
 
 
@@ -112,6 +112,11 @@ class Pair:
     def elements(self) -> int:
         """Weights of the whole tensor."""
         return self.blocks * MX_BLOCK
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles of a bank."""
+        return Tiling.of(self.experts, self.rows, self.row_blocks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from fp4cast.families.family import Family, Suffix
 
-__all__ = ["GPT_OSS"]
-
 GPT_OSS = Family(
     name="gpt-oss",
     title="gpt-oss",
     codes=Suffix("_blocks", ("U8",)),
     scales=Suffix("_scales", ("U8",)),
     bank=True,
-    served={
-        "modelopt": "TensorRT-LLM 1.2 and newer (as W4A4), and transformers with fp4cast.hf; vLLM up to 0.33 does not "
-        "load it"
-    },
+    served={"modelopt": "transformers with fp4cast.hf; as W4A4, also TensorRT-LLM 1.2 and newer; not vLLM up to 0.33"},
 )

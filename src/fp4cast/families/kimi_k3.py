@@ -1,11 +1,12 @@
-"""Kimi-K3: compressed-tensors experts inside a multimodal model, whose modules engines rename."""
+"""Kimi-K3: compressed-tensors experts inside a multimodal model, whose modules engines rename.
+
+vLLM 0.32 maps its names in models/kimi_k3.
+"""
 
 from __future__ import annotations
 
 from fp4cast.families.compressed_tensors import ALIASES, PACKED, PACKED_SCALES, packed_bias
 from fp4cast.families.family import Family
-
-__all__ = ["KIMI_K3"]
 
 KIMI_K3 = Family(
     name="kimi-k3",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["ENGINE_MERGED", "expert_projection", "shared_scale_group"]
-
 # (name of the merged matrix, if it is a module; its projections).
 _MERGED = (
     ("gate_up_proj", ("gate_proj", "up_proj")),

@@ -19,8 +19,6 @@ from fp4cast.families.kimi_k3 import KIMI_K3
 from fp4cast.families.refused import REFUSED, describe
 from fp4cast.formats import MX_BLOCK_BYTES
 
-__all__ = ["FAMILIES", "read_source"]
-
 # The first family with a pair of tensors in the checkpoint is the checkpoint's.
 FAMILIES = (GPT_OSS, DEEPSEEK_V4, KIMI_K3, COMPRESSED_TENSORS)
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.quantization_config import find_quantization_config
 
-__all__ = ["REFUSED", "Refused", "describe"]
-
 
 class Refused(NamedTuple):
     """A layout of 4-bit weights that fp4cast does not cast.

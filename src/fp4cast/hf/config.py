@@ -12,8 +12,6 @@ from fp4cast.errors import CheckpointError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.engine_view import read_claims
 
-__all__ = ["METHODS", "ModelOptNvfp4Config"]
-
 METHODS = ("modelopt", "modelopt_mixed")
 
 

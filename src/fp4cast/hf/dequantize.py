@@ -13,8 +13,6 @@ from fp4cast.errors import CheckpointError
 from fp4cast.formats import E2M1, NV_BLOCK_BYTES
 from fp4cast.layouts.layout import Names
 
-__all__ = ["Dequantize", "dequantize"]
-
 _PIECE = 1 << 20  # bytes of codes that are decoded at once, so that float32 values stay small beside the weight
 
 

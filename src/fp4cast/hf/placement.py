@@ -21,8 +21,6 @@ from fp4cast.hf.dequantize import Dequantize
 from fp4cast.layouts.layout import Form, Names
 from fp4cast.layouts.modelopt import MODELOPT
 
-__all__ = ["BANK", "BANKS", "PROJECTION", "Place", "companions", "is_linear", "module_of", "places", "reading"]
-
 PROJECTION, BANK = MODELOPT.form(bank=False), MODELOPT.form(bank=True)
 BANKS = (".experts.gate_up_proj", ".experts.down_proj")  # all experts of a layer in one tensor, as in gpt-oss
 

@@ -16,8 +16,6 @@ from fp4cast.hf.dequantize import Dequantize
 from fp4cast.hf.placement import places, reading
 from fp4cast.hf.validate import check_partners, check_places, headers
 
-__all__ = ["ModelOptNvfp4Quantizer"]
-
 
 class ModelOptNvfp4Quantizer(HfQuantizer):
     """Reads NVFP4 into plain weights. It quantizes nothing.

@@ -23,8 +23,6 @@ from fp4cast.hf.placement import BANK, BANKS, PROJECTION, Place, companions, is_
 from fp4cast.layouts.engine_view import Claims
 from fp4cast.layouts.layout import DTYPES
 
-__all__ = ["check_partners", "check_places", "headers"]
-
 
 def headers(files: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint's files by name.

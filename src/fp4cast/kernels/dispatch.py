@@ -12,8 +12,6 @@ from fp4cast.errors import ShapeError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.kernels import reference
 
-__all__ = ["dynamic_fp4_fake_quant", "quantize_nvfp4", "static_blockwise_fp4_fake_quant"]
-
 
 def static_blockwise_fp4_fake_quant(
     x: Tensor, amax: Tensor, global_amax: Tensor | None = None, out_dtype: torch.dtype | None = None

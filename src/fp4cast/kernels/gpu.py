@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["fake_quant", "fits", "powers", "quantize"]
-
 # Values that a program takes and its warps, measured on an H100 (benchmarks/kernels.py --tune).
 _FAKE_QUANT, _QUANTIZE = (8192, 8), (4096, 2)
 _HAS_FMA = not triton.knobs.runtime.interpret  # the interpreter multiplies and adds in two steps

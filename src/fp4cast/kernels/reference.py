@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fp4cast.formats import E4M3_MAX, TENSOR_TOP
 
-__all__ = ["block_scales", "fake_quant", "own_block_scales", "quantize", "round_e2m1", "tensor_scale"]
-
 E2M1_MAX = 6.0
 SMALLEST_SCALE = 2.0**-9
 

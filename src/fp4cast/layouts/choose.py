@@ -11,8 +11,6 @@ from fp4cast.layouts.compressed_tensors import COMPRESSED_TENSORS
 from fp4cast.layouts.layout import Layout, Target
 from fp4cast.layouts.modelopt import MODELOPT
 
-__all__ = ["ACTIVATIONS", "DEFAULT_LAYOUT", "LAYOUTS", "LayoutName", "choose_target", "find_layout", "targets_of"]
-
 LayoutName = Literal["modelopt", "compressed-tensors"]
 LAYOUTS: tuple[Layout, ...] = (MODELOPT, COMPRESSED_TENSORS)
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
@@ -31,14 +29,16 @@ def find_layout(name: str) -> Layout:
     return found
 
 
-def _find_activations(name: str | None, family: Family) -> Activations:
-    if name is not None and name not in ACTIVATIONS:
+def find_activations(name: str | None) -> Activations:
+    """The activations of that name; None for w4a16.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = next((each for each in ACTIVATIONS if name in (None, each)), None)
+    if found is None:
         raise UsageError(f"unknown activations {name!r}; expected {' or '.join(ACTIVATIONS)}")
-    wanted = next((each for each in family.activations if name in (None, each)), None)
-    if wanted is None or (name is None and wanted != ACTIVATIONS[0]):
-        served = " or ".join(each.upper() for each in family.activations)
-        raise UsageError(f"engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
-    return wanted
+    return found
 
 
 def choose_target(family: Family, layout: str = DEFAULT_LAYOUT, activations: str | None = None) -> Target:
@@ -52,11 +52,14 @@ def choose_target(family: Family, layout: str = DEFAULT_LAYOUT, activations: str
     Raises:
         UsageError: the family has no such layout, or cannot be served with such activations.
     """
-    found = find_layout(layout)
+    found, wanted = find_layout(layout), find_activations(activations)
     if layout not in family.served:
         others = " or ".join(f"--layout {name}" for name in family.served)
         raise UsageError(f"no engine reads {family.title} in the {layout} layout; use {others}")
-    return Target(found, _find_activations(activations, family), family)
+    if wanted not in family.activations:
+        served = " or ".join(each.upper() for each in family.activations)
+        raise UsageError(f"engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
+    return Target(found, wanted, family)
 
 
 def targets_of(family: Family) -> list[Target]:

@@ -1,4 +1,7 @@
-"""compressed-tensors `nvfp4-pack-quantized`: the tensors' names, and the quantization_config in config.json."""
+"""compressed-tensors `nvfp4-pack-quantized`: the tensors' names, and the quantization_config in config.json.
+
+Read in compressed-tensors 0.20 and in vLLM 0.32, model_executor/layers/quantization/compressed_tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from fp4cast.checkpoints.quantization_config import find_quantization_config, se
 from fp4cast.formats import MX_BLOCK, NV_BLOCK
 from fp4cast.layouts.documents import plain_modules
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
-
-__all__ = ["COMPRESSED_TENSORS"]
 
 
 def _documents(writing: Writing) -> dict[str, dict[str, Any]]:

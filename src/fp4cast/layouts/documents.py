@@ -16,8 +16,6 @@ from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
 from fp4cast.errors import CheckpointError
 from fp4cast.layouts.layout import Target, Writing
 
-__all__ = ["documents", "plain_modules"]
-
 
 def documents(
     checkpoint: Checkpoint, target: Target, modules: Sequence[str], replaced: Collection[str], *, bank: bool

@@ -16,8 +16,6 @@ from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.formats import NV_BLOCK, Activations
 
-__all__ = ["Claims", "config_faults", "read_claims"]
-
 
 @dataclass(frozen=True)
 class Claims:

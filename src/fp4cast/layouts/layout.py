@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,8 +13,6 @@ from fp4cast.checkpoints.header import Tensor
 from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.families.family import Family, Pair, Source
 from fp4cast.formats import NV_BLOCK, Activations
-
-__all__ = ["DTYPES", "Form", "Layout", "Names", "Selection", "Target", "Writing", "castable", "select"]
 
 
 class Names(NamedTuple):
@@ -125,7 +123,7 @@ class Layout:
         """
         form = self.bank if bank else self.projection
         if form is None:
-            raise UsageError(f"no engine reads banks of experts in the {self.name} layout; use --layout modelopt")
+            raise UsageError(f"no engine reads banks of experts in the {self.name} layout; use another --layout")
         return form
 
 
@@ -153,11 +151,6 @@ class Target:
         """Where the result is served, for people."""
         return self.family.served[self.layout.name]
 
-    @property
-    def algorithm(self) -> str:
-        """ModelOpt's name for the quantization of a cast layer."""
-        return "NVFP4" if self.activations == "w4a4" else "W4A16_NVFP4"
-
     def names(self, module: str) -> Names:
         """The names of the four tensors of a module of the family."""
         return self.form.names(module)
@@ -171,32 +164,30 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """A source's tensors, divided into those that a target casts and the others.
+    """What a target makes of a source's tensors.
 
     Attributes:
         cast: the pairs that become NVFP4.
-        untouched: all other tensors, which stay as they are.
+        replaced: the names of their tensors.
+        untouched: the other tensors, which stay as they are.
     """
 
     cast: Sequence[Pair]
+    replaced: Collection[str]
     untouched: Sequence[Tensor]
 
     @cached_property
     def modules(self) -> list[str]:
-        """The modules of the cast pairs."""
+        """The names of the pairs."""
         return [pair.module for pair in self.cast]
-
-    @cached_property
-    def replaced(self) -> set[str]:
-        """The names of the cast pairs' tensors."""
-        return {name for pair in self.cast for name in (pair.codes.name, pair.scales.name)}
 
 
 def select(source: Source, target: Target) -> Selection:
-    """Divide a source's tensors into those that a target casts and those that stay."""
+    """Separate what is cast from what stays."""
     cast = [pair for pair in source.pairs.values() if target.casts(pair)]
-    parts = {name for pair in cast for name in (pair.codes.name, pair.scales.name)}
-    return Selection(cast, [tensor for name, tensor in source.checkpoint.tensors.items() if name not in parts])
+    replaced = {name for pair in cast for name in (pair.codes.name, pair.scales.name)}
+    tensors = source.checkpoint.tensors
+    return Selection(cast, replaced, [tensor for name, tensor in tensors.items() if name not in replaced])
 
 
 def castable(source: Source, target: Target) -> Selection:

@@ -1,7 +1,9 @@
 """NVIDIA ModelOpt's layout: the tensors' names, config.json and hf_quant_config.json.
 
 Four kinds of config, for banks of experts (gpt-oss), FP8 checkpoints with NVFP4 experts (DeepSeek-V4), models that one
-algorithm and a list of exceptions describe, and all others (`MIXED_PRECISION`).
+algorithm and a list of exceptions describe, and all others (`MIXED_PRECISION`). Read in the exports of nvidia-modelopt
+0.47 and in vLLM 0.32, model_executor/layers/quantization/modelopt.py (`is_layer_excluded`,
+`ModelOptMixedPrecisionConfig`).
 """
 
 from __future__ import annotations
@@ -22,14 +24,12 @@ from fp4cast.families.merging import ENGINE_MERGED, expert_projection
 from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
 
-__all__ = ["MODELOPT"]
-
 Section = dict[str, Any]
 
 
 def _documents(writing: Writing) -> dict[str, Section]:
     config, producer = writing.config, writing.producer
-    if find_quantization_config(config).section.get("quant_method") == "fp8":
+    if writing.target.family.beside_fp8 and find_quantization_config(config).section.get("quant_method") == "fp8":
         section, quantization = _beside_fp8(writing)
         set_quantization_config(config, section | {"producer": producer})
     else:
@@ -59,9 +59,15 @@ def _refuse_other_groups(writing: Writing) -> None:
 
 
 def _way_out(target: Target) -> str:
-    if "compressed-tensors" in target.family.served:
-        return "use --layout compressed-tensors, which keeps the other groups as they are"
-    return "expected a config.json whose quantization_config has the quant_method fp8"
+    if target.family.beside_fp8:
+        return "expected a config.json whose quantization_config has the quant_method fp8"
+    others = [f"--layout {name}" for name in target.family.served if name != target.layout.name]
+    return f"use {others[0]}, which keeps the other groups as they are" if others else "expected no other groups"
+
+
+def _algorithm(target: Target) -> str:
+    """ModelOpt's name for the quantization of a cast layer."""
+    return "NVFP4" if target.activations == "w4a4" else "W4A16_NVFP4"
 
 
 def _bank(writing: Writing) -> tuple[Section, Section]:
@@ -69,7 +75,7 @@ def _bank(writing: Writing) -> tuple[Section, Section]:
     ignore = _short_ignore(writing.modules, writing.kept)
     section = _flat(writing.target, ignore)
     del section["group_size"]  # ModelOpt's own gpt-oss export has no such key here
-    return section, _quantization(writing.target.algorithm, ignore)
+    return section, _quantization(_algorithm(writing.target), ignore)
 
 
 def _projections(writing: Writing) -> tuple[Section, Section]:
@@ -77,7 +83,7 @@ def _projections(writing: Writing) -> tuple[Section, Section]:
     target, modules = writing.target, writing.modules
     if _is_plain(modules, writing.kept):
         ignore = list(writing.kept)
-        return _flat(target, ignore), _quantization(target.algorithm, ignore)
+        return _flat(target, ignore), _quantization(_algorithm(target), ignore)
     names = sorted({name for bank in _banks(modules) for name in _spellings(bank, target)})
     layers = _layers(target, names)
     section = {
@@ -94,7 +100,7 @@ def _projections(writing: Writing) -> tuple[Section, Section]:
 def _beside_fp8(writing: Writing) -> tuple[Section, Section]:
     """Like `_bank`, for an FP8 checkpoint with NVFP4 experts: its own config, extended by a list of the experts."""
     target = writing.target
-    names, ignore = _banks(writing.modules), list(target.family.ignore)
+    names, ignore = _banks(writing.modules), list(target.family.beside_fp8)
     layers = _layers(target, names)
     section = find_quantization_config(writing.config).section | {
         "quant_method": "fp8",
@@ -112,7 +118,7 @@ def _flat(target: Target, ignore: list[str]) -> Section:
     return {
         "config_groups": {"group_0": _group(target, ["Linear"])},
         "ignore": ignore,
-        "quant_algo": target.algorithm,
+        "quant_algo": _algorithm(target),
         "quant_method": "modelopt",
         "group_size": NV_BLOCK,
     }
@@ -138,7 +144,7 @@ def _args() -> Section:
 
 
 def _layers(target: Target, names: Iterable[str]) -> dict[str, Section]:
-    return {name: {"quant_algo": target.algorithm, "group_size": NV_BLOCK} for name in names}
+    return {name: {"quant_algo": _algorithm(target), "group_size": NV_BLOCK} for name in names}
 
 
 def _banks(modules: Iterable[str]) -> list[str]:

@@ -11,8 +11,6 @@ from fp4cast.formats import E8M0_BIAS
 from fp4cast.miniatures.draft import VOCABULARY, Draft
 from fp4cast.miniatures.parts import add_attention, add_globals
 
-__all__ = ["compressed", "draft_dense", "draft_dense_013", "draft_moe"]
-
 
 def compressed(ignore: list[str], version: str = "0.14.0") -> dict[str, Any]:
     """The quantization_config of compressed-tensors' mxfp4-pack-quantized."""

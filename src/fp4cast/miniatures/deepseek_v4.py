@@ -10,8 +10,6 @@ from fp4cast.formats import Bytes
 from fp4cast.miniatures.draft import VOCABULARY, Draft
 from fp4cast.miniatures.parts import add_experts
 
-__all__ = ["draft_deepseek_v4", "draft_deepseek_v41"]
-
 
 def draft_deepseek_v4(draft: Draft, nested: bool = False) -> None:
     """Two layers of four experts, and an MTP layer; `nested` for V4.1's config and FP8 blocks."""

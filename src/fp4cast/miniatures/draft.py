@@ -15,8 +15,6 @@ from fp4cast.checkpoints.header import lay_out
 from fp4cast.families.merging import shared_scale_group
 from fp4cast.formats import Bytes
 
-__all__ = ["VOCABULARY", "Draft", "mxfp4", "write_checkpoint"]
-
 VOCABULARY = 256
 CENTER = 117  # the most frequent scale byte of the lowest domain
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from fp4cast.miniatures.draft import VOCABULARY, Draft
 from fp4cast.miniatures.parts import add_attention, add_globals
 
-__all__ = ["draft_gpt_oss"]
-
 
 def draft_gpt_oss(draft: Draft) -> None:
     """Two layers of four experts."""

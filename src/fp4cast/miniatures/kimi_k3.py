@@ -7,8 +7,6 @@ from fp4cast.miniatures.compressed_tensors import compressed
 from fp4cast.miniatures.draft import Draft
 from fp4cast.miniatures.parts import add_experts, add_globals
 
-__all__ = ["draft_kimi_k3"]
-
 
 def draft_kimi_k3(draft: Draft) -> None:
     """Two layers of four experts."""

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from fp4cast.formats import Bytes
 from fp4cast.miniatures.draft import VOCABULARY, Draft, mxfp4
 
-__all__ = ["add_attention", "add_experts", "add_globals"]
-
 
 def add_experts(
     draft: Draft, prefix: str, experts: int, hidden: int, inner: int, put: Callable[[int, str, Bytes, Bytes], None]

@@ -11,8 +11,6 @@ from fp4cast.extras import require
 from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.workers import Workers, workers
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Local", "make_engine"]
-
 EngineName = Literal["local", "ray"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["Advance", "AdvanceOf", "Progress", "ignore"]
-
 Advance = Callable[[int], None]  # (amount just done); it may raise to stop the work
 AdvanceOf = Callable[[int, int], None]  # (amount just done, amount in all)
 Progress = Callable[[str, int, int], None]  # (phase, amount just done, amount in all); most phases count bytes

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-__all__ = ["grouped", "spans"]
-
 Item = TypeVar("Item")
 
 

@@ -18,8 +18,6 @@ from fp4cast.extras import require
 from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.workers import Workers, workers
 
-__all__ = ["Ray"]
-
 DEFAULT_JOBS = 4  # threads, and CPUs, of a task: copying needs no more
 RETRIES = 5  # how often a task may lose its node
 BASE_MEMORY, JOB_MEMORY = 300 << 20, 64 << 20  # bytes that a task asks of its node

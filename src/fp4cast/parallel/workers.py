@@ -16,8 +16,6 @@ from typing import TypeVar
 from fp4cast.errors import UsageError
 from fp4cast.parallel.progress import Advance, ignore
 
-__all__ = ["Stopped", "Workers", "cores", "workers"]
-
 MAX_DEFAULT_JOBS = 16  # more of them only queue for the disk; --jobs may ask for any number
 _LOOK_SECONDS = 0.5  # between two checks for Ctrl-C
 _MANY = 100  # a piece of so many tasks or more has tasks too small for threads

@@ -11,14 +11,6 @@ from fp4cast.casting.tight_rule import ArrayBlocks, Scaling, choose, closed_form
 from fp4cast.errors import ScaleError, ShapeError, UnsupportedError
 from fp4cast.formats import E4M3, E8M0_BIAS, E8M0_NAN, MX_BLOCK_BYTES, TENSOR_TOP, Bytes
 
-__all__ = [
-    "block_amax",
-    "compute_global_amax_for_scales",
-    "compute_per_block_amax_for_mxfp4",
-    "global_amax",
-    "quantizer_name_from_blocks_key",
-]
-
 
 def quantizer_name_from_blocks_key(key: str) -> str:
     """The quantizer of a gpt-oss bank: `<base>_blocks` -> `<base>_weight_quantizer`.

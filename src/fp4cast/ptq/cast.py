@@ -40,15 +40,6 @@ from fp4cast.ptq.amax import block_amax, global_amax
 from fp4cast.ptq.modules import quantized_weights
 from fp4cast.ptq.quantizer import NVFP4StaticQuantizer
 
-__all__ = [
-    "AmaxFacts",
-    "Scaled",
-    "apply_domains",
-    "apply_to_model",
-    "build_amax_map",
-    "cast_domains",
-]
-
 _SAMPLE = 1 << 20  # weights that are compared with their checkpoint
 
 
@@ -225,7 +216,7 @@ def _check_weight(name: str, pair: Pair, rows: Tensor, files: Files) -> None:
         raise QuantizerError(f"{name}: quantizes {list(rows.shape)} in blocks, but {where} holds {list(pair.shape)}")
     if rows.is_meta or rows.dtype not in (torch.bfloat16, torch.float32):
         return  # of other dtypes, not every value is exact
-    first = (rows[0] if rows.ndim == 3 else rows)[: max(1, _SAMPLE // pair.shape[-1])]
+    first = (rows[0] if pair.bank else rows)[: max(1, _SAMPLE // pair.shape[-1])]
     blocks = first.reshape(-1, MX_BLOCK).float().abs().amax(dim=1).cpu()
     exponents = files[pair.scales.path].read(pair.scales.start, len(blocks)).astype(np.int32) - pair.bias
     k = torch.from_numpy(exponents)

@@ -20,8 +20,6 @@ from fp4cast.errors import DatasetError, MissingExtraError, UsageError
 from fp4cast.extras import require
 from fp4cast.parallel.ranges import spans
 
-__all__ = ["Dataset", "check_counts", "open_dataset", "split", "tokenize"]
-
 _KEYS = ("text", "content", "article", "prompt", "question")
 _LINES = (".jsonl", ".ndjson")
 

@@ -22,7 +22,7 @@ from fp4cast.conversion.execute import execute
 from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, nvfp4, place
 from fp4cast.conversion.staging import Staging, check_destination, real_path, staging
 from fp4cast.errors import VerificationError
-from fp4cast.formats import NV_BLOCK
+from fp4cast.formats import NV_BLOCK, Activations
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine, make_engine
@@ -31,8 +31,6 @@ from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouche
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
 from fp4cast.verification.report import ByteCounts, InexactTensor
-
-__all__ = ["Exported", "WeightCounts", "export", "write_model"]
 
 
 class WeightCounts(TypedDict):
@@ -63,7 +61,7 @@ class Exported:
     source: str
     destination: str
     layout: str
-    activations: str
+    activations: Activations
     tensors: WeightCounts
     inexact: Sequence[InexactTensor]
     bytes: ByteCounts

@@ -38,8 +38,6 @@ from fp4cast.ptq.modules import attach
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.qformats import QFORMATS, find_qformat
 
-__all__ = ["Options", "Quantized", "quantize"]
-
 CALIB_SIZE, CALIB_SEQ = 512, 512
 _FIRST_BATCH = {"cpu": 8, "cuda": 64}  # halved until one fits
 _WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
@@ -237,14 +235,15 @@ def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[S
             f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {opened.why_not} Drop the option to "
             "quantize a BF16 model."
         )
+    domains: list[Scaled] = []
+    target = None
     if opened.source is not None:
-        choose_target(opened.source.family, options.layout, "w4a4")  # before transformers has a say
+        target = choose_target(opened.source.family, options.layout, QFORMATS[options.qformat].activations)
+        if options.cast_mxfp4_to_nvfp4:
+            domains = cast_domains(opened.source, target, options.inexact)
     model = empty_model(opened.checkpoint, options.trust_remote_code)
     attach(model, QFORMATS[options.qformat])
-    target = model_target(opened, model, options.layout)
-    domains = []
-    if opened.source is not None and options.cast_mxfp4_to_nvfp4:
-        domains = cast_domains(opened.source, target, options.inexact)
+    target = target or model_target(opened, model, options.layout)
     matching_weights(model, opened, target)
     return target, domains
 

@@ -16,17 +16,6 @@ from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageError
 from fp4cast.extras import require
 
-__all__ = [
-    "choose_device",
-    "empty_model",
-    "explain_load_errors",
-    "explain_run_errors",
-    "load_model",
-    "load_tokenizer",
-    "quantization_options",
-    "use_device",
-]
-
 
 def choose_device(name: str) -> str:
     """Choose a device of this machine: "auto" is the GPU if there is one.

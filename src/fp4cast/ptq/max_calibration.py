@@ -14,8 +14,6 @@ from fp4cast.families.merging import expert_projection, shared_scale_group
 from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
 from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
 
-__all__ = ["check_amax", "max_calibrate", "set_expert_quantizer_amax", "share_global_amax"]
-
 
 def max_calibrate(
     model: nn.Module, forward_loop: Callable[[nn.Module], object] | None = None, distributed_sync: bool = True

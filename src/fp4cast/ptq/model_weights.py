@@ -25,8 +25,6 @@ from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
 from fp4cast.ptq.opened import OpenedModel
 from fp4cast.ptq.quantizer import TensorQuantizer
 
-__all__ = ["Weight", "calibrated_weights", "check_untouched", "input_amax", "matching_weights"]
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -40,6 +38,7 @@ class Weight:
         replaces: the source's tensors: codes and scales where it is MXFP4, else the weight.
         pair: the source's MXFP4 tensor.
         form: how it is named and oriented.
+        bank: it holds all experts of a layer.
     """
 
     module: str
@@ -49,16 +48,12 @@ class Weight:
     replaces: tuple[Tensor, ...]
     pair: Pair | None
     form: Form
+    bank: bool
 
     @property
     def experts(self) -> int:
         """The number of experts of a bank, which are quantized one at a time; 1 for a projection."""
         return self.rows.shape[0] if self.bank else 1
-
-    @property
-    def bank(self) -> bool:
-        """Whether it holds all experts of a layer in one tensor."""
-        return self.rows.ndim == 3
 
     @property
     def tensor_scale(self) -> float:
@@ -188,12 +183,12 @@ def _shared_input_scales(amax: Mapping[str, float]) -> dict[str, float]:
 def _weight(opened: OpenedModel, target: Target, name: str, quantizer: TensorQuantizer, rows: torch.Tensor) -> Weight:
     if rows.shape[-1] % NV_BLOCK:
         raise QuantizerError(f"{name} {list(rows.shape)}: K is {rows.shape[-1]}, expected a multiple of {NV_BLOCK}")
-    module, form = _module(name), target.layout.form(is_bank(name))
+    module, bank = _module(name), is_bank(name)
     pair = opened.pairs.get(module)
     replaces = (pair.codes, pair.scales) if pair is not None else (_plain(opened.checkpoint, name, rows),)
     if pair is not None and pair.shape != tuple(rows.shape):
         raise QuantizerError(f"{name}: {tuple(rows.shape)} in the model, but {pair.codes} holds other blocks")
-    return Weight(module, rows.detach(), quantizer, None, replaces, pair, form)
+    return Weight(module, rows.detach(), quantizer, None, replaces, pair, target.layout.form(bank), bank)
 
 
 def _plain(checkpoint: Checkpoint, name: str, rows: torch.Tensor) -> Tensor:

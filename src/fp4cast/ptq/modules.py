@@ -19,8 +19,6 @@ from fp4cast.errors import QuantizerError, UnsupportedError
 from fp4cast.ptq.qformats import QFormat
 from fp4cast.ptq.quantizer import TensorQuantizer
 
-__all__ = ["QuantLinear", "attach", "input_quantizer", "is_bank", "quantized_weights", "weight_quantizers"]
-
 _BATCHED = ("gate_up_proj", "down_proj")
 
 

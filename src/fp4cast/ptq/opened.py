@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -19,8 +19,6 @@ from fp4cast.formats import Activations
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
 from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
-
-__all__ = ["OpenedModel", "model_target", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,16 @@ def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
     return choose_target(_family(opened, any(map(is_bank, names))), layout, activations)
 
 
+# A BF16 model is written like the family whose weights look like its own; what serves it depends on the model.
+_PROJECTIONS = replace(COMPRESSED_TENSORS, title="models of linear layers")
+_BANKS = replace(
+    GPT_OSS,
+    title="models with banks of experts",
+    served={"modelopt": "engines that load ModelOpt's export of this model; transformers with fp4cast.hf"},
+)
+
+
 def _family(opened: OpenedModel, banks: bool) -> Family:
-    """The checkpoint's family; for a BF16 model, the family whose experts look like its own."""
     if opened.source is not None:
         return opened.source.family
-    return GPT_OSS if banks else COMPRESSED_TENSORS
+    return _BANKS if banks else _PROJECTIONS

@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 from fp4cast.errors import UsageError
 from fp4cast.formats import Activations
 
-__all__ = ["QFORMATS", "QFormat", "find_qformat"]
-
 Rule = tuple[str, bool]  # (pattern of a quantizer's full name, whether it is on)
 
 # Never quantized: these rules come last in every format.

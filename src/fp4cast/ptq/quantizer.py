@@ -16,8 +16,6 @@ from fp4cast.errors import ShapeError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.kernels import dynamic_fp4_fake_quant, static_blockwise_fp4_fake_quant
 
-__all__ = ["NVFP4StaticQuantizer", "TensorQuantizer", "promote_nvfp4_static_quantizers"]
-
 
 def _largest(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude, float32, in one pass and without a copy of the magnitudes."""

@@ -18,8 +18,6 @@ from fp4cast.verification.report import InexactTensor, inexact_tensor
 from fp4cast.verification.shard_check import ShardWork, check_shard
 from fp4cast.verification.values import Comparison
 
-__all__ = ["read_back"]
-
 
 def read_back(
     weights: Sequence[Weight], target: Target, stage: Staging, engine: Engine, progress: Progress

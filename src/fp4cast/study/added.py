@@ -15,8 +15,6 @@ from fp4cast.formats import E8M0_BIAS, MX_BLOCK, pack
 from fp4cast.study.scenarios import Rng, Scenario, generator
 from fp4cast.study.tensors import Mxfp4, Values, quantize
 
-__all__ = ["ADDED", "tensor"]
-
 _BLOCKS = 8192
 _RICH = (1, 2, 3, 4, 5, 6, 7)  # every magnitude but zero
 _REAL_ROWS = 8192

@@ -18,20 +18,6 @@ from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, halve, s
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK, TENSOR_TOP, Bytes, pack, unpack
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
-__all__ = [
-    "ALGORITHMS",
-    "TITLES",
-    "closed_form",
-    "hybrid",
-    "midpoint",
-    "requantize",
-    "search",
-    "sweep",
-    "sweep_errors",
-    "tight",
-    "verbatim",
-]
-
 _MAGNITUDES = E2M1.values[:8]
 _SCALES = E4M3.values[:0x7F]  # the non-negative finite ones
 _SMALLEST = 0x01  # code of 2^-9, to which block scales are clamped

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from fp4cast.formats import E2M1, E4M3
 
-__all__ = ["OFFSETS", "SETS", "TRIED", "disagreements", "exactness_map", "representable", "rule"]
-
 SETS = range(1, 128)  # bit i of a set is magnitude code i + 1; the empty set is always representable
 OFFSETS = range(-16, 16)
 TRIED = "127 sets of magnitudes x 601 offsets x 126 scales"

@@ -13,8 +13,6 @@ from fp4cast.study.record import Record
 from fp4cast.study.scenarios import ORIGINAL
 from fp4cast.study.sweeps import Outlier
 
-__all__ = ["Claim", "Facts", "claims"]
-
 REPRODUCED, CORRECTED, REFUTED = "reproduced", "corrected", "refuted"
 WINDOW = E_MAX - E_MIN
 _THREE = ("1", "2-search", "3")  # what the original compared

@@ -17,8 +17,6 @@ import numpy as np
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, unpack
 from fp4cast.study.tensors import Mxfp4, Nvfp4
 
-__all__ = ["Errors", "measure"]
-
 _CHUNK = 1 << 18  # blocks counted together: 8 million elements
 _BINS = 1 << 23  # 8 bits of E8M0, 4 of the code, 7 of E4M3 without its sign, 4 of the code written
 

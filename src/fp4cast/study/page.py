@@ -15,8 +15,6 @@ from fp4cast.extras import require
 from fp4cast.study.algorithms import TITLES
 from fp4cast.study.plots import PLOTS, draw
 
-__all__ = ["check", "html", "markdown", "write"]
-
 _CAPTIONS = {
     "snr": "Signal to noise by scenario and algorithm. Exact results stand at the right, beside those over 190 dB.",
     "spread": "Error against the spread of the exponents, uniform for Gaussian blocks. 3-sweep, 3 and 4 coincide.",

@@ -12,8 +12,6 @@ from fp4cast.formats import E2M1
 from fp4cast.study.algorithms import TITLES
 from fp4cast.study.brute_force import OFFSETS, SETS
 
-__all__ = ["PLOTS", "draw"]
-
 _COLORS = {
     "1": "#8c8c8c",
     "2-midpoint": "#d9a441",

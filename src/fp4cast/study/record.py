@@ -13,8 +13,6 @@ from fp4cast.study.measure import Errors, measure
 from fp4cast.study.scenarios import Scenario
 from fp4cast.study.tensors import Nvfp4
 
-__all__ = ["Record", "examine"]
-
 
 @dataclass(frozen=True)
 class Record:

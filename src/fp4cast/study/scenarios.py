@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from fp4cast.study.tensors import Mxfp4, Values, quantize
 
-__all__ = ["LARGE", "ORIGINAL", "SEED", "Scenario", "generator"]
-
 SEED = 20260428
 LARGE = 1 << 20  # weights; --quick leaves out what is larger
 _ROWS, _COLUMNS = 256, 1024

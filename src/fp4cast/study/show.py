@@ -11,8 +11,6 @@ from rich.table import Table
 
 from fp4cast.study.algorithms import TITLES
 
-__all__ = ["show"]
-
 _STYLES = {"reproduced": "green", "corrected": "yellow", "refuted": "red"}
 
 

@@ -19,8 +19,6 @@ from fp4cast.study.record import examine
 from fp4cast.study.scenarios import LARGE, ORIGINAL, SEED, Scenario
 from fp4cast.study.sweeps import SPREADS, exact_by_seed, gains, outliers, spread_curve, window_costs
 
-__all__ = ["study"]
-
 _SEEDS, _QUICK_SEEDS = 20, 3
 
 

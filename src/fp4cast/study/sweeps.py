@@ -16,8 +16,6 @@ from fp4cast.study.measure import measure
 from fp4cast.study.scenarios import LARGE, ORIGINAL, generator, single_outlier
 from fp4cast.study.tensors import Mxfp4, quantize
 
-__all__ = ["SPREADS", "Outlier", "exact_by_seed", "gains", "outliers", "spread_curve", "window_costs"]
-
 SPREADS = range(61)
 _BLOCKS = 256
 

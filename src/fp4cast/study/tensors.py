@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from fp4cast.formats import E2M1, E8M0_BIAS, MX_BLOCK, Bytes, Float64s, pack, unpack
 
-__all__ = ["Mxfp4", "Nvfp4", "Values", "magnitudes", "nearest", "quantize"]
-
 Values = npt.NDArray[np.floating]
 _MAGNITUDES = E2M1.values[:8]
 _BYTE_LARGEST = np.array([max(b & 7, b >> 4 & 7) for b in range(256)], np.uint8)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import add
 
 import numpy as np
 
@@ -22,8 +24,6 @@ from fp4cast.layouts.layout import Form
 from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.ranges import spans
 from fp4cast.verification.values import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal
-
-__all__ = ["Converted", "compare_bytes", "compare_units", "count_units", "energy_of_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,6 @@ class Converted:
         )
 
     @property
-    def tiling(self) -> Tiling:
-        """The tiles of a bank."""
-        return Tiling.of(self.pair.experts, self.pair.rows, self.pair.row_blocks)
-
-    @property
     def nbytes(self) -> int:
         """Bytes on both sides."""
         tensors = (self.pair.codes, self.pair.scales, self.codes, self.scales, self.tensor_scale, self.input_scale)
@@ -76,7 +71,7 @@ def count_units(converted: Converted) -> tuple[int, int]:
     pair, chunk = converted.pair, tiles.LIMITS.compare_blocks
     if not converted.form.transposed:
         return -(-pair.blocks // chunk), min(chunk, pair.blocks) * (MX_BLOCK_BYTES + 1)
-    tiling = converted.tiling
+    tiling = converted.pair.tiling
     return len(tiling), tiling.height * tiling.width * (MX_BLOCK_BYTES + 1)
 
 
@@ -96,31 +91,10 @@ def compare_units(
     tables, found = ScaleTables.of(tensor_scale, converted.pair.bias), Comparison()
     for unit in range(first, last):
         if converted.form.transposed:
-            progress(_compare_tile(converted, converted.tiling[unit], tables, files, found))
+            progress(_compare_tile(converted, converted.pair.tiling[unit], tables, files, found))
         else:
             progress(_compare_chunk(converted, unit, tables, files, found))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _From:
-    """Numbers of consecutive blocks from `first` on."""
-
-    first: int
-
-    def __call__(self, block: int) -> int:
-        return self.first + block
-
-
-@dataclass(frozen=True, slots=True)
-class _Within:
-    """Numbers of the blocks of a tile."""
-
-    tiling: Tiling
-    tile: Tile
-
-    def __call__(self, block: int) -> int:
-        return self.tiling.block(self.tile, block)
 
 
 def _compare_chunk(converted: Converted, unit: int, tables: ScaleTables, files: Files, found: Comparison) -> int:
@@ -134,13 +108,13 @@ def _compare_chunk(converted: Converted, unit: int, tables: ScaleTables, files: 
     if tables.plain(scales) and equal(source_codes, codes) and np.array_equal(tables.expected(exponents), scales):
         found.verbatim += 2 * n
     else:
-        compare_blocks(Blocks(_From(start), source_codes, exponents, codes, scales), tables, found)
+        compare_blocks(Blocks(partial(add, start), source_codes, exponents, codes, scales), tables, found)
     return source_codes.nbytes + codes.nbytes + exponents.nbytes + scales.nbytes
 
 
 def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: Files, found: Comparison) -> int:
     """Compare a tile, transposed band by band; returns the bytes read."""
-    pair, tiling = converted.pair, converted.tiling
+    pair, tiling = converted.pair, converted.pair.tiling
     codes = _turned(files, converted.codes, tiling, tile, BUFFERS.codes)
     scales = _turned(files, converted.scales, tiling, tile, BUFFERS.scales)
     exponents = _rows(files, pair.scales, tiling, tile, BUFFERS.exponents)
@@ -155,7 +129,7 @@ def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: 
             found.verbatim += 2 * band.width * band.rows
             continue
         blocks = Blocks(
-            _Within(tiling, band),
+            partial(_number, tiling, band),
             source_codes.reshape(-1, MX_BLOCK_BYTES),
             exponents[columns].reshape(-1),
             np.ascontiguousarray(codes[:, columns].T).reshape(-1, MX_BLOCK_BYTES),
@@ -165,6 +139,13 @@ def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: 
     return done
 
 
+def _number(tiling: Tiling, tile: Tile, block: int) -> int:
+    """The number in the whole bank of a tile's block."""
+    row, across = divmod(block, tile.width)
+    place = (tile.expert, tile.top + row, tile.first + across)
+    return int(np.ravel_multi_index(place, (tiling.experts, tiling.rows, tiling.blocks)))
+
+
 def _read(files: Files, tensor: Tensor, start: int, nbytes: int, buffer: Buffer) -> Bytes:
     return files[tensor.path].read(tensor.start + start, nbytes, buffer)
 
@@ -172,14 +153,17 @@ def _read(files: Files, tensor: Tensor, start: int, nbytes: int, buffer: Buffer)
 def _rows(files: Files, tensor: Tensor, tiling: Tiling, tile: Tile, buffer: Buffer) -> Bytes:
     """Source bytes of a tile, one row for each output channel: uint8 [rows, bytes]."""
     size = tensor.nbytes // (tiling.experts * tiling.rows * tiling.blocks)
-    start = tensor.start + tiling.block(tile, 0) * size
+    start = tensor.start + _number(tiling, tile, 0) * size
     return files[tensor.path].rectangle(start, tiling.blocks * size, tile.rows, tile.width * size, buffer)
 
 
 def _turned(files: Files, tensor: Tensor, tiling: Tiling, tile: Tile, buffer: Buffer) -> Bytes:
     """Destination bytes of a tile, one row for each byte along K: uint8 [bytes, rows]."""
     size = tensor.nbytes // (tiling.experts * tiling.rows * tiling.blocks)
-    start = tensor.start + tiling.turned(tile, size)
+    first = np.ravel_multi_index(
+        (tile.expert, tile.first * size, tile.top), (tiling.experts, tiling.blocks * size, tiling.rows)
+    )
+    start = tensor.start + int(first)
     return files[tensor.path].rectangle(start, tiling.rows, tile.width * size, tile.rows, buffer)
 
 

@@ -14,8 +14,6 @@ from fp4cast.layouts.engine_view import Claims, read_claims
 from fp4cast.layouts.layout import Selection, Target, select
 from fp4cast.verification.receipt import Receipt
 
-__all__ = ["Opened", "open_both"]
-
 
 @dataclass(frozen=True)
 class Opened:

@@ -20,8 +20,6 @@ from fp4cast.checkpoints.json_files import json_bytes, read_json
 from fp4cast.layouts.layout import Form, Names
 from fp4cast.verification.report import Report
 
-__all__ = ["Receipt", "digest", "digest_bytes", "input_scales_digest", "weight_digest"]
-
 
 @dataclass(frozen=True)
 class Receipt:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from fp4cast.families.family import Source
+from fp4cast.formats import Activations
 from fp4cast.layouts.layout import Selection, Target
-
-__all__ = ["ByteCounts", "Difference", "HalfBlockCounts", "InexactTensor", "Report", "TensorCounts", "inexact_tensor"]
 
 
 class TensorCounts(TypedDict):
@@ -123,7 +122,7 @@ class Report:
     destination: str
     family: str
     layout: str
-    activations: str
+    activations: Activations
     exact: bool
     tensors: TensorCounts
     half_blocks: HalfBlockCounts

@@ -15,8 +15,6 @@ from fp4cast.parallel.workers import Workers
 from fp4cast.verification.fast_path import Converted, compare_bytes, compare_units, count_units, energy_of_units
 from fp4cast.verification.values import Comparison
 
-__all__ = ["ShardFindings", "ShardWork", "StoredScales", "check_shard"]
-
 
 class StoredScales(NamedTuple):
     """The scalars of one weight as stored: S or 1/S."""

@@ -16,8 +16,6 @@ from fp4cast.verification.opened import Opened
 from fp4cast.verification.receipt import digest_bytes
 from fp4cast.verification.report import Difference
 
-__all__ = ["document_differences", "tensor_differences"]
-
 
 def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor that the destination must hold."""

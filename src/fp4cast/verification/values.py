@@ -26,8 +26,6 @@ from fp4cast.formats import (
     nvfp4_values,
 )
 
-__all__ = ["Blocks", "Comparison", "ScaleTables", "compare_blocks", "energy", "equal"]
-
 _SCALE_CODES = np.arange(0x01, 0x7F, dtype=np.uint8)  # positive finite E4M3
 _NAN = 0x7F  # E4M3's NaN; from 0x80 on scales are negative
 _MARLIN_SMALLEST = 0x08  # 2^-6, 14 binades below 2^8: vLLM's Marlin zeroes block scales below it

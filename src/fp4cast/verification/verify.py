@@ -26,8 +26,6 @@ from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredSca
 from fp4cast.verification.structure import document_differences, tensor_differences
 from fp4cast.verification.values import Comparison
 
-__all__ = ["verify", "verify_checkpoint"]
-
 
 def verify(
     src: str | Path,

@@ -30,8 +30,6 @@ from fp4cast.ptq.layerwise.run import find_decoder, run_layers
 from fp4cast.ptq.load import choose_device, empty_model, explain_run_errors, load_tokenizer, use_device
 from fp4cast.ptq.max_calibration import check_amax
 
-__all__ = ["Calibrated", "calibrate"]
-
 _BATCH = {"cpu": 4, "cuda": 16}
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Observer"]
-
 _PRODUCTS = {
     functional.linear,
     torch.bmm,

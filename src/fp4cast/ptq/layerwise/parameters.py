@@ -24,8 +24,6 @@ from fp4cast.extras import require
 from fp4cast.families.family import Pair
 from fp4cast.formats import E2M1, E8M0_BIAS, MX_BLOCK
 
-__all__ = ["Weights"]
-
 _FP8_SCALES = (".scale", ".weight_scale_inv")
 _FP8_BLOCK = 128  # rows and columns that share a scale, unless the config says otherwise
 

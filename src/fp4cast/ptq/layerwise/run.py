@@ -15,8 +15,6 @@ from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 
-__all__ = ["find_decoder", "run_layers"]
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
