@@ -291,6 +291,7 @@ def test_an_sdist_leaves_the_environments_out(project, ignored):
     pytest.importorskip("hatchling")
     if ignored:
         shutil.copy(ROOT / ".gitignore", project)
+    shutil.copy(ROOT / "src" / "fp4cast" / "_version.py", project / "src" / "fp4cast")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", "dist"]
     subprocess.run(command, cwd=project, check=True, capture_output=True)
     (path,) = (project / "dist").glob("*.tar.gz")
