@@ -319,51 +319,57 @@ def test_a_destination_that_mixes_with_the_source_is_refused(miniatures, tmp_pat
     assert tree(tmp_path) == before
 
 
-def test_an_existing_destination_is_kept_unless_told_otherwise(miniatures, tmp_path):
-    (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "mine").write_text("precious")
+def older(converted, path):
+    """A destination that an earlier conversion has written, with a mark in it."""
+    shutil.copytree(converted["dense"], path)
+    (path / "LICENSE").write_text("older")
+    return path
+
+
+def test_an_existing_destination_is_kept_unless_told_otherwise(miniatures, converted, tmp_path):
+    destination = older(converted, tmp_path / "dst")
     with pytest.raises(DestinationError, match="--overwrite"):
-        fp4cast.convert(miniatures["dense"], tmp_path / "dst")
-    assert (tmp_path / "dst" / "mine").read_text() == "precious"
-    fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
-    assert not (tmp_path / "dst" / "mine").exists()
+        fp4cast.convert(miniatures["dense"], destination)
+    assert (destination / "LICENSE").read_text() == "older"
+    fp4cast.convert(miniatures["dense"], destination, overwrite=True)
+    assert tree(destination) == tree(converted["dense"])
     assert [path.name for path in tmp_path.iterdir()] == ["dst"]
 
 
-def test_a_failed_overwrite_keeps_the_old_destination(miniatures, tmp_path, monkeypatch):
-    (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "mine").write_text("precious")
+def test_a_failed_overwrite_keeps_the_old_destination(miniatures, converted, tmp_path, monkeypatch):
+    destination = older(converted, tmp_path / "dst")
     monkeypatch.setattr(converting, "execute", lambda *_, **__: (_ for _ in ()).throw(DestinationError("disk full")))
     with pytest.raises(DestinationError, match="disk full"):
-        fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
-    assert (tmp_path / "dst" / "mine").read_text() == "precious"
+        fp4cast.convert(miniatures["dense"], destination, overwrite=True)
+    assert (destination / "LICENSE").read_text() == "older"
 
 
-def test_a_killed_overwrite_gives_the_old_destination_back(miniatures, tmp_path):
-    """A run that died between the two renames has left the user's DST in the working directory."""
-    (tmp_path / ".dst.fp4cast" / "old").mkdir(parents=True)
-    (tmp_path / ".dst.fp4cast" / "old" / "mine").write_text("precious")
+def test_a_killed_overwrite_gives_the_old_destination_back(miniatures, converted, tmp_path):
+    """A run that died between two renames has left the older DST in the working directory."""
+    (tmp_path / ".dst.fp4cast").mkdir()
+    older(converted, tmp_path / ".dst.fp4cast" / "old")
     with pytest.raises(DestinationError, match="--overwrite"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
-    assert (tmp_path / "dst" / "mine").read_text() == "precious"
+    assert (tmp_path / "dst" / "LICENSE").read_text() == "older"
 
 
-def test_a_rename_that_fails_gives_the_old_destination_back(miniatures, tmp_path, monkeypatch):
-    (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "mine").write_text("precious")
-    rename = Path.rename
+def test_a_rename_that_fails_gives_the_old_destination_back(miniatures, converted, tmp_path, monkeypatch):
+    """Where two directories cannot be exchanged in one step."""
+    destination, rename = older(converted, tmp_path / "dst"), Path.rename
 
     def fail(self, target):
         if self.name == "out":
             raise OSError(13, "Permission denied")
         return rename(self, target)
 
+    monkeypatch.setattr("fp4cast.conversion.staging.exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(DestinationError, match="Permission denied"):
-        fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True)
-    assert (tmp_path / "dst" / "mine").read_text() == "precious"
-    monkeypatch.undo()
-    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst", overwrite=True, resume=True).exact
+        fp4cast.convert(miniatures["dense"], destination, overwrite=True)
+    assert (destination / "LICENSE").read_text() == "older"
+    monkeypatch.setattr(Path, "rename", rename)
+    assert fp4cast.convert(miniatures["dense"], destination, overwrite=True, resume=True).exact
+    assert tree(destination) == tree(converted["dense"])
 
 
 def test_what_appears_at_the_destination_meanwhile_is_kept(miniatures, tmp_path, monkeypatch):

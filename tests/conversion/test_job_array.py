@@ -132,12 +132,11 @@ def test_a_whole_conversion_and_parts_exclude_each_other(miniatures, tmp_path):
 
 
 def test_an_existing_destination_is_replaced_only_when_that_is_asked_for(miniatures, converted, tmp_path):
-    (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "mine").write_text("precious")
+    shutil.copytree(converted["dense"], tmp_path / "dst")
     with pytest.raises(DestinationError, match="--overwrite"):
         convert_part(miniatures["moe"], tmp_path / "dst", 1, 1)
     convert_part(miniatures["moe"], tmp_path / "dst", 1, 1, overwrite=True)
-    assert (tmp_path / "dst" / "mine").exists()
+    assert tree(tmp_path / "dst") == tree(converted["dense"])
     finish(miniatures["moe"], tmp_path / "dst", overwrite=True)
     assert tree(tmp_path / "dst") == tree(converted["moe"])
 

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import fp4cast
+from fp4cast.conversion.destination import foreign_files
 from fp4cast.errors import (
     CheckpointError,
     DestinationError,
@@ -285,8 +286,14 @@ def test_a_destination_that_is_there(source, tmp_path):
     model = quantized(source, "nvfp4_mlp_only")
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst/mine").write_text("kept")
+    with pytest.raises(DestinationError, match="did not write: mine"):
+        export(model, tmp_path / "dst", source, overwrite=True)
+    assert (tmp_path / "dst/mine").read_text() == "kept"
+    (tmp_path / "dst/mine").unlink()
+    export(model, tmp_path / "dst", source)
     with pytest.raises(DestinationError, match="--overwrite"):
         export(model, tmp_path / "dst", source)
-    assert (tmp_path / "dst/mine").read_text() == "kept"
+    (tmp_path / "dst/LICENSE").write_text("older")
     export(model, tmp_path / "dst", source, overwrite=True)
-    assert not (tmp_path / "dst/mine").exists() and (tmp_path / "dst/config.json").exists()
+    assert (tmp_path / "dst/LICENSE").read_text() != "older"
+    assert list(foreign_files(tmp_path / "dst")) == []

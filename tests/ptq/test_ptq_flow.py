@@ -257,11 +257,11 @@ def silent(model):
 def test_a_destination_that_is_there(tmp_path):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst/mine").write_text("kept")
-    with pytest.raises(fp4cast.errors.DestinationError, match="--overwrite"):
-        quantize(Options(FIXTURE, tmp_path / "dst", "w4a16_nvfp4"))
-    assert call(
-        "ptq", "--pyt_ckpt_path", FIXTURE, "--qformat", "w4a16_nvfp4", "--export_path", tmp_path / "dst"
-    ).exit_code
+    with pytest.raises(fp4cast.errors.DestinationError, match="did not write: mine"):
+        quantize(Options(FIXTURE, tmp_path / "dst", "w4a16_nvfp4", overwrite=True))
+    command = ("ptq", "--pyt_ckpt_path", FIXTURE, "--qformat", "w4a16_nvfp4", "--export_path", tmp_path / "dst")
+    assert call(*command, "--overwrite").exit_code == 1
+    assert (tmp_path / "dst/mine").read_text() == "kept"
 
 
 @pytest.mark.usefixtures("no_model")

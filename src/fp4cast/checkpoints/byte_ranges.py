@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import threading
@@ -207,3 +208,16 @@ def write_whole(path: Path, data: bytes) -> None:
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
     beside.write_bytes(data)
     beside.replace(path)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step; False where the system or the file system cannot.
+
+    Source of the constants: Linux, renameat2(2).
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False  # no Linux, or a C library before glibc 2.28
+    at_cwd, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), ctypes.c_uint(flag)) == 0)

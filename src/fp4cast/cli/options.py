@@ -51,4 +51,4 @@ InexactOption = Annotated[
     Inexact,
     typer.Option("--inexact", help="Where no tensor scale is exact: stop before writing, or write the nearest values."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new one is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST of fp4cast, once the new one is complete.")]

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.hub import resolve
+from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import publish
-from fp4cast.conversion.staging import check_destination, real_path, staging
+from fp4cast.conversion.staging import staging
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore

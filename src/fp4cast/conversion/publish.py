@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fp4cast.checkpoints.directory import INDEX, RECEIPT, open_checkpoint
+from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.staging import Staging
 from fp4cast.conversion.writer import Tallies
@@ -48,7 +48,7 @@ def publish(
     (stage.out / RECEIPT).write_bytes(_receipt(plan, stage, report).to_bytes())
     if verify:
         report = _verified(plan, stage, report, engine, lambda n, of: progress("verify", n, of))
-    stage.publish(overwrite=overwrite)
+    stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     return report
 
 
@@ -57,8 +57,13 @@ def _receipt(plan: Plan, stage: Staging, report: Report) -> Receipt:
     target, modules, w4a4 = plan.target, plan.selection.modules, plan.target.activations == "w4a4"
     written = open_checkpoint(stage.out, stage.config).tensors if report.inexact or w4a4 else {}
     digests = {tensor.name: weight_digest(target.names(tensor.name), written) for tensor in report.inexact}
-    documents = {name: data for name, data in plan.documents.items() if name != INDEX}
-    return Receipt.of(report, digests, documents, input_scales_digest(target.form, modules, written) if w4a4 else None)
+    return Receipt.of(
+        report,
+        digests=digests,
+        documents=plan.documents,
+        input_scales=input_scales_digest(target.form, modules, written) if w4a4 else None,
+        files=[*plan.sizes, *map(str, plan.companions)],
+    )
 
 
 def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progress: AdvanceOf) -> Report:

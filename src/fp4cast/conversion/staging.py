@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fp4cast.checkpoints.byte_ranges import write_whole
+from fp4cast.checkpoints.byte_ranges import exchange, write_whole
 from fp4cast.checkpoints.directory import CONFIG
+from fp4cast.conversion.destination import check_destination
 from fp4cast.errors import DestinationError, Fp4CastError
 
 FREE_MARGIN = 64 << 20
@@ -118,21 +119,29 @@ class Staging:
             (self.out / companion).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / companion, self.out / companion)
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Publish DST: move config.json in and an older DST aside, rename `out`, and delete the rest."""
+    def publish(self, source: Path, *, overwrite: bool) -> None:
+        """Publish DST: move config.json in, put `out` in DST's place in one step, and delete the rest."""
         (self.state / CONFIG).replace(self.out / CONFIG)
-        old = self.state / "old"
         if self.destination.exists() and overwrite:
-            self.destination.rename(old)
-        elif self.destination.exists():
-            self.destination.rmdir()  # fails where somebody has put something into it meanwhile
+            check_destination(source, self.destination, overwrite=True)  # an hour later, maybe
+            self._replace()
+        else:
+            if self.destination.exists():
+                self.destination.rmdir()  # fails where somebody has put something into it meanwhile
+            self.out.rename(self.destination)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def _replace(self) -> None:
+        """Exchange `out` and the older DST; where the system cannot, move that aside first, and back on an error."""
+        if exchange(self.out, self.destination):
+            return
+        old = self.state / "old"
+        self.destination.rename(old)
         try:
             self.out.rename(self.destination)
         except OSError:
-            if old.exists():
-                old.rename(self.destination)
+            old.rename(self.destination)
             raise
-        shutil.rmtree(self.state, ignore_errors=True)
 
 
 def _clear(directory: Path, keep: set[str]) -> None:
@@ -155,48 +164,6 @@ def _write_first(path: Path, data: bytes) -> None:
     except OSError:
         beside.replace(path)  # a file system without hard links
     beside.unlink(missing_ok=True)
-
-
-def real_path(path: str | Path) -> Path:
-    """A path without links; its last component need not exist.
-
-    Raises:
-        DestinationError: links in a circle, or a name that no file system takes.
-    """
-    try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DestinationError(f"{str(path)[:200]}: is not a usable path: {error}") from error
-
-
-def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that overlaps the source, or that must not be replaced.
-
-    It runs twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
-
-    Raises:
-        DestinationError: the message says what is there and which option to pass.
-    """
-    try:
-        objection = _objection(source.resolve(), destination, overwrite)
-    except OSError as error:
-        objection = f"cannot be examined: {error.strerror}"
-    if objection:
-        raise DestinationError(f"{destination}: {objection}")
-
-
-def _objection(source: Path, destination: Path, overwrite: bool) -> str:
-    if source == destination or source in destination.parents or destination in source.parents:
-        return f"must lie apart from the source {source}"
-    if not destination.exists():
-        return ""
-    if not destination.is_dir():
-        return "exists and is not a directory"
-    if destination.is_mount():
-        return "is a mount point, which cannot be replaced; name a directory inside it"
-    if any(destination.iterdir()) and not overwrite:
-        return "exists and is not empty; pass --overwrite to replace it"
-    return ""
 
 
 def _lock(destination: Path, state: Path, shared: bool) -> int:

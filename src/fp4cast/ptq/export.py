@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import nn
 
-from fp4cast.checkpoints.directory import Checkpoint, check_stamps
+from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps
 from fp4cast.checkpoints.json_files import json_bytes
+from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, nvfp4, place
-from fp4cast.conversion.staging import Staging, check_destination, real_path, staging
+from fp4cast.conversion.staging import Staging, staging
 from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK, Activations
 from fp4cast.layouts.documents import documents
@@ -30,6 +31,7 @@ from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
+from fp4cast.verification.receipt import Receipt, seal
 from fp4cast.verification.report import ByteCounts, InexactTensor
 
 
@@ -143,9 +145,11 @@ def write_model(
         total = _write(shards, stage, engine, progress)
         check_stamps(checkpoint, opened.stamps, "export")
         stage.write_documents(files, companions, checkpoint.path)
+        written = [*files, *(shard.file for shard in shards), *map(str, companions)]
+        (stage.out / RECEIPT).write_bytes(_receipt(target, files, written).to_bytes())
         inexact = read_back(weights, target, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
-        stage.publish(overwrite=overwrite)
+        stage.publish(checkpoint.path, overwrite=overwrite)
     cast = sum(weight.pair is not None for weight in weights)
     return Exported(
         source=str(checkpoint.path),
@@ -191,6 +195,12 @@ def _documents(
     modules, bank = [weight.module for weight in weights], any(weight.bank for weight in weights)
     files = documents(checkpoint, target, modules, replaced, bank=bank)
     return index(shards) | {name: json_bytes(document) for name, document in files.items()}
+
+
+def _receipt(target: Target, documents: Mapping[str, bytes], files: Iterable[str]) -> Receipt:
+    """What was written; what was quantized, no digest can tell."""
+    facts = {"layout": target.layout.name, "activations": target.activations}
+    return Receipt(facts=facts, documents=seal(documents), files=sorted(set(files)))
 
 
 def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:

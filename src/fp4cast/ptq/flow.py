@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fp4cast.casting.inexact import check_inexact
 from fp4cast.checkpoints.directory import check_stamps
-from fp4cast.conversion.staging import check_destination, real_path
+from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
 from fp4cast.layouts.choose import choose_target, find_layout

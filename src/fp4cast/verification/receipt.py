@@ -7,14 +7,14 @@ purpose, and the digests of documents and input scales.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fp4cast._version import __version__
 from fp4cast.checkpoints.byte_ranges import CHUNK_BYTES, Files
-from fp4cast.checkpoints.directory import RECEIPT
+from fp4cast.checkpoints.directory import INDEX, RECEIPT
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.json_files import json_bytes, read_json
 from fp4cast.layouts.layout import Form, Names
@@ -31,6 +31,7 @@ class Receipt:
         digests: digests of those modules' tensors.
         documents: digests of the config files, by name.
         input_scales: digest of all input scales; None where there are none.
+        files: every file of the destination but the receipt, relative to it: what `--overwrite` may replace.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -38,22 +39,30 @@ class Receipt:
     digests: Mapping[str, str] = field(default_factory=dict)
     documents: Mapping[str, str] = field(default_factory=dict)
     input_scales: str | None = None
+    files: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls, report: Report, digests: Mapping[str, str], documents: Mapping[str, bytes], input_scales: str | None
+        cls,
+        report: Report,
+        *,
+        digests: Mapping[str, str],
+        documents: Mapping[str, bytes],
+        input_scales: str | None,
+        files: Iterable[str],
     ) -> Receipt:
         """The receipt of a conversion.
 
         Args:
             report: the conversion's.
             digests: by module, the digest of every tensor in `report.inexact`.
-            documents: the config files by name.
+            documents: all documents by name.
             input_scales: digest of all input scales, for W4A4.
+            files: the shards and companions.
         """
         facts = {key: value for key, value in report.facts().items() if key != "marlin_exact"}  # verify measures that
-        sealed = {name: digest_bytes(data) for name, data in sorted(documents.items())}
-        return cls(facts, {t.name: t.rounded_half_blocks for t in report.inexact}, digests, sealed, input_scales)
+        rounded = {tensor.name: tensor.rounded_half_blocks for tensor in report.inexact}
+        return cls(facts, rounded, digests, seal(documents), input_scales, sorted({*documents, *files}))
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
@@ -74,6 +83,7 @@ class Receipt:
             digests=_texts(document.get("digests")),
             documents=_texts(document.get("documents")),
             input_scales=None if scales is None else str(scales),
+            files=[str(name) for name in files] if isinstance(files := document.get("files"), list) else (),
         )
 
     def to_bytes(self) -> bytes:
@@ -82,6 +92,7 @@ class Receipt:
         document["documents"] = dict(self.documents)
         if self.input_scales is not None:
             document["input_scales"] = self.input_scales
+        document["files"] = list(self.files)
         return json_bytes(document)
 
 
@@ -92,6 +103,11 @@ def _texts(value: object) -> dict[str, str]:
 def digest_bytes(data: bytes) -> str:
     """BLAKE2b of a document."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seal(documents: Mapping[str, bytes]) -> dict[str, str]:
+    """The digests of the config files among some documents; the index is checked against the tensors instead."""
+    return {name: digest_bytes(data) for name, data in sorted(documents.items()) if name != INDEX}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

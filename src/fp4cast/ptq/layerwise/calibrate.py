@@ -15,7 +15,7 @@ from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.json_files import json_bytes
-from fp4cast.conversion.staging import real_path
+from fp4cast.conversion.destination import real_path
 from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.families.family import Pair

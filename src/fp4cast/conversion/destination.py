@@ -1,0 +1,88 @@
+"""What may become DST, and what of an existing DST may be replaced: nothing that fp4cast has not written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from fp4cast.checkpoints.directory import RECEIPT
+from fp4cast.errors import CheckpointError, DestinationError
+from fp4cast.verification.receipt import Receipt
+
+_SHOWN = 5  # files that an error names
+
+
+def real_path(path: str | Path) -> Path:
+    """A path without links; its last component need not exist.
+
+    Raises:
+        DestinationError: links in a circle, or a name that no file system takes.
+    """
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DestinationError(f"{str(path)[:200]}: is not a usable path: {error}") from error
+
+
+def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that overlaps the source, or that must not be replaced.
+
+    It runs twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
+
+    Raises:
+        DestinationError: the message says what is there and what to do.
+    """
+    try:
+        objection = _objection(source.resolve(), destination, overwrite)
+    except (OSError, RuntimeError) as error:
+        objection = f"cannot be examined: {getattr(error, 'strerror', None) or error}"
+    if objection:
+        raise DestinationError(f"{destination}: {objection}")
+
+
+def _objection(source: Path, destination: Path, overwrite: bool) -> str:
+    if source == destination or source in destination.parents or destination in source.parents:
+        return f"must lie apart from the source {source}"
+    if not destination.exists():
+        return ""
+    if not destination.is_dir():
+        return "exists and is not a directory"
+    if destination.is_mount():
+        return "is a mount point, which cannot be replaced; name a directory inside it"
+    here = Path.cwd()
+    if destination == here or destination in here.parents:
+        return f"holds the working directory {here}, so it cannot be replaced; name a directory inside it"
+    if destination == Path.home() or destination in Path.home().parents:
+        return "holds the home directory, so it cannot be replaced; name a directory inside it"
+    if not any(destination.iterdir()):
+        return ""
+    foreign = list(islice(foreign_files(destination), _SHOWN + 1))
+    if foreign:
+        shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
+        return f"holds files that fp4cast did not write: {shown}; move them away, or name another directory"
+    return "" if overwrite else "exists and holds a checkpoint by fp4cast; pass --overwrite to replace it"
+
+
+def foreign_files(destination: Path) -> Iterator[str]:
+    """What a directory holds beside the files that its receipt lists; everything, if there is no receipt.
+
+    Links, devices and empty folders are listed too: fp4cast writes none.
+    """
+    try:
+        listed = set(Receipt.read(destination).files)
+    except CheckpointError:
+        listed = set()
+    if listed:
+        listed.add(RECEIPT)
+    for folder, folders, files in os.walk(destination):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        if not folders and not files and here != destination:
+            yield f"{here.relative_to(destination)}/"
+        for name in sorted([*files, *links]):
+            path = here / name
+            relative = path.relative_to(destination).as_posix()
+            if relative not in listed or path.is_symlink() or not path.is_file():
+                yield relative
