@@ -21,6 +21,7 @@ from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_FILE_NAME = 230  # bytes: most file systems take 255, and notes and unfinished shards have longer names
 QUANT_CONFIG = "hf_quant_config.json"
 RECEIPT = "fp4cast.json"
 
@@ -72,7 +73,7 @@ class Checkpoint:
 
     def companions(self) -> Iterator[PurePosixPath]:
         """The model's files other than weights (tokenizer, code, licence): relative paths, sorted."""
-        for path in sorted(self.path.rglob("*")):
+        for path in self._files():
             relative = PurePosixPath(path.relative_to(self.path).as_posix())
             skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
             skipped = skipped or relative.name.endswith(_SKIPPED_ENDINGS)
@@ -80,6 +81,13 @@ class Checkpoint:
             if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
                 check_link(self.path, path)
                 yield relative
+
+    def _files(self) -> list[Path]:
+        """Everything below the directory, sorted."""
+        try:
+            return sorted(self.path.rglob("*"))
+        except RecursionError as error:
+            raise CheckpointError(f"{self.path}: its folders are nested too deeply") from error
 
 
 def stamp(checkpoint: Checkpoint) -> Stamps:
@@ -147,6 +155,14 @@ def _check_file_name(path: Path, name: str, file: object) -> None:
         raise IndexFileError(
             f"{path / INDEX}: tensor {name!r} points to {file!r}; expected the name of a file in the same directory"
         )
+    try:
+        length = len(file.encode())
+    except UnicodeEncodeError:
+        length = MAX_FILE_NAME + 1
+    if length > MAX_FILE_NAME:
+        raise IndexFileError(
+            f"{path / INDEX}: tensor {name!r} points to {file[:100]!r}; expected at most {MAX_FILE_NAME} bytes of UTF-8"
+        )
     if not file.endswith(".safetensors"):
         raise IndexFileError(f"{path / INDEX}: tensor {name!r} is in {file!r}; expected a .safetensors file")
 
@@ -204,6 +220,13 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or malformed; often one of its subclasses.
     """
+    try:
+        return _open(path, config)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+
+
+def _open(path: Path, config: str) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not a directory")
     for name in (INDEX, config):

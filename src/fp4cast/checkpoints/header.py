@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 
 from fp4cast.errors import CheckpointError, HeaderError
 
+MAX_NAME = 4096  # characters of a tensor's name: what looks names up, and messages that hold them, stay small
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+
+METADATA = "__metadata__"  # the key of a header that is no tensor
 
 # safetensors' dtypes and their widths in bits.
 DTYPE_BITS = {
@@ -89,8 +92,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
                     "It is truncated or not a safetensors file: download it again."
                 )
             header = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(header) != length:
         raise HeaderError(f"{path}: expected a header of {length} bytes, got {len(header)}")
     return header, size
@@ -102,12 +105,16 @@ def _is_size(value: object) -> bool:
 
 def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
     """Check one header entry: a known dtype, valid sizes, and as many bytes as dtype and shape say."""
+    if len(name) > MAX_NAME:
+        raise HeaderError(
+            f"{path}: tensor {name[:200]!r}...: expected a name of at most {MAX_NAME} characters, got {len(name)}"
+        )
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:200]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+        raise HeaderError(f"{where}: unknown dtype {str(dtype)[:200]!r}; known are {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise HeaderError(f"{where}: the shape must be a list of sizes, got {str(shape)[:200]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
@@ -152,7 +159,7 @@ def read_header(path: Path) -> Shard:
         raise HeaderError(f"{path}: the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise HeaderError(f"{path}: the header must be a JSON object, got {type(header).__name__}")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{path}: __metadata__ must map strings to strings, got {str(metadata)[:200]!r}")
     try:
@@ -187,7 +194,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappi
     Returns:
         The header's bytes, padded to a multiple of 8, and the absolute offset of every tensor.
     """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     relative: dict[str, int] = {}
     position = 0
     for name, dtype, shape in sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 _KEYS = ("quantization_config", "compression_config")
@@ -22,28 +22,32 @@ class QuantizationConfig(NamedTuple):
 
 def find_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
     """The first quantization_config of a config.json."""
+    return next(_all(config), QuantizationConfig((), {}))
+
+
+def _all(config: Mapping[str, Any]) -> Iterator[QuantizationConfig]:
     scopes = [((), config)] + [((key,), value) for key, value in config.items() if isinstance(value, dict)]
     for path, scope in scopes:
         for key in _KEYS:
             if isinstance(found := scope.get(key), dict):
-                return QuantizationConfig((*path, key), found)
-    return QuantizationConfig((), {})
+                yield QuantizationConfig((*path, key), found)
 
 
 def drop_quantization_configs(config: dict[str, Any]) -> None:
     """Remove every quantization_config in place; a leftover one would make a loader read NVFP4 as MXFP4."""
-    while path := find_quantization_config(config).path:
-        del _scope(config, path)[path[-1]]
+    for path, _ in list(_all(config)):
+        if (scope := _scope(config, path)) is not None:
+            del scope[path[-1]]
 
 
 def set_quantization_config(config: dict[str, Any], section: dict[str, Any]) -> None:
     """Put a quantization_config where the first one is, in place, and remove all others."""
     path = find_quantization_config(config).path or _KEYS[:1]
     drop_quantization_configs(config)
-    _scope(config, path)[path[-1]] = section
+    if (scope := _scope(config, path)) is not None:
+        scope[path[-1]] = section
 
 
-def _scope(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    for key in path[:-1]:
-        config = config[key]
-    return config
+def _scope(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    """What holds the last key of a path; None where it was part of something that has been removed."""
+    return config if len(path) == 1 else config.get(path[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.checkpoints.byte_ranges import Files, write_all, write_whole
-from fp4cast.conversion.recipe import OutputShard
+from fp4cast.conversion.recipe import CodesOf, OutputShard
 from fp4cast.conversion.tasks import Piece, pieces
 from fp4cast.conversion.writer import Tallies, Tally, Writer
 from fp4cast.errors import DestinationError
@@ -102,8 +102,9 @@ class FinishShard:
             note = json.loads(self._note(shard).read_bytes())
             if note["plan"] != self.fingerprint:
                 return None
-            return {module: Tally(**tally) for module, tally in note["tallies"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            tallies = {module: Tally(**tally) for module, tally in note["tallies"].items()}
+            return tallies if _possible(shard, tallies) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def _note(self, shard: OutputShard) -> Path:
@@ -122,6 +123,13 @@ class FinishShard:
         for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
             left.unlink(missing_ok=True)
         return tallies
+
+
+def _possible(shard: OutputShard, tallies: Tallies) -> bool:
+    """Whether these can be the tallies of a shard: numbers, of tensors whose codes are encoded in it."""
+    modules = {output.step.pair.module for output in shard.outputs if isinstance(output.step, CodesOf)}
+    figures = [value for tally in tallies.values() for value in asdict(tally).values()]
+    return tallies.keys() <= modules and all(isinstance(value, int | float) and value >= 0 for value in figures)
 
 
 @contextmanager

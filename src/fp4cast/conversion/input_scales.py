@@ -121,6 +121,8 @@ def load_input_scales(value: InputScalesLike | None) -> InputScales:
     else:
         try:
             number = float(value) if not isinstance(value, Path) else None
+        except OverflowError:
+            number = math.inf
         except ValueError:
             number = None
         if number is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.directory import INDEX, SINGLE, Checkpoint
-from fp4cast.checkpoints.header import FileLayout, Shard, Tensor, lay_out
+from fp4cast.checkpoints.header import METADATA, FileLayout, Shard, Tensor, lay_out
 from fp4cast.checkpoints.json_files import index_bytes
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair
@@ -170,6 +170,8 @@ def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
     names = [output.name for shard in files for output in shard.outputs]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UnsupportedError(f"the cast would write {twice[0]!r} beside a source tensor of the same name")
+    if METADATA in names:
+        raise UnsupportedError(f"the cast would write a tensor called {METADATA!r}, which no header can hold")
     if [shard.file for shard in files] == [SINGLE]:
         return {}
     total = sum(shard.layout.size - len(shard.layout.header) for shard in files)

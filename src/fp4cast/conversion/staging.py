@@ -46,7 +46,7 @@ class Staging:
             DestinationError: `resume`, and the earlier run belongs to another plan.
         """
         mark = self.state / "plan"
-        before = mark.read_text() if mark.exists() else ""
+        before = mark.read_text(errors="replace") if mark.exists() else ""
         if resume and before and before != fingerprint:
             raise DestinationError(
                 f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
@@ -72,7 +72,7 @@ class Staging:
             raise DestinationError(f"{self.state}: no part has been written; run them first (--shards i/n)")
         if not mark.exists():
             _write_first(mark, fingerprint.encode())
-        if mark.read_text() != fingerprint:
+        if mark.read_text(errors="replace") != fingerprint:
             raise DestinationError(
                 f"{self.state}: holds parts of a conversion with other options, or of a source that has changed; give "
                 "all parts the same options, or delete that directory to start afresh"
@@ -182,6 +182,27 @@ def _lock(destination: Path, state: Path, shared: bool) -> int:
     return lock
 
 
+_CONTENTS = {"lock", "plan", "out", "old", CONFIG}
+
+
+def _check_ours(state: Path) -> None:
+    """Refuse a working directory that somebody else has made: a link, another user's, or a folder of other files.
+
+    Raises:
+        DestinationError: it is one of these.
+    """
+    for path in (state, state / "out", state / "old", state / "plan", state / "lock"):
+        if path.is_symlink():
+            raise DestinationError(f"{path}: is a link to {path.readlink()}, not a working directory; remove the link")
+        if path.exists() and path.stat().st_uid != os.geteuid():
+            raise DestinationError(f"{path}: belongs to another user; remove it, or name another destination")
+        if path.exists() and not (path.is_file() if path.name in ("plan", "lock") else path.is_dir()):
+            raise DestinationError(f"{path}: is in the way of a working directory; remove it")
+    names = {path.name for path in state.iterdir()} if state.exists() else set()
+    if names and not names & _CONTENTS:
+        raise DestinationError(f"{state}: holds files that fp4cast did not write: {', '.join(sorted(names)[:5])}")
+
+
 def _recover(destination: Path, state: Path) -> None:
     """Put back an older DST that a killed run had moved aside."""
     old = state / "old"
@@ -207,6 +228,7 @@ def staging(
     """
     state = destination.parent / f".{destination.name}.fp4cast"
     try:
+        _check_ours(state)
         (state / "out").mkdir(parents=True, exist_ok=True)
         lock = _lock(destination, state, shared)
     except OSError as error:

@@ -10,9 +10,10 @@ from typing import Any
 
 from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.checkpoints.quantization_config import find_quantization_config, set_quantization_config
+from fp4cast.errors import CheckpointError
 from fp4cast.formats import MX_BLOCK, NV_BLOCK
 from fp4cast.layouts.documents import plain_modules
-from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
+from fp4cast.layouts.layout import Form, Layout, Names, Writing
 
 
 def _documents(writing: Writing) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,7 @@ def _documents(writing: Writing) -> dict[str, dict[str, Any]]:
         "quant_method": "compressed-tensors",
         "format": "mixed-precision" if section.get("format") == "mixed-precision" else "nvfp4-pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {name: _group(group, writing.target) for name, group in groups.items()},
+        "config_groups": {name: _group(name, group, writing) for name, group in groups.items()},
         # Exact names beside the source's patterns, whether these cover them or not: nothing is left to a pattern.
         "ignore": ignore + sorted(set(plain_modules(writing)) - set(ignore)),
     }
@@ -44,12 +45,15 @@ COMPRESSED_TENSORS = Layout(
 )
 
 
-def _group(group: Any, target: Target) -> Any:
-    weights = group.get("weights") if isinstance(group, dict) else None
+def _group(name: str, group: Any, writing: Writing) -> dict[str, Any]:
+    if not isinstance(group, dict):
+        where = f"{writing.checkpoint.path / CONFIG}: config_groups.{name[:100]}"
+        raise CheckpointError(f"{where} is {str(group)[:100]!r}, expected an object")
+    weights = group.get("weights")
     if weights and not (isinstance(weights, dict) and _is_mxfp4(weights)):
         return group
     spec = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NV_BLOCK, "symmetric": True}
-    activations = {**spec, "dynamic": "local"} if target.activations == "w4a4" else None
+    activations = {**spec, "dynamic": "local"} if writing.target.activations == "w4a4" else None
     new = {**group, "weights": {**spec, "dynamic": False}, "input_activations": activations}
     return new | ({"format": "nvfp4-pack-quantized"} if "format" in group else {})
 

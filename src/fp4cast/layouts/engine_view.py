@@ -114,7 +114,7 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise CheckpointError(f"the config ignores 're:{text[:100]}', a nested repetition that may match for ever")
     try:
         return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"the config ignores 're:{text[:100]}', which is not a valid pattern: {error}") from error
 
 

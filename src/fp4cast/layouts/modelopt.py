@@ -9,7 +9,7 @@ algorithm and a list of exceptions describe, and all others (`MIXED_PRECISION`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG
@@ -25,6 +25,7 @@ from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
 
 Section = dict[str, Any]
+_PAIRS = 1_000_000  # modules times exceptions that are compared: a second; Llama-3.1-405B has 2,646
 
 
 def _documents(writing: Writing) -> dict[str, Section]:
@@ -165,13 +166,13 @@ def _spellings(module: str, target: Target) -> list[str]:
     return names
 
 
-def _is_plain(modules: Sequence[str], ignore: Iterable[str]) -> bool:
+def _is_plain(modules: Sequence[str], ignore: Collection[str]) -> bool:
     """Whether one algorithm and a list of exceptions suffices, as for dense models.
 
     vLLM also matches exceptions as substrings, so an exception that occurs in a cast module's name (a router `gate`
     beside `gate_proj`) needs the explicit list of `MIXED_PRECISION` instead.
     """
-    if any(_bank_of(module) for module in modules):
+    if any(_bank_of(module) for module in modules) or len(modules) * len(ignore) > _PAIRS:
         return False
     text = "\n".join(modules)
     merged = {f"{name.rpartition('.')[0]}.{leaf}" for name in modules for leaf in ENGINE_MERGED}

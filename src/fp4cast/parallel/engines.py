@@ -59,8 +59,8 @@ def make_engine(name: str, jobs: int | None) -> Engine:
         UsageError: there is none.
         MissingExtraError: it needs a package that is not installed.
     """
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
+        raise UsageError(f"jobs must be a whole number of at least 1, got {jobs!r}")
     if name == "local":
         return Local(jobs)
     if name == "ray":

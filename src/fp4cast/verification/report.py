@@ -84,7 +84,8 @@ class Difference:
 
     Attributes:
         name: the tensor or file.
-        kind: "missing", "unexpected", "dtype", "shape", "bytes", "values", "scale", "index", "config" or "file".
+        kind: "missing", "unexpected", "dtype", "shape", "bytes", "values", "scale", "header", "index", "config" or
+            "file".
         detail: expected and actual, for people.
     """
 

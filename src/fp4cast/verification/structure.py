@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
-from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG
+from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT
 from fp4cast.checkpoints.header import UNQUANTIZED
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.checkpoints.quantization_config import drop_quantization_configs
@@ -38,9 +37,20 @@ def tensor_differences(opened: Opened) -> Iterator[Difference]:
             yield Difference(name, "shape", f"expected {list(shape)}, got {list(tensor.shape)}")
     for name in sorted(actual.keys() - expected.keys()):
         yield Difference(name, "unexpected", "has no counterpart in the source")
+    yield from _metadata(opened)
     for file in sorted(opened.destination.path.glob("*.safetensors")):
         if file.name not in opened.destination.shards:
             yield Difference(file.name, "unexpected", "is a shard that the index does not name")
+
+
+def _metadata(opened: Opened) -> Iterator[Difference]:
+    """The headers' `__metadata__`: the source's, with the format that transformers asks for."""
+    sources = opened.source.checkpoint.shards
+    for file, shard in opened.destination.shards.items():
+        expected = {"format": "pt"} | dict(sources[file].metadata) if file in sources else dict(shard.metadata)
+        if shard.metadata != expected:
+            found = str(dict(shard.metadata))[:200]
+            yield Difference(file, "header", f"__metadata__ is {found}, expected {str(expected)[:200]}")
 
 
 def document_differences(opened: Opened) -> Iterator[Difference]:
@@ -60,6 +70,7 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
     yield from (Difference(opened.config, "config", fault) for fault in faults)
     if not faults:
         yield from _sealed(opened)
+    filecmp.clear_cache()  # it believes sizes and times
     for name in opened.source.checkpoint.companions():
         try:
             same = filecmp.cmp(path / name, opened.source.checkpoint.path / name, shallow=False)
@@ -79,7 +90,10 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def _sealed(opened: Opened) -> Iterator[Difference]:
     """Check that the documents are, byte for byte, those that the receipt names."""
     for name, expected in opened.receipt.documents.items():
-        path = opened.destination.path / (opened.config if name == CONFIG else PurePosixPath(name).name)
+        if name not in (CONFIG, QUANT_CONFIG):
+            yield Difference(RECEIPT, "config", f"names {name[:100]!r}, which is not a document of any layout")
+            continue
+        path = opened.destination.path / (opened.config if name == CONFIG else name)
         if not path.is_file() or digest_bytes(path.read_bytes()) != expected:
             yield Difference(name, "config", "is not the document that the conversion wrote")
 
