@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import threading
@@ -208,6 +209,18 @@ def write_whole(path: Path, data: bytes) -> None:
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
     beside.write_bytes(data)
     beside.replace(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's data, or a directory's entries, are on the disk; a file system that cannot is let be."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def exchange(a: Path, b: Path) -> bool:

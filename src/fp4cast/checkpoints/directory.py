@@ -27,12 +27,12 @@ RECEIPT = "fp4cast.json"
 
 # Copies of the weights in other formats: neither downloaded nor carried along.
 _OTHER_DIRECTORIES = ("original", "metal", "onnx")
-_OTHER_SUFFIXES = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
-OTHER_FORMATS = (*(f"{name}/*" for name in _OTHER_DIRECTORIES), *(f"*{suffix}" for suffix in _OTHER_SUFFIXES))
+OTHER_SUFFIXES = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
+OTHER_FORMATS = (*(f"{name}/*" for name in _OTHER_DIRECTORIES), *(f"*{suffix}" for suffix in OTHER_SUFFIXES))
 # Weights and other tools' leftovers: not carried along either.
 _SKIPPED_DIRECTORIES = {*_OTHER_DIRECTORIES, "__pycache__"}
 _SKIPPED_ENDINGS = (".bin.index.json", ".safetensors.index.json")
-_SKIPPED_SUFFIXES = {*_OTHER_SUFFIXES, ".safetensors", ".lock", ".incomplete"}
+_SKIPPED_SUFFIXES = {*OTHER_SUFFIXES, ".safetensors", ".lock", ".incomplete"}
 _SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
 
 Stamps = tuple[tuple[str, int, int], ...]  # (name, size, modification time in ns) of every shard

@@ -82,6 +82,7 @@ class Rest(TypedDict):
     engine: str
     overwrite: bool
     verify: bool
+    sync: bool
     progress: Progress
 
 
@@ -100,17 +101,22 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Overwrite = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
+    no_sync: Annotated[
+        bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published."""
     refuse_together(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
     options = ConvertOptions(layout, activations, input_scales, inexact)
     if shards is not None:
-        convert_part(source, destination, shards, options, jobs=jobs, overwrite=overwrite, as_json=as_json)
+        convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return
 
     def work(meter: Meter) -> Report:
-        how = Rest(jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, progress=meter)
+        how = Rest(
+            jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, sync=not no_sync, progress=meter
+        )
         if finish:
             return job_array.finish(source, destination, options, **how)
         return convert_checkpoint(source, destination, options, resume=resume, **how)
@@ -123,14 +129,22 @@ def convert(
 
 
 def convert_part(
-    source: str, destination: Path, shards: str, options: ConvertOptions, *, jobs: Jobs, overwrite: bool, as_json: bool
+    source: str,
+    destination: Path,
+    shards: str,
+    options: ConvertOptions,
+    jobs: int | None,
+    *,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
 ) -> None:
     """Run `convert --shards I/N`."""
 
     def work(meter: Meter) -> job_array.Part:
         part, parts = job_array.parse_part(shards)
         return job_array.convert_part(
-            source, destination, part, parts, options, jobs=jobs, overwrite=overwrite, progress=meter
+            source, destination, part, parts, options, jobs=jobs, overwrite=overwrite, sync=sync, progress=meter
         )
 
     part = run_or_exit(as_json, work)

@@ -32,6 +32,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    sync: bool = True,
     progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one.
@@ -49,6 +50,7 @@ def convert(
         resume: continue an interrupted conversion of the same source and options.
         overwrite: replace an existing `dst`, once the new one is complete.
         verify: read everything again and compare every value before `dst` is published.
+        sync: wait until everything is on the disk before `dst` is published: a power cut then loses nothing.
         progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
@@ -67,6 +69,7 @@ def convert(
         resume=resume,
         overwrite=overwrite,
         verify=verify,
+        sync=sync,
         progress=progress,
     )
 
@@ -81,12 +84,13 @@ def convert_checkpoint(
     resume: bool,
     overwrite: bool,
     verify: bool,
+    sync: bool,
     progress: Progress,
 ) -> Report:
     """Like `convert`, with its options in one object."""
     begin, worker = time.monotonic(), make_engine(engine, jobs)
     destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
-    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite) as stage:
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
         stage.adopt(plan.fingerprint, resume=resume)
         stage.check_space(plan.sizes)
         total = plan.write_bytes
@@ -96,6 +100,7 @@ def convert_checkpoint(
             fingerprint=plan.fingerprint,
             state=stage.state,
             engine=worker,
+            sync=sync,
             progress=lambda n: progress("write", n, total),
         )
         check_unchanged(plan)

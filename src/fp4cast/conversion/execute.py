@@ -6,6 +6,7 @@ Any number of workers, on any number of machines, write the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4cast.checkpoints.byte_ranges import Files, write_all, write_whole
+from fp4cast.checkpoints.byte_ranges import Files, sync_path, write_all, write_whole
 from fp4cast.conversion.recipe import CodesOf, OutputShard
 from fp4cast.conversion.tasks import Piece, pieces
 from fp4cast.conversion.writer import Tallies, Tally, Writer
@@ -33,6 +34,7 @@ def execute(
     fingerprint: str,
     state: Path,
     engine: Engine,
+    sync: bool = True,
     progress: Advance = ignore,
 ) -> Tallies:
     """Write shards of a plan into `directory`.
@@ -43,13 +45,14 @@ def execute(
         fingerprint: the plan's, which marks finished shards as its own.
         state: the directory for notes of finished shards, so that a later run of the same plan skips them.
         engine: runs the work.
+        sync: wait until each shard is on the disk before it counts as finished.
         progress: called with the number of bytes just written, maybe from worker threads.
 
     Returns:
         By module, a `Tally` of each tensor whose codes had to be read.
     """
     tallies: Tallies = {}
-    for measured in engine.map(FinishShard(fingerprint, directory, state), list(shards), progress):
+    for measured in engine.map(FinishShard(fingerprint, directory, state, sync), list(shards), progress):
         tallies |= measured
     return tallies
 
@@ -77,11 +80,13 @@ class FinishShard:
         fingerprint: the plan's.
         directory: where the shard goes.
         state: where its note goes.
+        sync: wait for the disk before the note is written.
     """
 
     fingerprint: str
     directory: Path
     state: Path
+    sync: bool = True
 
     def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
         """Write the shard; returns a `Tally` of each tensor whose codes had to be read, by module."""
@@ -92,6 +97,9 @@ class FinishShard:
         partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
         with _writing(self.directory / shard.file):
             tallies = write_shard(shard, partial, pool.advance, pool)
+            if self.sync:
+                with contextlib.suppress(FileNotFoundError):  # see `_publish`
+                    sync_path(partial)  # before its note says that it is finished
             return self._publish(shard, partial, tallies)
 
     def known(self, shard: OutputShard) -> Tallies | None:

@@ -78,6 +78,7 @@ def convert_part(
     *,
     jobs: int | None = None,
     overwrite: bool = False,
+    sync: bool = True,
     progress: Progress = ignore,
 ) -> Part:
     """Write the i-th of n parts of a conversion's shards; other parts may run at the same time, on other machines.
@@ -92,6 +93,7 @@ def convert_part(
         options: the same for all parts.
         jobs: threads; None for one a core.
         overwrite: allow an existing `dst`, which `finish`, called with it too, will replace.
+        sync: see `convert`.
         progress: see `convert`.
 
     Raises:
@@ -102,7 +104,7 @@ def convert_part(
     destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
     shards = plan.shards[part - 1 :: parts]
     total = sum(shard.layout.size for shard in shards)
-    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True) as stage:
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True, sync=sync) as stage:
         stage.join(plan.fingerprint)
         stage.check_space({shard.file: shard.layout.size for shard in shards})
         execute(
@@ -111,6 +113,7 @@ def convert_part(
             fingerprint=plan.fingerprint,
             state=stage.state,
             engine=make_engine("local", jobs),
+            sync=sync,
             progress=lambda n: progress("write", n, total),
         )
         check_unchanged(plan)
@@ -126,6 +129,7 @@ def finish(
     jobs: int | None = None,
     engine: str = "local",
     overwrite: bool = False,
+    sync: bool = True,
     verify: bool = True,
     progress: Progress = ignore,
 ) -> Report:
@@ -138,6 +142,7 @@ def finish(
         jobs: threads; None for one a core.
         engine: runs the verification; see `convert`.
         overwrite: as for the parts.
+        sync: see `convert`.
         verify: compare every value before `dst` is published.
         progress: see `convert`.
 
@@ -148,7 +153,7 @@ def finish(
     begin = time.monotonic()
     worker = make_engine(engine, jobs)
     destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
-    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite) as stage:
+    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
         stage.join(plan.fingerprint, first=False)
         tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
         if missing:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fp4cast.checkpoints.byte_ranges import exchange, write_whole
+from fp4cast.checkpoints.byte_ranges import exchange, sync_path, write_whole
 from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.conversion.destination import check_destination
 from fp4cast.errors import DestinationError, Fp4CastError
@@ -32,12 +32,14 @@ class Staging:
         state: `.DST.fp4cast`, which holds unfinished work.
         out: what will become DST.
         config: where config.json waits, relative to `out`.
+        sync: wait for the disk before anything counts as finished, is published, or is deleted.
     """
 
     destination: Path
     state: Path
     out: Path
     config: str = f"../{CONFIG}"
+    sync: bool = True
 
     def adopt(self, fingerprint: str, *, resume: bool) -> None:
         """With `resume`, keep an earlier run's finished shards of the same plan; delete everything else that it left.
@@ -122,6 +124,7 @@ class Staging:
     def publish(self, source: Path, *, overwrite: bool) -> None:
         """Publish DST: move config.json in, put `out` in DST's place in one step, and delete the rest."""
         (self.state / CONFIG).replace(self.out / CONFIG)
+        self._sync(*self.out.rglob("*"), self.out)
         if self.destination.exists() and overwrite:
             check_destination(source, self.destination, overwrite=True)  # an hour later, maybe
             self._replace()
@@ -129,7 +132,13 @@ class Staging:
             if self.destination.exists():
                 self.destination.rmdir()  # fails where somebody has put something into it meanwhile
             self.out.rename(self.destination)
+        self._sync(self.destination.parent)
         shutil.rmtree(self.state, ignore_errors=True)
+
+    def _sync(self, *paths: Path) -> None:
+        """Wait until these are on the disk; a power cut afterwards loses nothing of them."""
+        for path in paths if self.sync else ():
+            sync_path(path)
 
     def _replace(self) -> None:
         """Exchange `out` and the older DST; where the system cannot, move that aside first, and back on an error."""
@@ -212,7 +221,7 @@ def _recover(destination: Path, state: Path) -> None:
 
 @contextmanager
 def staging(
-    source: Path, destination: Path, *, overwrite: bool, shared: bool = False, keep: bool = True
+    source: Path, destination: Path, *, overwrite: bool, shared: bool = False, keep: bool = True, sync: bool = True
 ) -> Iterator[Staging]:
     """Lock a working directory beside DST; it is kept when something fails, for --resume.
 
@@ -222,6 +231,7 @@ def staging(
         overwrite: an existing DST will be replaced.
         shared: other processes may work in it at the same time, on other shards.
         keep: leave finished shards for --resume when something fails; otherwise leave nothing.
+        sync: see `Staging`.
 
     Raises:
         DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
@@ -236,7 +246,7 @@ def staging(
     try:
         _recover(destination, state)
         check_destination(source, destination, overwrite=overwrite)
-        yield Staging(destination, state, state / "out")
+        yield Staging(destination, state, state / "out", sync=sync)
     except Fp4CastError as error:
         _leave(error, state, keep)
         raise
