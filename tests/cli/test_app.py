@@ -129,6 +129,27 @@ def test_a_failed_verification_is_exit_status_1_and_says_what(miniatures, conver
     document = json.loads(call("verify", miniatures["moe"], destination, "--json").stdout)
     assert document["exact"] is False
     assert [d["kind"] for d in document["differences"]] == ["values"]
+    assert document["ok"] is False
+    assert document["verdicts"] == {"weights": False, "documents": True, "companions": True}
+
+
+def test_the_headline_of_a_failure_does_not_say_verified(miniatures, converted, tmp_path):
+    destination = shutil.copytree(converted["moe"], tmp_path / "dst")
+    (destination / "hf_quant_config.json").unlink()
+    result = call("verify", miniatures["moe"], destination)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("failed ")
+    assert "verified" not in result.stdout.split("\n", 1)[0]
+    assert "exact: every value" in result.stdout and "weights      WRONG" not in result.stdout
+
+
+def test_an_edited_companion_is_named_and_its_exit_status_is_that_of_strict(miniatures, converted, tmp_path):
+    destination = shutil.copytree(converted["dense"], tmp_path / "dst")
+    (destination / "LICENSE").write_text("another licence")
+    told = call("verify", miniatures["dense"], destination)
+    assert told.exit_code == 0
+    assert "LICENSE: differs from the source's" in told.stdout and "WRONG" not in told.stdout
+    assert call("verify", miniatures["dense"], destination, "--strict").exit_code == 1
 
 
 def test_errors_in_json_are_one_document_on_stdout_and_a_message_on_stderr(tmp_path):

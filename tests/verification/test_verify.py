@@ -245,11 +245,40 @@ def test_a_missing_hf_quant_config_is_a_difference(miniatures, copy):
     assert kinds_of(fp4cast.verify(miniatures["moe"], destination)) == {"config"}
 
 
-@pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_text("another licence")])
-def test_companions_are_compared(miniatures, copy, change):
+COMPANIONS = {
+    "deleted": ("LICENSE", lambda p: p.unlink()),
+    "edited": ("LICENSE", lambda p: p.write_text("another licence")),
+    "added": ("added.py", lambda p: p.write_text("pass")),
+    "weights in another format": ("consolidated.pth", lambda p: p.write_bytes(b"weights")),
+}
+
+
+@pytest.mark.parametrize("change", COMPANIONS)
+def test_a_companion_that_differs_is_named_and_fails_only_under_strict(miniatures, copy, change):
     destination = copy("dense")
-    change(destination / "LICENSE")
-    assert kinds_of(fp4cast.verify(miniatures["dense"], destination)) == {"file"}
+    name, edit_file = COMPANIONS[change]
+    edit_file(destination / name)
+    report = fp4cast.verify(miniatures["dense"], destination)
+    assert report.ok and report.exact
+    assert [(each.name, each.kind, each.area) for each in report.differences] == [(name, "file", "companions")]
+    strict = fp4cast.verify(miniatures["dense"], destination, strict=True)
+    assert strict.exact and not strict.ok
+
+
+@pytest.mark.parametrize("change", [lambda p: p.write_text("# Our model"), lambda p: p.unlink(missing_ok=True)])
+def test_the_readme_is_nobodys_business(miniatures, copy, change):
+    destination = copy("dense")
+    change(destination / "README.md")
+    report = fp4cast.verify(miniatures["dense"], destination, strict=True)
+    assert report.ok and not report.differences
+
+
+def test_a_wrong_document_leaves_the_verdict_on_the_weights_alone(miniatures, copy):
+    destination = copy("moe")
+    (destination / "hf_quant_config.json").unlink()
+    report = fp4cast.verify(miniatures["moe"], destination)
+    assert report.exact and not report.ok
+    assert report.to_json()["verdicts"] == {"weights": True, "documents": False, "companions": True}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, 2.0**-140])

@@ -176,6 +176,7 @@ def verify(
     destination: Annotated[str, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")],
     jobs: Jobs = None,
     engine: Where = "local",
+    strict: Annotated[bool, typer.Option("--strict", help="A companion file that differs is a failure, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read SRC and DST and compare every value; say what differs, where and by how much."""
@@ -186,6 +187,7 @@ def verify(
             destination,
             jobs=jobs,
             engine=engine,
+            strict=strict,
             progress=lambda n, total: meter("verify", n, total),
         ),
     )

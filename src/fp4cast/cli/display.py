@@ -106,6 +106,10 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         ),
         ("weights", _weights_sentence(report)),
     ]
+    if wrong := report.wrong("documents"):
+        rows.append(("documents", f"[red]WRONG[/]: {len(wrong)} differences in what an engine reads"))
+    if wrong := report.wrong("companions"):
+        rows.append(("companions", f"[yellow]{len(wrong)} files differ[/]; --strict counts them as wrong"))
     if report.activations == "w4a4":
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
     marlin = (
@@ -120,18 +124,19 @@ def show_report(console: Console, report: Report, verb: str) -> None:
             f"{format_bytes(report.bytes['written'])} written, {format_bytes(moved / max(report.seconds, 1e-9))}/s",
         ),
     ]
-    show_facts(console, f"{verb} {report.destination}", rows)
+    show_facts(console, f"{verb if report.ok else 'failed'} {report.destination}", rows)
     if report.inexact:
         console.print(show_inexact(report.inexact))
     for difference in report.differences[:_SHOWN]:
-        console.print(f"[red]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
+        style = "yellow" if difference.area == "companions" else "red"
+        console.print(f"[{style}]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
     if len(report.differences) > _SHOWN:
-        console.print(f"[red]and {len(report.differences) - _SHOWN} more[/]")
+        console.print(f"and {len(report.differences) - _SHOWN} more")
 
 
 def _weights_sentence(report: Report) -> str:
-    if report.differences:
-        return f"[red]WRONG[/]: {len(report.differences)} differences from the source"
+    if wrong := report.wrong("weights"):
+        return f"[red]WRONG[/]: {len(wrong)} differences from the source"
     how = "measured on what was written" if report.verified else "while writing; not read back (--no-verify)"
     if report.exact:
         return f"[green]exact[/]: every value equals the source's, bit for bit ({how})"

@@ -68,7 +68,7 @@ def _receipt(plan: Plan, stage: Staging, report: Report) -> Receipt:
 
 def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progress: AdvanceOf) -> Report:
     source = plan.source.checkpoint.path
-    found = verify_checkpoint(source, stage.out, engine=engine, config=stage.config, progress=progress)
+    found = verify_checkpoint(source, stage.out, engine=engine, config=stage.config, strict=True, progress=progress)
     if not found.ok:
         stage.forget_shards()
         shown = "\n".join(f"  {difference}" for difference in found.differences[:10])

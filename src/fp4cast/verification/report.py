@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from fp4cast.families.family import Source
 from fp4cast.formats import Activations
@@ -78,6 +78,11 @@ def inexact_tensor(
     return InexactTensor(name, rounded, max_error, squared_error / elements, snr)
 
 
+Area = Literal["weights", "documents", "companions"]
+AREAS: tuple[Area, ...] = get_args(Area)
+_AREAS: dict[str, Area] = {"file": "companions", "config": "documents", "header": "documents", "index": "documents"}
+
+
 @dataclass(frozen=True)
 class Difference:
     """One thing that verification found wrong.
@@ -95,6 +100,11 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.detail}"
+
+    @property
+    def area(self) -> Area:
+        """What differs: the weights, the documents that an engine reads, or the companions that people may edit."""
+        return _AREAS.get(self.kind, "weights")
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Report:
         verified: the figures were measured on what was written.
         served: where the result is served, for people.
         differences: what verification found wrong; empty when all is well.
+        strict: a companion that differs counts as wrong, too.
     """
 
     source: str
@@ -134,6 +145,7 @@ class Report:
     verified: bool
     served: str
     differences: Sequence[Difference] = field(default=())
+    strict: bool = False
 
     @classmethod
     def of(
@@ -149,6 +161,7 @@ class Report:
         bytes: ByteCounts,  # noqa: A002
         unmeasured: int = 0,
         differences: Sequence[Difference] = (),
+        strict: bool = False,
         seconds: float = 0.0,
         verified: bool = False,
     ) -> Report:
@@ -165,6 +178,7 @@ class Report:
             bytes: measured.
             unmeasured: the number of tensors that could not be compared, which count as inexact.
             differences: what is wrong.
+            strict: companions count, too.
             seconds: wall time.
             verified: measured on what was written.
         """
@@ -175,7 +189,7 @@ class Report:
             family=source.family.name,
             layout=target.layout.name,
             activations=target.activations,
-            exact=not lost and not differences,
+            exact=not lost and not any(each.area == "weights" for each in differences),
             tensors={"cast": cast, "exact": cast - lost, "inexact": lost, "copied": len(selection.untouched)},
             half_blocks=half_blocks,
             inexact=inexact,
@@ -185,12 +199,17 @@ class Report:
             verified=verified,
             served=target.served,
             differences=tuple(differences),
+            strict=strict,
         )
+
+    def wrong(self, area: Area) -> list[Difference]:
+        """The differences of one area."""
+        return [difference for difference in self.differences if difference.area == area]
 
     @property
     def ok(self) -> bool:
         """Whether nothing was found wrong; inexact tensors that were asked for are not wrong."""
-        return not self.differences
+        return not any(self.wrong(area) for area in AREAS if self.strict or area != "companions")
 
     def facts(self) -> dict[str, Any]:
         """The figures that do not depend on time, place or speed: a JSON object."""
@@ -215,5 +234,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
             "served": self.served,
+            "ok": self.ok,
+            "verdicts": {area: not self.wrong(area) for area in AREAS},
             "differences": [{"name": d.name, "kind": d.kind, "detail": d.detail} for d in self.differences],
         }

@@ -6,7 +6,7 @@ import filecmp
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT
+from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT
 from fp4cast.checkpoints.header import UNQUANTIZED
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.checkpoints.quantization_config import drop_quantization_configs
@@ -14,6 +14,8 @@ from fp4cast.layouts.engine_view import config_faults
 from fp4cast.verification.opened import Opened
 from fp4cast.verification.receipt import digest_bytes
 from fp4cast.verification.report import Difference
+
+README = "README.md"
 
 
 def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -70,15 +72,28 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
     yield from (Difference(opened.config, "config", fault) for fault in faults)
     if not faults:
         yield from _sealed(opened)
+    yield from _companions(opened)
+
+
+def _companions(opened: Opened) -> Iterator[Difference]:
+    """Compare the files that are no weights: DST has the source's and no others. People may edit README.md."""
+    path, source = opened.destination.path, opened.source.checkpoint
+    expected = {str(name) for name in source.companions()} - {README}
     filecmp.clear_cache()  # it believes sizes and times
-    for name in opened.source.checkpoint.companions():
+    for name in sorted(expected):
         try:
-            same = filecmp.cmp(path / name, opened.source.checkpoint.path / name, shallow=False)
+            same = filecmp.cmp(path / name, source.path / name, shallow=False)
         except OSError as error:
-            yield Difference(str(name), "file", f"cannot be read: {error.strerror}")
+            yield Difference(name, "file", f"cannot be read: {error.strerror}")
         else:
             if not same:
-                yield Difference(str(name), "file", "differs from the source's")
+                yield Difference(name, "file", "differs from the source's")
+    for companion in opened.destination.companions():
+        if str(companion) not in expected | {README}:
+            yield Difference(str(companion), "file", "is in the destination alone")
+    for file in sorted(path.iterdir()):
+        if file.suffix in OTHER_SUFFIXES and file.is_file():
+            yield Difference(file.name, "file", "is in the destination alone, and holds weights in another format")
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

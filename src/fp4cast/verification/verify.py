@@ -33,6 +33,7 @@ def verify(
     *,
     jobs: int | None = None,
     engine: str = "local",
+    strict: bool = False,
     progress: AdvanceOf = ignore,
 ) -> Report:
     """Compare every value of an NVFP4 checkpoint with the MXFP4 one that it was made from.
@@ -42,6 +43,7 @@ def verify(
         dst: the NVFP4 checkpoint: a directory or a model id.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
+        strict: a companion file that differs counts as wrong, too; README.md never does.
         progress: called, from worker threads, with (bytes just read, total bytes).
 
     Returns:
@@ -50,7 +52,8 @@ def verify(
     Raises:
         CheckpointError: one of the two cannot be read as a checkpoint at all.
     """
-    return verify_checkpoint(resolve(src), resolve(dst), engine=make_engine(engine, jobs), progress=progress)
+    worker = make_engine(engine, jobs)
+    return verify_checkpoint(resolve(src), resolve(dst), engine=worker, strict=strict, progress=progress)
 
 
 def verify_checkpoint(
@@ -59,6 +62,7 @@ def verify_checkpoint(
     *,
     engine: Engine,
     config: str = CONFIG,
+    strict: bool = False,
     progress: AdvanceOf = ignore,
 ) -> Report:
     """Like `verify`, on directories, with the config under any name: `convert` verifies before it publishes."""
@@ -73,7 +77,7 @@ def verify_checkpoint(
     for work, findings in zip(todo, engine.map(check_shard, todo, lambda n: progress(n, total)), strict=True):
         found.add(_judge_shard(opened, work, findings))
     found.differences += [*_shared_scales(opened, wrong, found.scales), *_input_scales(opened, wrong)]
-    return _report(opened, destination, found, time.monotonic() - begin)
+    return _report(opened, destination, found, strict, time.monotonic() - begin)
 
 
 @dataclass
@@ -192,7 +196,7 @@ def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScal
                 )
 
 
-def _report(opened: Opened, destination: Path, found: _Found, seconds: float) -> Report:
+def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seconds: float) -> Report:
     pairs, measured = {pair.module: pair for pair in opened.selection.cast}, found.measured
     counts: HalfBlockCounts = {
         "verbatim": sum(c.verbatim for c in measured.values()),
@@ -214,6 +218,7 @@ def _report(opened: Opened, destination: Path, found: _Found, seconds: float) ->
         marlin_exact=not any(c.marlin_zeroed for c in measured.values()),
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
+        strict=strict,
         seconds=seconds,
         verified=True,
     )
