@@ -14,6 +14,7 @@ from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.header import lay_out
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.families.recognise import read_source
+from fp4cast.layouts import patterns
 from fp4cast.verification.opened import open_both
 from helpers import DEEPSEEK, edit, flip, lossy, raw, tree
 
@@ -338,13 +339,23 @@ def test_a_destination_without_config_is_an_error(miniatures, copy):
         fp4cast.verify(miniatures["moe"], destination)
 
 
-@pytest.mark.parametrize("pattern", ["re:([a-z0-9_.]+)+!", "re:a{99999999999999999}", "re:" + "(" * 5000])
-def test_hostile_patterns_are_refused_not_matched(miniatures, tmp_path, pattern):
+@pytest.mark.parametrize("pattern", ["re:([a-z0-9_.]+)+!", "re:(.|.)*!", "re:a{99999999999999999}", "re:" + "(" * 5000])
+def test_hostile_patterns_are_refused_before_anything_is_written(miniatures, tmp_path, pattern, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
     source = shutil.copytree(miniatures["moe"], tmp_path / "src")
     edit_json(source / "config.json", lambda d: quantization(d)["ignore"].append(pattern))
-    with pytest.raises(CheckpointError, match="the config ignores"):
+    with pytest.raises(CheckpointError, match=r"config\.json: the config ignores"):
         fp4cast.convert(source, tmp_path / "dst", layout="compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
     assert fp4cast.convert(source, tmp_path / "dst").exact, "the modelopt layout has no patterns"
+
+
+def test_a_source_that_ignores_its_own_codes_is_refused_before_anything_is_written(miniatures, tmp_path):
+    source = shutil.copytree(miniatures["moe"], tmp_path / "src")
+    edit_json(source / "config.json", lambda d: quantization(d)["ignore"].append(r"re:.*experts\.1\.up_proj"))
+    with pytest.raises(CheckpointError, match=r"`ignore` means model\.layers\.0\.mlp\.experts\.1\.up_proj, which"):
+        fp4cast.convert(source, tmp_path / "dst", layout="compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 @pytest.mark.parametrize(

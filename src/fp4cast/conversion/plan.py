@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from fp4cast.casting.inexact import check_inexact
-from fp4cast.checkpoints.directory import Stamps, check_stamps, gc_paused, open_checkpoint, stamp
+from fp4cast.checkpoints.directory import CONFIG, Stamps, check_stamps, gc_paused, open_checkpoint, stamp
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
@@ -26,11 +27,12 @@ from fp4cast.conversion.recipe import (
     nvfp4,
     place,
 )
-from fp4cast.errors import UsageError
+from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.families.family import Pair, Source
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import DEFAULT_LAYOUT, choose_target
 from fp4cast.layouts.documents import documents
+from fp4cast.layouts.engine_view import read_claims
 from fp4cast.layouts.layout import Selection, Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
 
@@ -154,6 +156,7 @@ def make_plan(
             new |= _outputs(pair, domain, target, amax)
     shards = tuple(place(source.checkpoint, new))
     files = documents(source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank)
+    _check_claims(path / CONFIG, files[CONFIG], selection.modules)
     return Plan(
         source=source,
         target=target,
@@ -164,6 +167,18 @@ def make_plan(
         companions=tuple(source.checkpoint.companions()),
         stamps=stamps,
     )
+
+
+def _check_claims(path: Path, config: Mapping[str, Any], modules: Sequence[str]) -> None:
+    """Refuse now what verification would refuse once everything is written: `ignore` is taken from the source."""
+    try:
+        missed = sorted(set(modules) - read_claims(config).quantized(modules))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if missed:
+        raise CheckpointError(
+            f"{path}: `ignore` means {missed[0]}, which holds MXFP4 codes; expected other modules only"
+        )
 
 
 def _activation_scales(target: Target, value: InputScalesLike | None, modules: Sequence[str]) -> InputScales | None:

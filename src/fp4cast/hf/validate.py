@@ -55,8 +55,9 @@ def check_partners(tensors: Mapping[str, Tensor], claims: Claims) -> set[str]:
     codes = {name for tensor in tensors.values() for name in _codes(tensor)}
     if not codes:
         raise UnsupportedError("the config describes an NVFP4 checkpoint, but no tensor is NVFP4")
+    claimed = claims.quantized({module_of(name) for name in codes})
     for name in sorted(codes):
-        _check_claims(name, tensors, claims)
+        _check_claims(name, tensors, claimed, scaled=claims.activations == "w4a4")
         _check_shapes(name, tensors)
     return codes
 
@@ -71,19 +72,18 @@ def _codes(tensor: Tensor) -> Iterator[str]:
                 yield tensor.name.removesuffix(suffix) + suffixes.codes
 
 
-def _check_claims(name: str, tensors: Mapping[str, Tensor], claims: Claims) -> None:
+def _check_claims(name: str, tensors: Mapping[str, Tensor], claimed: set[str], *, scaled: bool) -> None:
     names, module = companions(name), module_of(name)
     there = [tensors[each] for each in names if each in tensors]
     foreign = next((each for each in there if each.name != name or each.dtype == "U8"), there[0])
-    if not claims.quantized(module):
+    if module not in claimed:
         raise PartnerError(f"{foreign}: the config does not call {module} quantized; expected no such tensor")
     if there[0].name == name and there[0].dtype in UNQUANTIZED:
         raise PartnerError(f"{foreign}: {there[0]} is not quantized; expected codes in U8, or no such scale")
-    scaled = claims.activations == "w4a4"
     for each, dtype in zip(names, DTYPES, strict=True):
         if each not in tensors and (scaled or each != names.input_scale):
             raise PartnerError(
-                f"{each} is missing: {module} is NVFP4 ({claims.activations.upper()}) by the config; "
+                f"{each} is missing: {module} is NVFP4 ({'W4A4' if scaled else 'W4A16'}) by the config; "
                 f"expected {dtype} beside {there[0]}"
             )
     if not scaled and names.input_scale in tensors:
@@ -123,9 +123,10 @@ def check_places(placed: Mapping[str, Place], codes: set[str], claims: Claims, m
     for name, place in placed.items():
         if name not in scales and place.made:
             groups[place.parameter].append(place)
+    claimed = claims.quantized({module_of(name) for name in placed})
     for group in groups.values():
         for place in group:
-            _check_weight(place, placed, codes, claims, model)
+            _check_weight(place, placed, codes, claimed, model)
         _check_group(group, codes, model)
     _check_complete({name for group in groups.values() for place in group for name in place.made}, model)
 
@@ -152,7 +153,7 @@ def _is_head(name: str, model: PreTrainedModel) -> bool:
 
 
 def _check_weight(
-    place: Place, placed: Mapping[str, Place], codes: set[str], claims: Claims, model: PreTrainedModel
+    place: Place, placed: Mapping[str, Place], codes: set[str], claimed: set[str], model: PreTrainedModel
 ) -> None:
     """Check one tensor that is not a scale."""
     tensor, name = place.tensor, place.tensor.name
@@ -163,11 +164,7 @@ def _check_weight(
                 f"{tensor}: transformers converts {place.parameter} in a way that does not support NVFP4"
             )
         return
-    if (
-        claims.quantized(module_of(name))
-        and place.reads_codes
-        and (place.of_experts or is_linear(model, place.made[0]))
-    ):
+    if module_of(name) in claimed and place.reads_codes and (place.of_experts or is_linear(model, place.made[0])):
         raise ShapeError(f"{tensor}: the config calls {module_of(name)} NVFP4; expected U8 codes")
     floating = model.get_parameter_or_buffer(place.made[0]).is_floating_point()
     if floating and tensor.dtype not in UNQUANTIZED:

@@ -5,16 +5,14 @@ This is the counterpart of the layouts' files: each of them writes its documents
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
 from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.formats import NV_BLOCK, Activations
+from fp4cast.layouts.patterns import PatternError, names_and_expressions, substrings_and_wildcards
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Claims:
         activations: "w4a16" or "w4a4".
         layers: the modules listed as NVFP4; None if every module is that is not ignored.
         ignore: names and patterns that are not quantized.
-        ignores: whether an entry of `ignore` means a module: (entry, module).
+        ignores: returns the modules that entries of `ignore` mean: (entries, modules).
         other_groups: modules in other formats have groups of their own, beside `ignore`.
         twin: hf_quant_config.json must say the same.
     """
@@ -35,15 +33,23 @@ class Claims:
     activations: Activations
     layers: frozenset[str] | None
     ignore: tuple[str, ...]
-    ignores: Callable[[str, str], bool]
+    ignores: Callable[[Iterable[str], Sequence[str]], set[str]]
     other_groups: bool = False
     twin: bool = True
 
-    def quantized(self, module: str) -> bool:
-        """Whether an engine would load the module as NVFP4."""
+    def quantized(self, modules: Iterable[str]) -> set[str]:
+        """Those of the modules that an engine would load as NVFP4.
+
+        Raises:
+            CheckpointError: an entry of `ignore` is not a valid pattern, or takes too long to match.
+        """
+        names = list(modules)
         if self.layers is not None:
-            return any(name in self.layers for name in _ancestors(module))
-        return not any(self.ignores(entry, module) for entry in self.ignore)
+            return {name for name in names if not self.layers.isdisjoint(_ancestors(name))}
+        try:
+            return set(names) - self.ignores(self.ignore, names)
+        except PatternError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def read_claims(config: Mapping[str, Any]) -> Claims:
@@ -69,14 +75,14 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Claims | None:
         return None
     activations: Activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
     ignore = _strings(section.get("ignore"))
-    return Claims("compressed-tensors", activations, None, ignore, _name_or_expression, other_groups=True, twin=False)
+    return Claims("compressed-tensors", activations, None, ignore, names_and_expressions, other_groups=True, twin=False)
 
 
 def _modelopt(section: Mapping[str, Any]) -> Claims | None:
     activations = _ALGORITHMS.get(str(section.get("quant_algo")))
     if activations is None or section.get("quant_method") != "modelopt":
         return None
-    return Claims("modelopt", activations, None, _strings(section.get("ignore")), _substring_or_wildcard)
+    return Claims("modelopt", activations, None, _strings(section.get("ignore")), substrings_and_wildcards)
 
 
 def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
@@ -88,34 +94,11 @@ def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
     activations = _ALGORITHMS.get(algorithms.pop()) if len(algorithms) == 1 else None
     if activations is None:
         return None
-    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), _substring_or_wildcard)
+    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), substrings_and_wildcards)
 
 
 _ALGORITHMS: dict[str, Activations] = {"NVFP4": "w4a4", "W4A16_NVFP4": "w4a16"}
 _CLAUSES = (_compressed_tensors, _modelopt, _modelopt_mixed)
-
-
-def _name_or_expression(entry: str, module: str) -> bool:
-    """Match an entry as compressed-tensors does: a name, or a regular expression after `re:`."""
-    return entry == module or (entry.startswith("re:") and _pattern(entry[3:]).match(module) is not None)
-
-
-def _substring_or_wildcard(entry: str, module: str) -> bool:
-    """Match a ModelOpt entry as vLLM does: a wildcard, or a plain substring."""
-    return entry in module or fnmatchcase(module, entry)
-
-
-_ENDLESS = re.compile(r"[*+}]\)*\)[*+{]")  # (a+)+ and its kin
-
-
-@lru_cache(maxsize=4096)
-def _pattern(text: str) -> re.Pattern[str]:
-    if _ENDLESS.search(text):
-        raise CheckpointError(f"the config ignores 're:{text[:100]}', a nested repetition that may match for ever")
-    try:
-        return re.compile(text)
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"the config ignores 're:{text[:100]}', which is not a valid pattern: {error}") from error
 
 
 def _ancestors(module: str) -> Iterator[str]:

@@ -115,13 +115,18 @@ def _sealed(opened: Opened) -> Iterator[Difference]:
 
 def _claimed(opened: Opened) -> Iterator[str]:
     """Check that the config calls every cast module NVFP4, and no other."""
-    for module in sorted(opened.selection.modules):
-        if not opened.claims.quantized(module):
-            yield f"{module} was cast, but the config does not say that it is NVFP4"
-    for tensor in opened.selection.untouched:
-        module = tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
-        matrix = module != tensor.name and len(tensor.shape) >= 2
-        # compressed-tensors describes other quantized groups by patterns of their own, beside `ignore`.
-        plain = tensor.dtype in UNQUANTIZED or not opened.claims.other_groups
-        if matrix and plain and opened.claims.quantized(module):
+    cast = opened.selection.modules
+    # compressed-tensors describes other quantized groups by patterns of their own, beside `ignore`.
+    others = [
+        tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
+        for tensor in opened.selection.untouched
+        if tensor.name.endswith((".weight", ".weight_packed"))
+        and len(tensor.shape) >= 2
+        and (tensor.dtype in UNQUANTIZED or not opened.claims.other_groups)
+    ]
+    claimed = opened.claims.quantized([*cast, *others])
+    for module in sorted(set(cast) - claimed):
+        yield f"{module} was cast, but the config does not say that it is NVFP4"
+    for module in others:
+        if module in claimed:
             yield f"{module} was not cast, but the config says that it is NVFP4"
