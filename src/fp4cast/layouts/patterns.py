@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 SECONDS = 5.0
+_WILD = frozenset("*?[")
 _SECONDS_PER_MATCH = 50e-6  # some hundred times what an ordinary pattern takes
 
 
@@ -43,10 +44,14 @@ def substrings_and_wildcards(entries: Iterable[str], modules: Sequence[str]) -> 
     Raises:
         PatternError: see there.
     """
-    entries, found = set(entries), set[str]()
-    end = time.monotonic() + _bound(len(entries), len(modules))
+    entries, found, text = set(entries), set[str](), "\n".join(modules)
+    # Most entries occur nowhere, which one search of the text tells; that takes less than 5 ns a character.
+    end = time.monotonic() + SECONDS + 5e-9 * len(entries) * len(text)
     for entry in entries:
-        found.update(module for module in modules if entry in module or fnmatchcase(module, entry))
+        if not _WILD.isdisjoint(entry):
+            found.update(module for module in modules if entry in module or fnmatchcase(module, entry))
+        elif entry in text:
+            found.update(module for module in modules if entry in module)
         if time.monotonic() > end:
             raise PatternError(f"the config ignores {len(entries)} patterns, too many for {len(modules)} modules")
     return found
