@@ -175,7 +175,7 @@ def test_a_group_that_is_no_object_is_an_error(source, tmp_path, group):
 def test_a_pattern_with_flags_that_contradict_each_other_is_an_error(miniatures, tmp_path):
     fp4cast.convert(miniatures["dense"], tmp_path / "dst", layout="compressed-tensors")
     edit_json(tmp_path / "dst" / "config.json", lambda c: c["quantization_config"]["ignore"].append("re:(?a)(?u)"))
-    with pytest.raises(CheckpointError, match=r"\(\?a\)\(\?u\).*pattern"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .*\(\?a\)\(\?u\).*pattern"):
         fp4cast.verify(miniatures["dense"], tmp_path / "dst")
 
 

@@ -171,10 +171,7 @@ def make_plan(
 
 def _check_claims(path: Path, config: Mapping[str, Any], modules: Sequence[str]) -> None:
     """Refuse now what verification would refuse once everything is written: `ignore` is taken from the source."""
-    try:
-        missed = sorted(set(modules) - read_claims(config).quantized(modules))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    missed = sorted(set(modules) - read_claims(config, path).quantized(modules))
     if missed:
         raise CheckpointError(
             f"{path}: `ignore` means {missed[0]}, which holds MXFP4 codes; expected other modules only"

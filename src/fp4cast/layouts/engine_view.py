@@ -6,9 +6,11 @@ This is the counterpart of the layouts' files: each of them writes its documents
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.formats import NV_BLOCK, Activations
@@ -27,6 +29,7 @@ class Claims:
         ignores: returns the modules that entries of `ignore` mean: (entries, modules).
         other_groups: modules in other formats have groups of their own, beside `ignore`.
         twin: hf_quant_config.json must say the same.
+        path: the config file, which errors name.
     """
 
     layout: str
@@ -36,6 +39,7 @@ class Claims:
     ignores: Callable[[Iterable[str], Sequence[str]], set[str]]
     other_groups: bool = False
     twin: bool = True
+    path: Path = Path(CONFIG)
 
     def quantized(self, modules: Iterable[str]) -> set[str]:
         """Those of the modules that an engine would load as NVFP4.
@@ -49,11 +53,15 @@ class Claims:
         try:
             return set(names) - self.ignores(self.ignore, names)
         except PatternError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(f"{self.path}: {error}") from error
 
 
-def read_claims(config: Mapping[str, Any]) -> Claims:
+def read_claims(config: Mapping[str, Any], path: Path = Path(CONFIG)) -> Claims:
     """Read the claims of a config.json.
+
+    Args:
+        config: what it holds.
+        path: the file, which errors name.
 
     Raises:
         UnsupportedError: it does not describe an NVFP4 checkpoint of a layout that fp4cast writes.
@@ -61,10 +69,10 @@ def read_claims(config: Mapping[str, Any]) -> Claims:
     section = find_quantization_config(config).section
     for clause in _CLAUSES:
         if (claims := clause(section)) is not None:
-            return claims
+            return replace(claims, path=path)
     raise UnsupportedError(
-        f"the config describes no NVFP4 checkpoint that fp4cast writes: quant_method {section.get('quant_method')!r}, "
-        f"quant_algo {section.get('quant_algo')!r}, format {section.get('format')!r}"
+        f"{path}: the config describes no NVFP4 checkpoint that fp4cast writes: quant_method "
+        f"{section.get('quant_method')!r}, quant_algo {section.get('quant_algo')!r}, format {section.get('format')!r}"
     )
 
 

@@ -27,7 +27,7 @@ def names_and_expressions(entries: Iterable[str], modules: Sequence[str]) -> set
     """The modules that entries mean for compressed-tensors: names, and regular expressions after `re:`.
 
     Raises:
-        PatternError: see there.
+        PatternError: an expression is not valid, or is not matched in time.
     """
     entries = set(entries)
     patterns = sorted(entry.removeprefix("re:") for entry in entries if entry.startswith("re:"))
@@ -42,7 +42,7 @@ def substrings_and_wildcards(entries: Iterable[str], modules: Sequence[str]) -> 
     """The modules that entries mean for vLLM's ModelOpt loader: substrings, and wildcards for the whole name.
 
     Raises:
-        PatternError: see there.
+        PatternError: there are too many for the time.
     """
     entries, found, text = set(entries), set[str](), "\n".join(modules)
     # Most entries occur nowhere, which one search of the text tells; that takes less than 5 ns a character.
@@ -57,12 +57,8 @@ def substrings_and_wildcards(entries: Iterable[str], modules: Sequence[str]) -> 
     return found
 
 
-def _bound(patterns: int, modules: int) -> float:
-    return SECONDS + _SECONDS_PER_MATCH * patterns * modules
-
-
 def _match(patterns: list[str], modules: Sequence[str]) -> list[list[int]]:
-    seconds = _bound(len(patterns), len(modules))
+    seconds = SECONDS + _SECONDS_PER_MATCH * len(patterns) * len(modules)
     command = [sys.executable, "-I", __file__]
     asked = json.dumps([patterns, list(modules)]).encode()
     try:

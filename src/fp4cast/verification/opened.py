@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
-from fp4cast.errors import CheckpointError, UnsupportedError, UsageError
+from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.families.family import Source
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import choose_target
@@ -47,10 +47,7 @@ def open_both(source: Path, destination: Path, config: str) -> Opened:
     """
     found = read_source(open_checkpoint(source))
     opened = open_checkpoint(destination, config)
-    try:
-        claims = read_claims(opened.config)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{destination / config}: {error}") from error
+    claims = read_claims(opened.config, destination / config)
     try:
         target = choose_target(found.family, claims.layout, claims.activations)
     except UsageError as error:
