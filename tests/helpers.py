@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from typer.testing import CliRunner
 import fp4cast
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.cli.app import app
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import targets_of
+from fp4cast.verification.receipt import Receipt
 
 
 def _targets(kind):
@@ -89,6 +92,16 @@ def interrupted(source, destination, after, **extra):
 
     with pytest.raises(Interrupted):
         fp4cast.convert(source, destination, progress=progress, jobs=1, **extra)
+
+
+def older(converted, path):
+    """A destination that an earlier conversion has written, of a model with another licence."""
+    shutil.copytree(converted["dense"], path)
+    (path / "LICENSE").write_text("older")
+    receipt = Receipt.read(path)
+    files = {**receipt.files, "LICENSE": checksum_of_path(path / "LICENSE")}
+    (path / "fp4cast.json").write_bytes(replace(receipt, files=files).to_bytes())
+    return path
 
 
 def flip(tensor: Tensor, bit: int) -> None:

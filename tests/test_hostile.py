@@ -25,6 +25,7 @@ from fp4cast.errors import (
     UnsupportedError,
     UsageError,
 )
+from fp4cast.verification.files import verify_files
 from helpers import interrupted, tree
 
 
@@ -202,10 +203,14 @@ def destination(converted, tmp_path):
 def test_a_receipt_cannot_make_verify_read_other_files(miniatures, destination):
     with (destination / "big.bin").open("wb") as file:
         file.truncate(20 << 30)
-    names = ["big.bin", "x" * 300, "../secret"]
-    edit_json(destination / "fp4cast.json", lambda r: r["documents"].update(dict.fromkeys(names, "0")))
-    report = fp4cast.verify(miniatures["dense"], destination)
-    assert sum("not a document of any layout" in each.detail for each in report.differences) == 3
+    (destination.parent / "secret").write_text("x")
+    names = ["big.bin", "x" * 300, "../secret", "/etc/hostname", "a\0b"]
+    noted = {"bytes": 1, "xxh3": "0" * 32}
+    edit_json(destination / "fp4cast.json", lambda r: r["files"].update(dict.fromkeys(names, noted)))
+    assert not fp4cast.verify(miniatures["dense"], destination).ok  # the receipt has changed; nothing else is read
+    said = {each.name: each.detail for each in verify_files(destination).differences}
+    assert said["big.bin"] == f"expected 1 bytes, got {20 << 30}"
+    assert sum("expected a path inside" in each.detail for each in verify_files(destination).differences) == 3
 
 
 def test_a_changed_companion_of_the_same_size_and_time_is_found_by_the_same_process(miniatures, destination):
@@ -290,4 +295,4 @@ def test_a_mark_that_is_no_text_is_another_plan(miniatures, tmp_path):
     (tmp_path / ".dst.fp4cast" / "plan").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DestinationError, match="other options"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst", resume=True)
-    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").exact
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst", restart=True).exact

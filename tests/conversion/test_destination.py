@@ -98,10 +98,10 @@ def test_without_a_receipt_that_lists_them_files_are_not_ours(miniatures, destin
 
 def test_the_error_for_foreign_files_does_not_recommend_to_overwrite_them(miniatures, destination):
     with pytest.raises(DestinationError, match="pass --overwrite"):
-        fp4cast.convert(miniatures["dense"], destination)
+        fp4cast.convert(miniatures["dense"], destination, layout="compressed-tensors")
     (destination / "notes.txt").write_text("x")
     with pytest.raises(DestinationError, match="holds files") as caught:
-        fp4cast.convert(miniatures["dense"], destination)
+        fp4cast.convert(miniatures["dense"], destination, layout="compressed-tensors")
     assert "--overwrite" not in str(caught.value)
 
 

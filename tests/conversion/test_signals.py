@@ -41,7 +41,7 @@ def started(source, destination):
 
 
 def finish(source, destination):
-    command = [sys.executable, "-m", "fp4cast", "convert", source, destination, "--resume", "--json"]
+    command = [sys.executable, "-m", "fp4cast", "convert", source, destination, "--json"]
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
@@ -54,7 +54,8 @@ def test_an_interrupted_process_leaves_nothing_loadable_and_resumes(miniatures, 
     assert not list(tmp_path.rglob("config.json"))
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert "--resume" in json.loads(out)["error"]["message"]
+        assert "run the same command again to go on" in json.loads(out)["error"]["message"]
+        assert f"rm -r {tmp_path}/.dst.fp4cast" in err
         assert "Traceback" not in err
     finish(miniatures["gpt-oss"], tmp_path / "dst")
     assert tree(tmp_path / "dst") == tree(converted["gpt-oss"])

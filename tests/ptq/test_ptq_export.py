@@ -293,7 +293,11 @@ def test_a_destination_that_is_there(source, tmp_path):
     export(model, tmp_path / "dst", source)
     with pytest.raises(DestinationError, match="--overwrite"):
         export(model, tmp_path / "dst", source)
-    (tmp_path / "dst/LICENSE").write_text("older")
+    before = (tmp_path / "dst/LICENSE").read_bytes()
+    (tmp_path / "dst/LICENSE").write_text("edited")
+    with pytest.raises(DestinationError, match="changed since fp4cast wrote them: LICENSE"):
+        export(model, tmp_path / "dst", source, overwrite=True)
+    (tmp_path / "dst/LICENSE").write_bytes(before)
     export(model, tmp_path / "dst", source, overwrite=True)
     assert (tmp_path / "dst/LICENSE").read_text() != "older"
     assert list(foreign_files(tmp_path / "dst")) == []

@@ -7,6 +7,7 @@ part of the model.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,21 +74,46 @@ class Checkpoint:
 
     def companions(self) -> Iterator[PurePosixPath]:
         """The model's files other than weights (tokenizer, code, licence): relative paths, sorted."""
-        for path in self._files():
-            relative = PurePosixPath(path.relative_to(self.path).as_posix())
+        for relative in walk(self.path):
+            path = self.path / relative
             skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
             skipped = skipped or relative.name.endswith(_SKIPPED_ENDINGS)
             hidden = any(part.startswith(".") for part in relative.parts)
             if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
-                check_link(self.path, path)
+                resolve_link(self.path, path)
                 yield relative
 
-    def _files(self) -> list[Path]:
-        """Everything below the directory, sorted."""
-        try:
-            return sorted(self.path.rglob("*"))
-        except RecursionError as error:
-            raise CheckpointError(f"{self.path}: its folders are nested too deeply") from error
+
+def walk(directory: Path) -> list[PurePosixPath]:
+    """Everything below a directory that is no folder: relative paths, sorted.
+
+    Raises:
+        CheckpointError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CheckpointError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    found: list[PurePosixPath] = []
+    try:
+        for folder, _, files in os.walk(directory, onerror=refuse):
+            here = PurePosixPath(Path(folder).relative_to(directory).as_posix())
+            found += [here / name for name in files]
+    except RecursionError as error:
+        raise CheckpointError(f"{directory}: its folders are nested too deeply") from error
+    return sorted(found)
+
+
+def companion_sizes(checkpoint: Checkpoint) -> dict[PurePosixPath, int]:
+    """The companions and their sizes in bytes.
+
+    Raises:
+        CheckpointError: one is a link that leads elsewhere, or cannot be examined.
+    """
+    try:
+        return {name: (checkpoint.path / name).stat().st_size for name in checkpoint.companions()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def stamp(checkpoint: Checkpoint) -> Stamps:
@@ -118,14 +144,14 @@ def check_stamps(checkpoint: Checkpoint, stamps: Stamps, work: str) -> None:
         )
 
 
-def check_link(root: Path, path: Path) -> None:
-    """Raise if a link leads out of the checkpoint, maybe to private files; the Hub cache's blobs are allowed.
+def resolve_link(root: Path, path: Path) -> Path:
+    """The file that a link leads to: one of the checkpoint's, or of the Hub cache's blobs; another may be private.
 
     Raises:
         CheckpointError: it leads elsewhere.
     """
     if not path.is_symlink():
-        return
+        return path
     roots = [root.resolve()]
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parent.parent / "blobs")
@@ -135,6 +161,7 @@ def check_link(root: Path, path: Path) -> None:
             f"{path}: is a link to {target}, outside of the checkpoint; expected a file inside. "
             "Replace the link with the file itself, or remove it."
         )
+    return target
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -231,7 +258,7 @@ def _open(path: Path, config: str) -> Checkpoint:
         raise CheckpointError(f"{path}: is not a directory")
     for name in (INDEX, config):
         if (path / name).exists():
-            check_link(path, path / name)
+            resolve_link(path, path / name)
     if (path / INDEX).exists():
         weights = _weight_map(path)
         files = sorted(set(weights.values()))
@@ -245,6 +272,8 @@ def _open(path: Path, config: str) -> Checkpoint:
             f"{path / INDEX}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}. "
             "Finish the download."
         )
+    for file in files:
+        resolve_link(path, path / file)
     shards = {file: read_header(path / file) for file in files}  # threads would only wait for each other
     if weights:
         _check_index(path, weights, shards)

@@ -15,7 +15,7 @@ import fp4cast
 from fp4cast.cli import model_commands
 from fp4cast.cli.console import exit_with, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
-from fp4cast.cli.display import show_demo, show_inspection, show_part, show_report
+from fp4cast.cli.display import show_demo, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.options import (
     Destination,
     Finish,
@@ -37,6 +37,7 @@ from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.errors import UsageError
 from fp4cast.parallel.engines import EngineName
 from fp4cast.parallel.progress import Progress
+from fp4cast.verification.files import verify_files
 from fp4cast.verification.report import Report
 
 app = typer.Typer(
@@ -86,6 +87,12 @@ class Rest(TypedDict):
     progress: Progress
 
 
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
+
+
 @app.command()
 def convert(
     source: Source,
@@ -98,7 +105,8 @@ def convert(
     engine: Where = "local",
     shards: Shards = None,
     finish: Finish = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
+    resume: Resume = False,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
     no_sync: Annotated[
@@ -106,8 +114,12 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published."""
-    refuse_together(shards, finish=finish, resume=resume, no_verify=no_verify, engine=engine, as_json=as_json)
+    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.
+
+    The same command goes on where an interrupted run has stopped.
+    """
+    alone = resume or restart
+    refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
     options = ConvertOptions(layout, activations, input_scales, inexact)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
@@ -119,7 +131,7 @@ def convert(
         )
         if finish:
             return job_array.finish(source, destination, options, **how)
-        return convert_checkpoint(source, destination, options, resume=resume, **how)
+        return convert_checkpoint(source, destination, options, resume=resume, restart=restart, **how)
 
     report = run_or_exit(as_json, work)
     if as_json:
@@ -155,7 +167,7 @@ def convert_part(
 
 
 def refuse_together(
-    shards: str | None, *, finish: bool, resume: bool, no_verify: bool, engine: EngineName, as_json: bool
+    shards: str | None, *, finish: bool, alone: bool, no_verify: bool, engine: EngineName, as_json: bool
 ) -> None:
     """Exit with 2 for options that cannot go together."""
     if shards is not None and no_verify:
@@ -164,22 +176,34 @@ def refuse_together(
         exit_with(
             UsageError("--shards writes a part, --finish publishes when all parts are written: pass one"), as_json, 2
         )
-    if resume and (shards is not None or finish):
-        exit_with(UsageError("a part resumes by itself; --resume is for a conversion in one process"), as_json, 2)
+    if alone and (shards is not None or finish):
+        exit_with(
+            UsageError("a part resumes by itself; --resume and --restart are for a conversion in one process"),
+            as_json,
+            2,
+        )
     if shards is not None and engine == "ray":
         exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
 
 @app.command()
 def verify(
-    source: Source,
-    destination: Annotated[str, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")],
+    source: Annotated[str, typer.Argument(metavar="[SRC]", help="The MXFP4 checkpoint; without it, DST alone.")],
+    destination: Annotated[
+        str | None, typer.Argument(metavar="DST", help="The NVFP4 checkpoint: a directory or a model id.")
+    ] = None,
     jobs: Jobs = None,
     engine: Where = "local",
     strict: Annotated[bool, typer.Option("--strict", help="A companion file that differs is a failure, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read SRC and DST and compare every value; say what differs, where and by how much."""
+    """Read SRC and DST and compare every value; say what differs, where and by how much.
+
+    With DST alone: compare the sizes and checksums of its files with its receipt, as after a copy.
+    """
+    if destination is None:
+        verify_copy(source, jobs, engine, strict=strict, as_json=as_json)
+        return
     report = run_or_exit(
         as_json,
         lambda meter: fp4cast.verify(
@@ -195,6 +219,22 @@ def verify(
         print_json(report.to_json())
     else:
         show_report(people_console(as_json), report, "verified")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def verify_copy(destination: str, jobs: int | None, engine: EngineName, *, strict: bool, as_json: bool) -> None:
+    """Run `verify DST`."""
+    report = run_or_exit(
+        as_json,
+        lambda meter: verify_files(
+            destination, jobs=jobs, engine=engine, strict=strict, progress=lambda n, total: meter("check", n, total)
+        ),
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_files(people_console(as_json), report)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import typer
@@ -35,7 +37,7 @@ def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
 def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
-        with meter_of(Console(stderr=True, highlight=False)) as meter:
+        with meter_of(Console(stderr=True, highlight=False)) as meter, saying(meter.console):
             return work(meter)
     except UsageError as error:
         exit_with(error, as_json, 2)
@@ -43,14 +45,29 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
         exit_with(error, as_json, 1)
     except OSError as error:
         exit_with(error, as_json, 1)
-    except KeyboardInterrupt:
-        exit_with(
-            KeyboardInterrupt(
-                "interrupted; nothing incomplete was published (convert: continue with --resume; a part: run it again)"
-            ),
-            as_json,
-            130,
-        )
+    except KeyboardInterrupt as error:
+        stopped = KeyboardInterrupt("interrupted")
+        for note in getattr(error, "__notes__", ()):
+            stopped.add_note(note)
+        exit_with(stopped, as_json, 130)
+
+
+@contextmanager
+def saying(console: Console) -> Iterator[None]:
+    """Print what the library logs, as sentences among the progress."""
+
+    class Sentences(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(f"[yellow]note:[/] {escape(printable(record.getMessage()))}", soft_wrap=True)
+
+    log, handler = logging.getLogger("fp4cast"), Sentences()
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
-from fp4cast.verification.report import InexactTensor, Report
+from fp4cast.verification.files import FilesReport
+from fp4cast.verification.report import Difference, InexactTensor, Report
 
 WINDOW = E_MAX - E_MIN
 _SHOWN = 8
@@ -127,11 +128,36 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     show_facts(console, f"{verb if report.ok else 'failed'} {report.destination}", rows)
     if report.inexact:
         console.print(show_inexact(report.inexact))
-    for difference in report.differences[:_SHOWN]:
+    for note in report.notes:
+        console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
+    _show_differences(console, report.differences)
+
+
+def show_files(console: Console, report: FilesReport) -> None:
+    """Print whether a destination's files are as they were written."""
+    claims = f"{report.facts.get('layout')} {str(report.facts.get('activations')).upper()}"
+    if "exact" in report.facts:
+        claims += ", exact" if report.facts["exact"] is True else ", not exact"
+    rows = [
+        (
+            "files",
+            f"{report.files} files, {format_bytes(report.bytes)}, compared with the receipt's sizes and checksums",
+        ),
+        ("receipt", f"{escape(printable(claims))}; `fp4cast verify SRC DST` compares every value"),
+        ("time", f"{report.seconds:.1f} s, {format_bytes(report.bytes / max(report.seconds, 1e-9))}/s"),
+    ]
+    if wrong := sum(difference.area != "companions" for difference in report.differences):
+        rows.insert(1, ("damage", f"[red]WRONG[/]: {wrong} files are not as they were written"))
+    show_facts(console, f"{'as written' if report.ok else 'damaged'} {report.destination}", rows)
+    _show_differences(console, report.differences)
+
+
+def _show_differences(console: Console, differences: Sequence[Difference]) -> None:
+    for difference in differences[:_SHOWN]:
         style = "yellow" if difference.area == "companions" else "red"
         console.print(f"[{style}]differs[/] {escape(printable(str(difference)))}", soft_wrap=True)
-    if len(report.differences) > _SHOWN:
-        console.print(f"and {len(report.differences) - _SHOWN} more")
+    if len(differences) > _SHOWN:
+        console.print(f"and {len(differences) - _SHOWN} more")
 
 
 def _weights_sentence(report: Report) -> str:

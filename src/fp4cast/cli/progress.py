@@ -25,6 +25,7 @@ _PHASES = {
     "calibrate": "calibrating",
     "layers": "calibrating",
     "write": "writing",
+    "check": "checking",
     "verify": "verifying",
 }
 _COUNTED = {"calibrate": "samples", "layers": "layers"}  # phases whose amounts are not bytes

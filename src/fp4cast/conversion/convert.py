@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.destination import check_destination, real_path
+from fp4cast.conversion.complete import complete
+from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import publish
 from fp4cast.conversion.staging import staging
+from fp4cast.errors import UsageError
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore
@@ -30,12 +32,16 @@ def convert(
     jobs: int | None = None,
     engine: str = "local",
     resume: bool = False,
+    restart: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     sync: bool = True,
     progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one.
+
+    What an interrupted run of the same source and options has finished is kept. Where `dst` is complete already, every
+    value of it is compared, and nothing is written.
 
     Args:
         src: a directory, or a Hugging Face model id.
@@ -47,7 +53,8 @@ def convert(
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
-        resume: continue an interrupted conversion of the same source and options.
+        resume: refuse to begin anew where an interrupted conversion had another source or other options.
+        restart: begin anew, whatever an interrupted conversion has finished.
         overwrite: replace an existing `dst`, once the new one is complete.
         verify: read everything again and compare every value before `dst` is published.
         sync: wait until everything is on the disk before `dst` is published: a power cut then loses nothing.
@@ -67,6 +74,7 @@ def convert(
         jobs=jobs,
         engine=engine,
         resume=resume,
+        restart=restart,
         overwrite=overwrite,
         verify=verify,
         sync=sync,
@@ -82,6 +90,7 @@ def convert_checkpoint(
     jobs: int | None,
     engine: str,
     resume: bool,
+    restart: bool,
     overwrite: bool,
     verify: bool,
     sync: bool,
@@ -89,12 +98,17 @@ def convert_checkpoint(
 ) -> Report:
     """Like `convert`, with its options in one object."""
     begin, worker = time.monotonic(), make_engine(engine, jobs)
-    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    if resume and restart:
+        raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
+    destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
+    look = not restart and (resume or not overwrite)
+    if look and (done := complete(plan, destination, worker, overwrite=overwrite, progress=progress)):
+        return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
-        stage.adopt(plan.fingerprint, resume=resume)
+        stage.adopt(plan.fingerprint, resume=resume, restart=restart)
         stage.check_space(plan.sizes)
         total = plan.write_bytes
-        tallies = execute(
+        shards = execute(
             plan.shards,
             stage.out,
             fingerprint=plan.fingerprint,
@@ -105,15 +119,15 @@ def convert_checkpoint(
         )
         check_unchanged(plan)
         report = publish(
-            plan, stage, tallies, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
+            plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
         )
     return replace(report, seconds=time.monotonic() - begin)
 
 
 def prepare(
-    src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, overwrite: bool, progress: Progress
+    src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, progress: Progress
 ) -> tuple[Path, Plan]:
     """(DST without links, the plan): everything that is decided before a byte is written; arguments as in `convert`."""
     source, destination = resolve(src), real_path(dst)
-    check_destination(source, destination, overwrite=overwrite)
+    check_place(source, destination)
     return destination, make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))

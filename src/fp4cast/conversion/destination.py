@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.verification.receipt import Receipt
@@ -26,24 +27,38 @@ def real_path(path: str | Path) -> Path:
         raise DestinationError(f"{str(path)[:200]}: is not a usable path: {error}") from error
 
 
-def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that overlaps the source, or that must not be replaced.
+def check_place(source: Path, destination: Path) -> None:
+    """Refuse a destination that overlaps the source, or that no option allows to replace.
 
-    It runs twice: before any work, so that nobody waits for a refusal, and again under the lock of `staging`.
+    It runs before any work, so that nobody waits for a refusal, and again as a part of `check_destination`.
 
     Raises:
         DestinationError: the message says what is there and what to do.
     """
+    _refuse(destination, lambda: _objection(source.resolve(), destination))
+
+
+def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
+    """Like `check_place`; refuse what must not be replaced, too.
+
+    Raises:
+        DestinationError: the message says what is there and what to do.
+    """
+    check_place(source, destination)
+    _refuse(destination, lambda: _replacement(destination, overwrite))
+
+
+def _refuse(destination: Path, objections: Callable[[], str]) -> None:
     try:
-        objection = _objection(source.resolve(), destination, overwrite)
+        objection = objections()
     except (OSError, RuntimeError) as error:
         objection = f"cannot be examined: {getattr(error, 'strerror', None) or error}"
     if objection:
         raise DestinationError(f"{destination}: {objection}")
 
 
-def _objection(source: Path, destination: Path, overwrite: bool) -> str:
-    if source == destination or source in destination.parents or destination in source.parents:
+def _objection(source: Path, destination: Path) -> str:
+    if _overlap(source, destination):
         return f"must lie apart from the source {source}"
     if not destination.exists():
         return ""
@@ -58,11 +73,48 @@ def _objection(source: Path, destination: Path, overwrite: bool) -> str:
         return "holds the home directory, so it cannot be replaced; name a directory inside it"
     if not any(destination.iterdir()):
         return ""
-    foreign = list(islice(foreign_files(destination), _SHOWN + 1))
-    if foreign:
-        shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
+    return "" if (destination / RECEIPT).exists() else _foreign(destination)
+
+
+def _foreign(destination: Path) -> str:
+    if shown := _some(foreign_files(destination)):
         return f"holds files that fp4cast did not write: {shown}; move them away, or name another directory"
-    return "" if overwrite else "exists and holds a checkpoint by fp4cast; pass --overwrite to replace it"
+    return ""
+
+
+def _replacement(destination: Path, overwrite: bool) -> str:
+    if not destination.exists() or not any(destination.iterdir()):
+        return ""
+    if objection := _foreign(destination):
+        return objection
+    if not overwrite:
+        return "exists and holds another checkpoint by fp4cast; pass --overwrite to replace it"
+    if shown := _some(edited_files(destination)):
+        return f"holds files that were changed since fp4cast wrote them: {shown}; move them away first"
+    return ""
+
+
+def _some(files: Iterator[str]) -> str:
+    first = list(islice(files, _SHOWN + 1))
+    return ", ".join(first[:_SHOWN]) + (", ..." if len(first) > _SHOWN else "")
+
+
+def _overlap(source: Path, destination: Path) -> bool:
+    """Whether one holds the other, or is it; inodes tell it even where a directory is mounted twice."""
+    if source == destination or source in destination.parents or destination in source.parents:
+        return True
+    there = [path for path in (destination, *destination.parents) if path.exists()]
+    return any(path.samefile(source) for path in there) or (
+        destination.exists() and any(path.samefile(destination) for path in source.parents)
+    )
+
+
+def edited_files(destination: Path) -> Iterator[str]:
+    """The small files of a destination that are no longer what its receipt lists: people edit cards and configs."""
+    for name, noted in sorted(Receipt.read(destination).files.items()):
+        path = destination / name
+        if path.suffix != ".safetensors" and path.is_file() and checksum_of_path(path) != noted:
+            yield name
 
 
 def foreign_files(destination: Path) -> Iterator[str]:

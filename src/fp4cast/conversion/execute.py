@@ -1,7 +1,7 @@
 """Execute a Plan, shard by shard, without further decisions.
 
-A shard is written under a temporary name and renamed when it is whole; a note of its figures marks it as finished.
-Any number of workers, on any number of machines, write the same bytes.
+A shard is written under a temporary name and renamed when it is whole; a note of its figures and its checksum marks it
+as finished. Any number of workers, on any number of machines, write the same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,14 +19,44 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4cast.checkpoints.byte_ranges import Files, sync_path, write_all, write_whole
+from fp4cast.checkpoints.byte_ranges import File, Files, sync_path, write_all, write_whole
+from fp4cast.checkpoints.checksums import Checksum, checksum
 from fp4cast.conversion.recipe import CodesOf, OutputShard
 from fp4cast.conversion.tasks import Piece, pieces
 from fp4cast.conversion.writer import Tallies, Tally, Writer
-from fp4cast.errors import DestinationError
+from fp4cast.errors import DestinationError, Fp4CastError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.workers import Workers
+from fp4cast.verification.receipt import is_sealed, sealed
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is known of a finished shard.
+
+    Attributes:
+        tallies: by module, a `Tally` of each tensor whose codes had to be read.
+        checksum: of the file, taken when it was written.
+        kept: an earlier run had finished it.
+        damage: why what an earlier run had finished was written again; empty if nothing was.
+    """
+
+    tallies: Tallies
+    checksum: Checksum
+    kept: bool = False
+    damage: str = ""
+
+
+class DamageError(Exception):
+    """What lies there is not what was written."""
+
+
+def tallies_of(shards: Iterable[Finished]) -> Tallies:
+    """The tallies of all shards, by module."""
+    return {module: tally for shard in shards for module, tally in shard.tallies.items()}
 
 
 def execute(
@@ -36,7 +68,7 @@ def execute(
     engine: Engine,
     sync: bool = True,
     progress: Advance = ignore,
-) -> Tallies:
+) -> dict[str, Finished]:
     """Write shards of a plan into `directory`.
 
     Args:
@@ -49,27 +81,29 @@ def execute(
         progress: called with the number of bytes just written, maybe from worker threads.
 
     Returns:
-        By module, a `Tally` of each tensor whose codes had to be read.
+        What is known of each shard, by its file's name.
     """
-    tallies: Tallies = {}
-    for measured in engine.map(FinishShard(fingerprint, directory, state, sync), list(shards), progress):
-        tallies |= measured
-    return tallies
+    todo, work = list(shards), FinishShard(fingerprint, directory, state, sync)
+    found: dict[str, Finished] = {}
+    for shard, finished in zip(todo, engine.map(work, todo, progress), strict=True):
+        if finished.damage:
+            LOG.warning("%s; it was written again", finished.damage)
+        found[shard.file] = finished
+    return found
 
 
-def finished(
-    shards: Iterable[OutputShard], directory: Path, *, fingerprint: str, state: Path
-) -> tuple[Tallies, list[str]]:
-    """(tallies from earlier runs, files that no run has finished)."""
-    tallies: Tallies = {}
-    missing: list[str] = []
-    earlier = FinishShard(fingerprint, directory, state)
-    for shard in shards:
-        known = earlier.known(shard)
-        tallies |= known or {}
-        if known is None:
-            missing.append(shard.file)
-    return tallies, missing
+def find_finished(
+    shards: Iterable[OutputShard],
+    directory: Path,
+    *,
+    fingerprint: str,
+    state: Path,
+    engine: Engine,
+    progress: Advance = ignore,
+) -> dict[str, Finished | str]:
+    """What is known of each shard, by its file's name; a sentence for one that is not finished. Nothing is written."""
+    todo, work = list(shards), FindShard(FinishShard(fingerprint, directory, state))
+    return dict(zip([shard.file for shard in todo], engine.map(work, todo, progress), strict=True))
 
 
 @dataclass(frozen=True)
@@ -88,49 +122,92 @@ class FinishShard:
     state: Path
     sync: bool = True
 
-    def __call__(self, shard: OutputShard, pool: Workers) -> Tallies:
-        """Write the shard; returns a `Tally` of each tensor whose codes had to be read, by module."""
-        if (known := self.known(shard)) is not None:
-            pool.advance(shard.layout.size)
-            return known
+    def __call__(self, shard: OutputShard, pool: Workers) -> Finished:
+        """Write the shard, if need be."""
+        damage = ""
+        try:
+            if (known := self.known(shard, pool)) is not None:
+                pool.advance(shard.layout.size)
+                return known
+        except DamageError as error:
+            damage = str(error)
         # Each attempt has its own name: an attempt that a cluster took for dead may still be writing.
         partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
         with _writing(self.directory / shard.file):
             tallies = write_shard(shard, partial, pool.advance, pool)
-            if self.sync:
-                with contextlib.suppress(FileNotFoundError):  # see `_publish`
+            with contextlib.suppress(FileNotFoundError):  # see `_publish`
+                if self.sync:
                     sync_path(partial)  # before its note says that it is finished
-            return self._publish(shard, partial, tallies)
+            return self._publish(shard, partial, tallies, pool, damage)
 
-    def known(self, shard: OutputShard) -> Tallies | None:
-        """The tallies from an earlier run's note of a shard; None if no run finished it, or the note is damaged."""
+    def known(self, shard: OutputShard, pool: Workers) -> Finished | None:
+        """What an earlier run noted of a shard that it finished; None if no run of this plan did.
+
+        Raises:
+            DamageError: the note, or the file that it speaks of, is not as it was written.
+        """
+        path = self.state / f"{shard.file}.done"
         try:
-            if (self.directory / shard.file).stat().st_size != shard.layout.size:
-                return None
-            note = json.loads(self._note(shard).read_bytes())
-            if note["plan"] != self.fingerprint:
-                return None
+            note = json.loads(path.read_bytes())
             tallies = {module: Tally(**tally) for module, tally in note["tallies"].items()}
-            return tallies if _possible(shard, tallies) else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            noted, plan = Checksum(*note["checksum"]), note["plan"]
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise DamageError(f"{path}: is damaged") from None
+        if not is_sealed(note) or not _possible(shard, tallies):
+            raise DamageError(f"{path}: is damaged")
+        if plan != self.fingerprint:
+            return None
+        self._check(self.directory / shard.file, noted, pool)
+        return Finished(tallies, noted, kept=True)
 
-    def _note(self, shard: OutputShard) -> Path:
-        return self.state / f"{shard.file}.done"
+    def _check(self, path: Path, noted: Checksum, pool: Workers) -> None:
+        """Raise if a finished shard is not, byte for byte, what was written."""
+        try:
+            with File(path, os.O_NOFOLLOW) as file:
+                regular = stat.S_ISREG(os.fstat(file.fd).st_mode)
+                actual = checksum(file, pool.map, lambda _: pool.check()) if regular else None
+        except Fp4CastError as error:
+            raise DamageError(str(error)) from error
+        if actual != noted:
+            raise DamageError(f"{path}: expected {noted}, got {actual or 'no regular file'}")
 
-    def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies) -> Tallies:
+    def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies, pool: Workers, damage: str) -> Finished:
         """Rename a written shard to its final name, write its note, and clear other attempts away."""
         try:
+            with File(partial) as file:
+                noted = checksum(file, pool.map, lambda _: pool.check())
             partial.replace(self.directory / shard.file)
-        except FileNotFoundError:
-            if (known := self.known(shard)) is None:
+        except (FileNotFoundError, Fp4CastError):
+            if partial.exists() or (known := self.known(shard, pool)) is None:
                 raise
             return known  # another attempt was faster, and has cleared this one away
-        figures = {module: asdict(tally) for module, tally in tallies.items()}
-        write_whole(self._note(shard), json.dumps({"plan": self.fingerprint, "tallies": figures}).encode())
+        note = {
+            "plan": self.fingerprint,
+            "checksum": noted,
+            "tallies": {module: asdict(tally) for module, tally in tallies.items()},
+        }
+        write_whole(self.state / f"{shard.file}.done", json.dumps(sealed(note)).encode())
         for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
             left.unlink(missing_ok=True)
-        return tallies
+        return Finished(tallies, noted, damage=damage)
+
+
+@dataclass(frozen=True)
+class FindShard:
+    """Say what is known of a shard, and write nothing."""
+
+    earlier: FinishShard
+
+    def __call__(self, shard: OutputShard, pool: Workers) -> Finished | str:
+        """What is known, or a sentence that says why the shard is not finished."""
+        try:
+            return self.earlier.known(shard, pool) or "no part has written it"
+        except DamageError as error:
+            return str(error)
+        finally:
+            pool.advance(shard.layout.size)
 
 
 def _possible(shard: OutputShard, tallies: Tallies) -> bool:
@@ -150,9 +227,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_shard(shard: OutputShard, path: Path, progress: Advance, pool: Workers) -> Tallies:
-    """Write a whole shard under a name that does not exist yet."""
+    """Write a whole shard under a name that does not exist yet, as private as the source's."""
     tallies: Tallies = {}
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, shard.mode)
     try:
         with Files() as files:
             os.ftruncate(target, shard.layout.size)

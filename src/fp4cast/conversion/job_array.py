@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fp4cast.conversion.complete import complete
 from fp4cast.conversion.convert import prepare
-from fp4cast.conversion.execute import execute, finished
-from fp4cast.conversion.plan import ConvertOptions, check_unchanged
+from fp4cast.conversion.execute import Finished, execute, find_finished
+from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
 from fp4cast.conversion.publish import publish
-from fp4cast.conversion.staging import staging
+from fp4cast.conversion.staging import Staging, staging
 from fp4cast.errors import DestinationError, UsageError
-from fp4cast.parallel.engines import make_engine
+from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
 
@@ -101,7 +102,7 @@ def convert_part(
     """
     begin = time.monotonic()
     parse_part(f"{part}/{parts}")
-    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
     shards = plan.shards[part - 1 :: parts]
     total = sum(shard.layout.size for shard in shards)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True, sync=sync) as stage:
@@ -152,19 +153,39 @@ def finish(
     """
     begin = time.monotonic()
     worker = make_engine(engine, jobs)
-    destination, plan = prepare(src, dst, options, jobs=jobs, overwrite=overwrite, progress=progress)
+    destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
+    if not overwrite and (done := complete(plan, destination, worker, overwrite=False, progress=progress)):
+        return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
         stage.join(plan.fingerprint, first=False)
-        tallies, missing = finished(plan.shards, stage.out, fingerprint=plan.fingerprint, state=stage.state)
-        if missing:
-            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-            raise DestinationError(
-                f"{stage.state}: {len(missing)} of {len(plan.shards)} shards are not finished: {shown}; "
-                "run their parts (--shards i/n) again, then --finish"
-            )
-        stage.keep_only(plan.sizes)
+        shards = _written(plan, stage, worker, progress)
+        stage.keep_only(shards)
         check_unchanged(plan)
         report = publish(
-            plan, stage, tallies, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
+            plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
         )
     return replace(report, seconds=time.monotonic() - begin)
+
+
+def _written(plan: Plan, stage: Staging, engine: Engine, progress: Progress) -> dict[str, Finished]:
+    """What the parts noted of their shards; every file is what was noted.
+
+    Raises:
+        DestinationError: some are not finished.
+    """
+    found = find_finished(
+        plan.shards,
+        stage.out,
+        fingerprint=plan.fingerprint,
+        state=stage.state,
+        engine=engine,
+        progress=lambda n: progress("check", n, plan.write_bytes),
+    )
+    missing = [f"{name} ({why})" for name, why in found.items() if isinstance(why, str)]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise DestinationError(
+            f"{stage.state}: {len(missing)} of {len(plan.shards)} shards are not finished: {shown}; "
+            "run their parts (--shards i/n) again, then --finish"
+        )
+    return {name: shard for name, shard in found.items() if isinstance(shard, Finished)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from fp4cast.casting.inexact import check_inexact
-from fp4cast.checkpoints.directory import CONFIG, Stamps, check_stamps, gc_paused, open_checkpoint, stamp
+from fp4cast.checkpoints.directory import (
+    CONFIG,
+    Stamps,
+    check_stamps,
+    companion_sizes,
+    gc_paused,
+    open_checkpoint,
+    stamp,
+)
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
@@ -66,7 +74,7 @@ class Plan:
         domains: the scale domains that are cast, with their tensor scales.
         shards: the files to write.
         documents: the other files to write, as bytes by name; config.json among them.
-        companions: the files to carry along, relative to the source.
+        companions: the files to carry along, relative to the source, and their sizes.
         stamps: the source's, when the plan was made.
     """
 
@@ -76,7 +84,7 @@ class Plan:
     domains: tuple[Domain, ...]
     shards: tuple[OutputShard, ...]
     documents: Mapping[str, bytes]
-    companions: tuple[PurePosixPath, ...]
+    companions: Mapping[PurePosixPath, int]
     stamps: Stamps
 
     @property
@@ -86,13 +94,13 @@ class Plan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of every shard by its name."""
-        return {shard.file: shard.layout.size for shard in self.shards}
+        """Bytes of every large file to write by its name: shards and companions."""
+        companions = {str(name): size for name, size in self.companions.items()}
+        return companions | {shard.file: shard.layout.size for shard in self.shards}
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of all source shards."""
-        return sum(shard.size for shard in self.source.checkpoint.shards.values())
+    def read_by(self, files: Collection[str]) -> int:
+        """Bytes of the source's counterparts of some shards."""
+        return sum(shard.size for file, shard in self.source.checkpoint.shards.items() if file in files)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,7 +172,7 @@ def make_plan(
         domains=domains,
         shards=shards,
         documents=index(shards) | {name: json_bytes(document) for name, document in files.items()},
-        companions=tuple(source.checkpoint.companions()),
+        companions=companion_sizes(source.checkpoint),
         stamps=stamps,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
+from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.staging import Staging
-from fp4cast.conversion.writer import Tallies
 from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
@@ -20,7 +22,7 @@ from fp4cast.verification.verify import verify_checkpoint
 def publish(
     plan: Plan,
     stage: Staging,
-    tallies: Tallies,
+    shards: Mapping[str, Finished],
     destination: str,
     *,
     engine: Engine,
@@ -33,7 +35,7 @@ def publish(
     Args:
         plan: the plan that was executed.
         stage: the working directory that holds the shards.
-        tallies: the figures measured while writing.
+        shards: what was noted of each shard, by its file's name.
         destination: its name, for the report.
         engine: runs the verification.
         verify: compare every value first.
@@ -43,26 +45,26 @@ def publish(
     Raises:
         VerificationError: a value differs; nothing is published, and the next run writes every shard again.
     """
-    report = _report(plan, destination, tallies)
-    stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint.path)
-    (stage.out / RECEIPT).write_bytes(_receipt(plan, stage, report).to_bytes())
+    report = _report(plan, destination, shards)
+    files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint)
+    files |= {name: shard.checksum for name, shard in shards.items()}
+    stage.write_receipt(RECEIPT, _receipt(plan, stage, report, files).to_bytes())
     if verify:
         report = _verified(plan, stage, report, engine, lambda n, of: progress("verify", n, of))
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     return report
 
 
-def _receipt(plan: Plan, stage: Staging, report: Report) -> Receipt:
-    """The receipt: what was made, and digests that identify rounded tensors and input scales."""
+def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checksum]) -> Receipt:
+    """The receipt: what was made, digests that identify rounded tensors and input scales, checksums of all files."""
     target, modules, w4a4 = plan.target, plan.selection.modules, plan.target.activations == "w4a4"
     written = open_checkpoint(stage.out, stage.config).tensors if report.inexact or w4a4 else {}
     digests = {tensor.name: weight_digest(target.names(tensor.name), written) for tensor in report.inexact}
     return Receipt.of(
         report,
         digests=digests,
-        documents=plan.documents,
         input_scales=input_scales_digest(target.form, modules, written) if w4a4 else None,
-        files=[*plan.sizes, *map(str, plan.companions)],
+        files=files,
     )
 
 
@@ -76,11 +78,14 @@ def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progre
             f"{report.destination}: the result differs from {source} in {len(found.differences)} places; "
             f"nothing was published:\n{shown}"
         )
-    return replace(found, destination=report.destination, bytes=report.bytes)
+    return replace(found, destination=report.destination, bytes=report.bytes, notes=(*report.notes, *found.notes))
 
 
-def _report(plan: Plan, destination: str, tallies: Tallies) -> Report:
-    """The report of a conversion, from figures measured while writing."""
+def _report(plan: Plan, destination: str, shards: Mapping[str, Finished]) -> Report:
+    """The report of a conversion, from figures measured while writing; bytes are those that this run moved."""
+    tallies = tallies_of(shards.values())
+    written = {name for name, shard in shards.items() if not shard.kept}
+    kept = f"{len(shards) - len(written)} of {len(shards)} shards had been finished before, and were kept"
     elements = {pair.module: pair.elements for pair in plan.selection.cast}
     inexact: list[InexactTensor] = [
         inexact_tensor(name, t.rounded, elements[name], t.squared_error, t.max_error, t.energy)
@@ -97,5 +102,6 @@ def _report(plan: Plan, destination: str, tallies: Tallies) -> Report:
         half_blocks={"verbatim": verbatim, "shifted": shifted, "rounded": rounded},
         inexact=inexact,
         marlin_exact=all(domain.marlin_exact for domain in plan.domains),
-        bytes={"read": plan.read_bytes, "written": plan.write_bytes},
+        bytes={"read": plan.read_by(written), "written": sum(shards[name].checksum.bytes for name in written)},
+        notes=[kept] if len(written) < len(shards) else [],
     )

@@ -97,11 +97,19 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file of the destination, with every offset known."""
+    """One file of the destination, with every offset known.
+
+    Attributes:
+        file: its name.
+        outputs: its tensors, in the order of their bytes.
+        layout: its header and its offsets.
+        mode: its permissions, before the umask: those of its counterpart, so that a private model stays private.
+    """
 
     file: str
     outputs: tuple[Output, ...]
     layout: FileLayout
+    mode: int = 0o666
 
 
 def nvfp4(
@@ -161,7 +169,8 @@ def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
     # transformers refuses a file that does not say which framework's names it uses.
     metadata = {"format": "pt"} | dict(shard.metadata)
     placed = lay_out(((output.name, output.dtype, output.shape) for output in outputs), metadata)
-    return OutputShard(file, tuple(sorted(outputs, key=lambda output: placed.offsets[output.name])), placed)
+    ordered = tuple(sorted(outputs, key=lambda output: placed.offsets[output.name]))
+    return OutputShard(file, ordered, placed, shard.path.stat().st_mode & 0o666 | 0o600)
 
 
 def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:

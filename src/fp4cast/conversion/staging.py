@@ -1,13 +1,13 @@
 """Build the destination beside DST and publish it with one rename: an interruption never leaves a loadable half.
 
-The working directory is `.DST.fp4cast`, beside DST. It holds `out/`, which one rename turns into DST; the lock, the
-plan's fingerprint, unfinished shards and a note for each finished one; config.json, without which no engine loads a
-directory, until everything else is complete and verified; and an older DST, until the new one is in place.
+The working directory holds `out/`, which one rename turns into DST; the lock, the plan's fingerprint, unfinished shards
+and a note for each finished one; config.json, without which no engine loads a directory, until everything else is
+complete and verified; and an older DST, until the new one is in place.
 """
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,12 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fp4cast.checkpoints.byte_ranges import exchange, sync_path, write_whole
-from fp4cast.checkpoints.directory import CONFIG
-from fp4cast.conversion.destination import check_destination
-from fp4cast.errors import DestinationError, Fp4CastError
+import numpy as np
 
+from fp4cast.checkpoints.byte_ranges import File, copy_range, exchange, sync_path, write_all, write_whole
+from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_bytes
+from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
+from fp4cast.conversion.destination import check_destination
+from fp4cast.conversion.working_directory import alone, clear, describe, enter, remove, state_of
+from fp4cast.errors import CheckpointError, DestinationError
+
+LOG = logging.getLogger(__name__)
 FREE_MARGIN = 64 << 20
+ONCE = "once "  # begins the fingerprint of work that cannot be resumed
 
 
 @dataclass(frozen=True)
@@ -41,22 +47,33 @@ class Staging:
     config: str = f"../{CONFIG}"
     sync: bool = True
 
-    def adopt(self, fingerprint: str, *, resume: bool) -> None:
-        """With `resume`, keep an earlier run's finished shards of the same plan; delete everything else that it left.
+    def adopt(self, fingerprint: str, *, resume: bool = False, restart: bool = False) -> None:
+        """Keep an earlier run's finished shards of the same plan, and say so; delete everything else that it left.
+
+        Args:
+            fingerprint: the plan's.
+            resume: the caller expects an earlier run of the same plan, if any.
+            restart: keep nothing.
 
         Raises:
-            DestinationError: `resume`, and the earlier run belongs to another plan.
+            DestinationError: there is an earlier run of another plan, and it is not the caller's wish to lose it.
         """
         mark = self.state / "plan"
         before = mark.read_text(errors="replace") if mark.exists() else ""
-        if resume and before and before != fingerprint:
+        notes = {note.name for note in self.state.glob("*.done")}
+        if before != fingerprint and before and not restart and (resume or (notes and not before.startswith(ONCE))):
             raise DestinationError(
                 f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
-                "run without --resume to start afresh"
+                "give the options of before, or --restart to begin anew"
             )
-        notes = {note.name for note in self.state.glob("*.done")} if resume and before else set()
-        _clear(self.state, keep=notes | {"lock", "out"})
-        _clear(self.out, keep={note.removesuffix(".done") for note in notes})
+        if before != fingerprint or restart:
+            notes = set()
+        if notes:
+            LOG.warning(
+                "%s: %d finished shards of an earlier run are kept; --restart begins anew", self.state, len(notes)
+            )
+        clear(self.state, keep=notes | {"lock", "out"})
+        clear(self.out, keep={note.removesuffix(".done") for note in notes})
         write_whole(mark, fingerprint.encode())
 
     def join(self, fingerprint: str, *, first: bool = True) -> None:
@@ -98,7 +115,7 @@ class Staging:
 
     def keep_only(self, files: Iterable[str]) -> None:
         """Delete everything in `out` but these files."""
-        _clear(self.out, keep=set(files))
+        clear(self.out, keep=set(files))
 
     def forget_shards(self) -> None:
         """Make the next run write every shard again."""
@@ -106,20 +123,42 @@ class Staging:
             note.unlink()
 
     def write_documents(
-        self, documents: Mapping[str, bytes], companions: Iterable[PurePosixPath], source: Path
-    ) -> None:
-        """Write everything beside the shards; config.json waits outside.
+        self, documents: Mapping[str, bytes], companions: Mapping[PurePosixPath, int], source: Checkpoint
+    ) -> dict[str, Checksum]:
+        """Write everything beside the shards, as private as it is in the source; config.json waits outside.
 
         Args:
             documents: bytes by file name.
-            companions: files to carry along, relative to the source.
-            source: its directory.
+            companions: files to carry along, relative to the source, and their sizes.
+            source: the checkpoint that they belong to.
+
+        Returns:
+            The checksum of each, by its name in DST.
         """
+        found: dict[str, Checksum] = {}
+        mode = (source.path / CONFIG).stat().st_mode & 0o666 | 0o600
         for name, data in documents.items():
-            (self.out / (self.config if name == CONFIG else name)).write_bytes(data)
-        for companion in companions:
-            (self.out / companion).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / companion, self.out / companion)
+            self._write(self.config if name == CONFIG else name, data, mode)
+            found[name] = checksum_of_bytes(data)
+        for companion, size in companions.items():
+            self._folders(companion, source.path)
+            found[str(companion)] = _copy(source.path, companion, size, self.out / companion)
+        return found
+
+    def write_receipt(self, name: str, data: bytes) -> None:
+        """Write the receipt, as public as the configs."""
+        self._write(name, data, (self.state / CONFIG).stat().st_mode)
+
+    def _write(self, name: str, data: bytes, mode: int) -> None:
+        target = os.open(self.out / name, _CREATE, mode)
+        try:
+            write_all(target, 0, np.frombuffer(data, np.uint8))
+        finally:
+            os.close(target)
+
+    def _folders(self, companion: PurePosixPath, source: Path) -> None:
+        for folder in reversed(companion.parents[:-1]):
+            (self.out / folder).mkdir(mode=(source / folder).stat().st_mode & 0o777 | 0o700, exist_ok=True)
 
     def publish(self, source: Path, *, overwrite: bool) -> None:
         """Publish DST: move config.json in, put `out` in DST's place in one step, and delete the rest."""
@@ -133,7 +172,7 @@ class Staging:
                 self.destination.rmdir()  # fails where somebody has put something into it meanwhile
             self.out.rename(self.destination)
         self._sync(self.destination.parent)
-        shutil.rmtree(self.state, ignore_errors=True)
+        remove(self.state)
 
     def _sync(self, *paths: Path) -> None:
         """Wait until these are on the disk; a power cut afterwards loses nothing of them."""
@@ -153,13 +192,26 @@ class Staging:
             raise
 
 
-def _clear(directory: Path, keep: set[str]) -> None:
-    for path in directory.iterdir():
-        if path.name not in keep:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
+    """Copy a companion inside the kernel; it must still be the file that was planned."""
+    path = resolve_link(source, source / companion)
+    with File(path, os.O_NOFOLLOW) as file:
+        status = os.fstat(file.fd)
+        if status.st_size != size:
+            raise CheckpointError(f"{path}: changed meanwhile: expected {size} bytes, got {status.st_size}")
+        try:
+            copy = os.open(target, _CREATE, status.st_mode & 0o777 | 0o600)
+            try:
+                copy_range(file, 0, copy, 0, size)
+            finally:
+                os.close(copy)
+        except OSError as error:
+            raise DestinationError(f"{target}: cannot be written: {error.strerror}") from error
+    with File(target) as written:
+        return checksum(written)
 
 
 def _write_first(path: Path, data: bytes) -> None:
@@ -175,43 +227,6 @@ def _write_first(path: Path, data: bytes) -> None:
     beside.unlink(missing_ok=True)
 
 
-def _lock(destination: Path, state: Path, shared: bool) -> int:
-    """Take the lock and return its descriptor; its file is still the one that others would open."""
-    lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        ours = os.fstat(lock).st_ino == (state / "lock").stat().st_ino
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
-    except OSError:
-        ours = True  # a file system without locks, as on many clusters
-    if not ours:
-        os.close(lock)
-        raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
-    return lock
-
-
-_CONTENTS = {"lock", "plan", "out", "old", CONFIG}
-
-
-def _check_ours(state: Path) -> None:
-    """Refuse a working directory that somebody else has made: a link, another user's, or a folder of other files.
-
-    Raises:
-        DestinationError: it is one of these.
-    """
-    for path in (state, state / "out", state / "old", state / "plan", state / "lock"):
-        if path.is_symlink():
-            raise DestinationError(f"{path}: is a link to {path.readlink()}, not a working directory; remove the link")
-        if path.exists() and path.stat().st_uid != os.geteuid():
-            raise DestinationError(f"{path}: belongs to another user; remove it, or name another destination")
-        if path.exists() and not (path.is_file() if path.name in ("plan", "lock") else path.is_dir()):
-            raise DestinationError(f"{path}: is in the way of a working directory; remove it")
-    names = {path.name for path in state.iterdir()} if state.exists() else set()
-    if names and not names & _CONTENTS:
-        raise DestinationError(f"{state}: holds files that fp4cast did not write: {', '.join(sorted(names)[:5])}")
-
-
 def _recover(destination: Path, state: Path) -> None:
     """Put back an older DST that a killed run had moved aside."""
     old = state / "old"
@@ -223,48 +238,41 @@ def _recover(destination: Path, state: Path) -> None:
 def staging(
     source: Path, destination: Path, *, overwrite: bool, shared: bool = False, keep: bool = True, sync: bool = True
 ) -> Iterator[Staging]:
-    """Lock a working directory beside DST; it is kept when something fails, for --resume.
+    """Lock a working directory beside DST; when something fails, it is kept if it holds a finished shard.
 
     Args:
         source: SRC.
         destination: DST.
         overwrite: an existing DST will be replaced.
         shared: other processes may work in it at the same time, on other shards.
-        keep: leave finished shards for --resume when something fails; otherwise leave nothing.
+        keep: leave finished shards for a next run when something fails; otherwise leave nothing.
         sync: see `Staging`.
 
     Raises:
         DestinationError: it cannot be made, another process works in it, or DST must not be replaced.
     """
-    state = destination.parent / f".{destination.name}.fp4cast"
-    try:
-        _check_ours(state)
-        (state / "out").mkdir(parents=True, exist_ok=True)
-        lock = _lock(destination, state, shared)
-    except OSError as error:
-        raise DestinationError(f"{state}: cannot be made: {error.strerror}") from error
+    lock, state = enter(source, destination, shared=shared), state_of(destination)
     try:
         _recover(destination, state)
         check_destination(source, destination, overwrite=overwrite)
         yield Staging(destination, state, state / "out", sync=sync)
-    except Fp4CastError as error:
-        _leave(error, state, keep)
-        raise
     except OSError as error:
         failure = DestinationError(f"{error.filename or destination}: {error.strerror or error}")
-        _leave(failure, state, keep)
+        _leave(failure, destination, keep=keep, alone=alone(lock, shared))
         raise failure from error
+    except BaseException as error:
+        _leave(error, destination, keep=keep, alone=alone(lock, shared))
+        raise
     finally:
         os.close(lock)
 
 
-def _leave(error: Fp4CastError, state: Path, keep: bool) -> None:
-    if not keep:
-        shutil.rmtree(state, ignore_errors=True)
-    elif any(state.glob("*.done")):
-        error.add_note(
-            f"The finished shards are in {state}: continue with --resume "
-            "(a part: run it again), or delete that directory."
-        )
-    else:
-        error.add_note(f"Nothing is finished; {state} may be deleted.")
+def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) -> None:
+    """Leave finished shards, and say where they are; leave nothing else, unless others are at work."""
+    state = state_of(destination)
+    if (old := state / "old").exists() and not destination.exists():
+        error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
+    elif keep and any(state.glob("*.done")):
+        error.add_note(f"Nothing incomplete was published. {describe(state)}")
+    elif alone:
+        remove(state)

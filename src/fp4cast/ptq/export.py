@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from torch import nn
 
-from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps
+from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps, companion_sizes
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import check_destination, real_path
-from fp4cast.conversion.execute import execute
+from fp4cast.conversion.execute import Finished, execute
 from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, nvfp4, place
-from fp4cast.conversion.staging import Staging, staging
+from fp4cast.conversion.staging import ONCE, Staging, staging
 from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK, Activations
 from fp4cast.layouts.documents import documents
@@ -31,7 +31,7 @@ from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
-from fp4cast.verification.receipt import Receipt, seal
+from fp4cast.verification.receipt import Receipt
 from fp4cast.verification.report import ByteCounts, InexactTensor
 
 
@@ -140,13 +140,15 @@ def write_model(
     check_untouched(model, checkpoint, replaced)
     engine = make_engine("local", jobs)
     shards = list(place(checkpoint, _outputs(weights)))
-    files, companions = _documents(checkpoint, target, weights, replaced, shards), list(checkpoint.companions())
+    files, companions = _documents(checkpoint, target, weights, replaced, shards), companion_sizes(checkpoint)
     with staging(checkpoint.path, real_path(destination), overwrite=overwrite, keep=False) as stage:
-        total = _write(shards, stage, engine, progress)
+        written = _write(shards, companions, stage, engine, progress)
         check_stamps(checkpoint, opened.stamps, "export")
-        stage.write_documents(files, companions, checkpoint.path)
-        written = [*files, *(shard.file for shard in shards), *map(str, companions)]
-        (stage.out / RECEIPT).write_bytes(_receipt(target, files, written).to_bytes())
+        noted = stage.write_documents(files, companions, checkpoint)
+        noted |= {name: shard.checksum for name, shard in written.items()}
+        # What was quantized, no digest can tell.
+        facts = {"layout": target.layout.name, "activations": target.activations}
+        stage.write_receipt(RECEIPT, Receipt(facts=facts, files=noted).to_bytes())
         inexact = read_back(weights, target, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
         stage.publish(checkpoint.path, overwrite=overwrite)
@@ -163,25 +165,33 @@ def write_model(
             "copied": len(checkpoint.tensors) - len(replaced),
         },
         inexact=inexact,
-        bytes={"read": sum(shard.size for shard in checkpoint.shards.values()), "written": total},
+        bytes={
+            "read": sum(shard.size for shard in checkpoint.shards.values()),
+            "written": sum(shard.layout.size for shard in shards),
+        },
         seconds=time.monotonic() - begin,
         served=target.served,
     )
 
 
-def _write(shards: Sequence[OutputShard], stage: Staging, engine: Engine, progress: Progress) -> int:
-    """Write all shards; returns their bytes."""
-    fingerprint = os.urandom(16).hex()  # for this run alone: an export from memory cannot be resumed
-    stage.adopt(fingerprint, resume=False)
+def _write(
+    shards: Sequence[OutputShard],
+    companions: Mapping[PurePosixPath, int],
+    stage: Staging,
+    engine: Engine,
+    progress: Progress,
+) -> dict[str, Finished]:
+    """Write all shards; returns what was noted of each."""
+    fingerprint = ONCE + os.urandom(16).hex()  # for this run alone: an export from memory cannot be resumed
+    stage.adopt(fingerprint)
     sizes = {shard.file: shard.layout.size for shard in shards}
     total = sum(sizes.values())
-    stage.check_space(sizes)
+    stage.check_space(sizes | {str(name): size for name, size in companions.items()})
 
     def count(nbytes: int) -> None:
         progress("write", nbytes, total)
 
-    execute(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
-    return total
+    return execute(shards, stage.out, fingerprint=fingerprint, state=stage.state, engine=engine, progress=count)
 
 
 def _documents(
@@ -195,12 +205,6 @@ def _documents(
     modules, bank = [weight.module for weight in weights], any(weight.bank for weight in weights)
     files = documents(checkpoint, target, modules, replaced, bank=bank)
     return index(shards) | {name: json_bytes(document) for name, document in files.items()}
-
-
-def _receipt(target: Target, documents: Mapping[str, bytes], files: Iterable[str]) -> Receipt:
-    """What was written; what was quantized, no digest can tell."""
-    facts = {"layout": target.layout.name, "activations": target.activations}
-    return Receipt(facts=facts, documents=seal(documents), files=sorted(set(files)))
 
 
 def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:

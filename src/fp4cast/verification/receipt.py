@@ -1,20 +1,23 @@
 """fp4cast.json, the receipt of a conversion: what its writer and its readers agree on.
 
 Conversion writes it; verification takes from it only what the source cannot tell: which tensors were rounded on
-purpose, and the digests of documents and input scales.
+purpose, the digest of input scales, and the checksums of all files. Everything else that it says is compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fp4cast._version import __version__
 from fp4cast.checkpoints.byte_ranges import CHUNK_BYTES, Files
-from fp4cast.checkpoints.directory import INDEX, RECEIPT
+from fp4cast.checkpoints.checksums import Checksum
+from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.json_files import json_bytes, read_json
 from fp4cast.layouts.layout import Form, Names
@@ -29,17 +32,19 @@ class Receipt:
         facts: the report's figures that do not depend on time, place or speed; for people and scripts.
         rounded: half-blocks that were rounded on purpose, by module.
         digests: digests of those modules' tensors.
-        documents: digests of the config files, by name.
         input_scales: digest of all input scales; None where there are none.
-        files: every file of the destination but the receipt, relative to it: what `--overwrite` may replace.
+        files: the checksum of every file of the destination but the receipt, by its path there.
+        intact: its digest of itself holds.
+        found: there is a receipt.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     rounded: Mapping[str, int] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
-    documents: Mapping[str, str] = field(default_factory=dict)
     input_scales: str | None = None
-    files: Sequence[str] = ()
+    files: Mapping[str, Checksum] = field(default_factory=dict)
+    intact: bool = True
+    found: bool = True
 
     @classmethod
     def of(
@@ -47,22 +52,20 @@ class Receipt:
         report: Report,
         *,
         digests: Mapping[str, str],
-        documents: Mapping[str, bytes],
         input_scales: str | None,
-        files: Iterable[str],
+        files: Mapping[str, Checksum],
     ) -> Receipt:
         """The receipt of a conversion.
 
         Args:
             report: the conversion's.
             digests: by module, the digest of every tensor in `report.inexact`.
-            documents: all documents by name.
             input_scales: digest of all input scales, for W4A4.
-            files: the shards and companions.
+            files: the checksum of every file.
         """
         facts = {key: value for key, value in report.facts().items() if key != "marlin_exact"}  # verify measures that
         rounded = {tensor.name: tensor.rounded_half_blocks for tensor in report.inexact}
-        return cls(facts, rounded, digests, seal(documents), input_scales, sorted({*documents, *files}))
+        return cls(facts, rounded, digests, input_scales, files)
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
@@ -72,42 +75,89 @@ class Receipt:
             CheckpointError: it is not a JSON object.
         """
         path = directory / RECEIPT
-        document = read_json(path) if path.exists() else {}
+        found = path.exists()
+        document = read_json(path) if found else {}
         inexact = document.get("inexact")
         entries = [entry for entry in inexact if isinstance(entry, dict)] if isinstance(inexact, list) else []
         rounded = {str(entry.get("name")): entry.get("rounded_half_blocks") for entry in entries}
         scales = document.get("input_scales")
         return cls(
-            facts=document,
+            facts={key: value for key, value in document.items() if key not in _OWN},
             rounded={name: count for name, count in rounded.items() if isinstance(count, int)},
             digests=_texts(document.get("digests")),
-            documents=_texts(document.get("documents")),
             input_scales=None if scales is None else str(scales),
-            files=[str(name) for name in files] if isinstance(files := document.get("files"), list) else (),
+            files=_checksums(document.get("files")),
+            intact=is_sealed(document) or not found,
+            found=found,
         )
 
     def to_bytes(self) -> bytes:
         """The file's content; the same on every run."""
         document: dict[str, Any] = {"fp4cast": __version__, **self.facts, "digests": dict(self.digests)}
-        document["documents"] = dict(self.documents)
         if self.input_scales is not None:
             document["input_scales"] = self.input_scales
-        document["files"] = list(self.files)
-        return json_bytes(document)
+        document["files"] = {name: self.files[name]._asdict() for name in sorted(self.files)}
+        return json_bytes(sealed(document))
+
+    def disagreements(self, measured: Mapping[str, Any]) -> Iterator[str]:
+        """Sentences about facts that differ from those of a report, as measured."""
+        for key, value in measured.items():
+            said = self.facts.get(key, value)  # an export's receipt says less than a conversion's
+            if not (_alike(said, value) if key == "inexact" else said == value):
+                yield f"says {key} is {str(said)[:200]}, measured {str(value)[:200]}"
+
+
+_OWN = {"fp4cast", "digests", "input_scales", "files", "digest"}  # keys of the receipt that are no facts
+
+
+def _alike(said: object, measured: list[dict[str, Any]]) -> bool:
+    """Whether lists of inexact tensors agree; sums of errors may differ in their last digits."""
+    if not isinstance(said, list) or len(said) != len(measured):
+        return False
+    table = {each.get("name"): each for each in said if isinstance(each, dict)}
+    return all(_alike_tensor(table.get(each["name"]), each) for each in measured)
+
+
+def _alike_tensor(said: Mapping[str, Any] | None, measured: Mapping[str, Any]) -> bool:
+    if said is None or said.keys() != measured.keys():
+        return False
+    for key, value in measured.items():
+        if not isinstance(value, float) or not isinstance(said[key], float):
+            if said[key] != value:
+                return False
+        elif not math.isclose(said[key], value, rel_tol=1e-6, abs_tol=1e-30):
+            return False
+    return True
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object and a digest of it, under the key "digest"."""
+    return {**document, "digest": _digest_of(document)}
+
+
+def is_sealed(document: Mapping[str, Any]) -> bool:
+    """Whether an object still is what was sealed: damage is found, forgery is not."""
+    rest = dict(document)
+    said = rest.pop("digest", None)
+    return isinstance(said, str) and said == _digest_of(rest)
+
+
+def _digest_of(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _checksums(value: object) -> dict[str, Checksum]:
+    entries = value.items() if isinstance(value, dict) else ()
+    return {
+        str(name): Checksum(entry["bytes"], entry["xxh3"])
+        for name, entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str)
+    }
 
 
 def _texts(value: object) -> dict[str, str]:
     return {str(name): str(text) for name, text in value.items()} if isinstance(value, dict) else {}
-
-
-def digest_bytes(data: bytes) -> str:
-    """BLAKE2b of a document."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def seal(documents: Mapping[str, bytes]) -> dict[str, str]:
-    """The digests of the config files among some documents; the index is checked against the tensors instead."""
-    return {name: digest_bytes(data) for name, data in sorted(documents.items()) if name != INDEX}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

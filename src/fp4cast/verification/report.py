@@ -107,6 +107,16 @@ class Difference:
         return _AREAS.get(self.kind, "weights")
 
 
+def passes(differences: Sequence[Difference], *, strict: bool) -> bool:
+    """Whether none of these counts as wrong: companions do so only if `strict`."""
+    return not any(strict or difference.area != "companions" for difference in differences)
+
+
+def differences_json(differences: Sequence[Difference]) -> list[dict[str, str]]:
+    """A JSON array."""
+    return [{"name": each.name, "kind": each.kind, "detail": each.detail} for each in differences]
+
+
 @dataclass(frozen=True)
 class Report:
     """What `convert` did or `verify` found.
@@ -128,6 +138,7 @@ class Report:
         served: where the result is served, for people.
         differences: what verification found wrong; empty when all is well.
         strict: a companion that differs counts as wrong, too.
+        notes: what else people should know, in sentences.
     """
 
     source: str
@@ -146,6 +157,7 @@ class Report:
     served: str
     differences: Sequence[Difference] = field(default=())
     strict: bool = False
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -164,6 +176,7 @@ class Report:
         strict: bool = False,
         seconds: float = 0.0,
         verified: bool = False,
+        notes: Sequence[str] = (),
     ) -> Report:
         """A report from what was selected and measured; the other arguments are those of the class.
 
@@ -181,6 +194,7 @@ class Report:
             strict: companions count, too.
             seconds: wall time.
             verified: measured on what was written.
+            notes: what else people should know.
         """
         cast, lost = len(selection.cast), len(inexact) + unmeasured
         return cls(
@@ -200,6 +214,7 @@ class Report:
             served=target.served,
             differences=tuple(differences),
             strict=strict,
+            notes=tuple(notes),
         )
 
     def wrong(self, area: Area) -> list[Difference]:
@@ -209,7 +224,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether nothing was found wrong; inexact tensors that were asked for are not wrong."""
-        return not any(self.wrong(area) for area in AREAS if self.strict or area != "companions")
+        return passes(self.differences, strict=self.strict)
 
     def facts(self) -> dict[str, Any]:
         """The figures that do not depend on time, place or speed: a JSON object."""
@@ -235,6 +250,7 @@ class Report:
             "verified": self.verified,
             "served": self.served,
             "ok": self.ok,
+            "notes": list(self.notes),
             "verdicts": {area: not self.wrong(area) for area in AREAS},
-            "differences": [{"name": d.name, "kind": d.kind, "detail": d.detail} for d in self.differences],
+            "differences": differences_json(self.differences),
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG, RECEIPT
@@ -77,7 +77,15 @@ def verify_checkpoint(
     for work, findings in zip(todo, engine.map(check_shard, todo, lambda n: progress(n, total)), strict=True):
         found.add(_judge_shard(opened, work, findings))
     found.differences += [*_shared_scales(opened, wrong, found.scales), *_input_scales(opened, wrong)]
-    return _report(opened, destination, found, strict, time.monotonic() - begin)
+    return _check_receipt(opened, _report(opened, destination, found, strict, time.monotonic() - begin))
+
+
+def _check_receipt(opened: Opened, report: Report) -> Report:
+    """Compare the receipt's facts with what was measured, unless they differ because weights do."""
+    if report.wrong("weights"):
+        return report
+    said = [Difference(RECEIPT, "config", sentence) for sentence in opened.receipt.disagreements(report.facts())]
+    return replace(report, differences=(*report.differences, *said))
 
 
 @dataclass

@@ -1,0 +1,85 @@
+"""Recognise a destination that is complete already: what is finished is said, not done again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.directory import RECEIPT
+from fp4cast.conversion.plan import Plan
+from fp4cast.conversion.recipe import Constant, OutputShard
+from fp4cast.conversion.working_directory import alone, enter, remove, state_of
+from fp4cast.errors import CheckpointError, DestinationError
+from fp4cast.parallel.engines import Engine
+from fp4cast.parallel.progress import Progress
+from fp4cast.verification.report import Report
+from fp4cast.verification.verify import verify_checkpoint
+
+
+def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, progress: Progress) -> Report | None:
+    """The report on a destination that a plan has written already, every value compared; None if there is none.
+
+    What a run that was killed right after it published DST has left is removed.
+
+    Args:
+        plan: the plan.
+        destination: DST.
+        engine: runs the comparison.
+        overwrite: a destination that differs may be written again, also where only a companion does.
+        progress: see `convert`.
+
+    Raises:
+        DestinationError: the destination is damaged, and must not be written again.
+    """
+    if not _looks_complete(plan, destination):
+        return None
+    source = plan.source.checkpoint.path
+    report = verify_checkpoint(source, destination, engine=engine, progress=lambda n, of: progress("verify", n, of))
+    if overwrite and report.differences:
+        return None
+    if not report.ok:
+        raise DestinationError(
+            f"{destination}: was written with these options, but {report.differences[0]} (and "
+            f"{len(report.differences) - 1} more differences); pass --overwrite to write it again"
+        )
+    _remove_left(plan, destination)
+    return replace(report, notes=[*report.notes, "it was complete already, and has been compared; nothing was written"])
+
+
+def _looks_complete(plan: Plan, destination: Path) -> bool:
+    """Whether documents, headers and scalars are the plan's."""
+    try:
+        return (
+            (destination / RECEIPT).is_file()
+            and all((destination / name).read_bytes() == data for name, data in plan.documents.items())
+            and all(_looks_written(shard, destination / shard.file) for shard in plan.shards)
+        )
+    except (OSError, CheckpointError):
+        return False
+
+
+def _looks_written(shard: OutputShard, path: Path) -> bool:
+    """Whether a file has a shard's size, header and scalars."""
+    with File(path) as file:
+        if os.fstat(file.fd).st_size != shard.layout.size:
+            return False
+        known = [(0, shard.layout.header)] + [
+            (shard.layout.offsets[output.name], output.step.data)
+            for output in shard.outputs
+            if isinstance(output.step, Constant)
+        ]
+        return all(file.read(start, len(data)).tobytes() == data for start, data in known)
+
+
+def _remove_left(plan: Plan, destination: Path) -> None:
+    state = state_of(destination)
+    mark = state / "plan"
+    if mark.is_file() and mark.read_text(errors="replace") == plan.fingerprint:
+        lock = enter(plan.source.checkpoint.path, destination, shared=False)
+        try:
+            if alone(lock, shared=False):
+                remove(state)
+        finally:
+            os.close(lock)
