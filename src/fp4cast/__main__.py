@@ -1,5 +1,5 @@
 """`python -m fp4cast`."""
 
-from fp4cast.cli.app import main
+from fp4cast.cli import main
 
 main()

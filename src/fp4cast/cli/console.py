@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -34,10 +36,24 @@ def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt meanwhile; where `fp4cast.cli.main` began, it ends the process otherwise."""
+    is_main = threading.current_thread() is threading.main_thread()  # only that thread may set handlers
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
-        with meter_of(Console(stderr=True, highlight=False)) as meter, saying(meter.console):
+        with _interruptible(), meter_of(Console(stderr=True, highlight=False)) as meter, saying(meter.console):
             return work(meter)
     except UsageError as error:
         exit_with(error, as_json, 2)
