@@ -31,6 +31,7 @@ from fp4cast.cli.options import (
     Where,
 )
 from fp4cast.cli.progress import Meter, Steps
+from fp4cast.cli.streams import open_streams
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
@@ -293,4 +294,5 @@ app.command(**model_commands.ANY_SPELLING)(model_commands.ptq)
 
 def main() -> None:
     """Entry point."""
+    open_streams()
     app()
