@@ -5,6 +5,7 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -13,7 +14,7 @@ import typer
 
 import fp4cast
 from fp4cast.cli import model_commands
-from fp4cast.cli.console import exit_with, people_console, print_json, run_or_exit
+from fp4cast.cli.console import DONE, exit_with, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
 from fp4cast.cli.display import show_demo, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.options import (
@@ -58,11 +59,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 # its callback acts
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """The options before the command."""
+    DONE.command = context.invoked_subcommand or ""
 
 
 @app.command()
@@ -294,5 +297,8 @@ app.command(**model_commands.ANY_SPELLING)(model_commands.ptq)
 
 def main() -> None:
     """Entry point."""
-    open_streams()
-    app()
+    output = open_streams()
+    try:
+        app()
+    except SystemExit as end:  # how typer ends, always
+        sys.exit(finish_output(output, int(end.code or 0)))

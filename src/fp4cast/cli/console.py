@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import typer
@@ -17,9 +19,42 @@ from rich.markup import escape
 
 from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
+from fp4cast.cli.streams import Output
+from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
 
 T = TypeVar("T")
+
+
+@dataclass
+class Done:
+    """What this process has done, for the case that its output is lost.
+
+    Attributes:
+        command: its name.
+        as_json: whether a document was asked for.
+        result: what the library returned; None where it did not.
+    """
+
+    command: str = ""
+    as_json: bool = False
+    result: Any = None
+
+    @property
+    def written(self) -> str:
+        """What is there now and was not before; empty for a command that only looks."""
+        if self.result is None:
+            return ""
+        if isinstance(self.result, Part):
+            return f"part {self.result.part} of {self.result.parts} of {self.result.destination}"
+        if self.command == "convert":
+            return str(self.result.destination)
+        if self.command == "ptq":
+            return str(self.result.exported.destination)
+        return str(self.result.out) if self.command == "calibrate" else ""
+
+
+DONE = Done()
 
 
 def people_console(as_json: bool) -> Console:
@@ -32,8 +67,12 @@ def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message}})
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    _print_error(message)
     raise typer.Exit(code)
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 @contextmanager
@@ -54,7 +93,9 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
         with _interruptible(), meter_of(Console(stderr=True, highlight=False)) as meter, saying(meter.console):
-            return work(meter)
+            DONE.as_json, DONE.result = as_json, None
+            DONE.result = result = work(meter)
+            return result
     except UsageError as error:
         exit_with(error, as_json, 2)
     except Fp4CastError as error:
@@ -89,3 +130,24 @@ def saying(console: Console) -> Iterator[None]:
 def print_json(document: dict[str, Any]) -> None:
     """Print the document that `--json` asks for."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def finish_output(output: Output | None, code: int) -> int:
+    """Flush stdout, and say if what was written to it is lost.
+
+    Args:
+        output: what lies below stdout.
+        code: the exit status that the command ends with.
+
+    Returns:
+        The exit status: of a command that has written what it was asked for it stays 0, but not where the document of
+        `--json` is lost.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if output is None or output.lost is None:
+        return code
+    written = DONE.written
+    if output.lost.errno != errno.EPIPE:  # a reader that has seen enough, such as `head`, wants no message
+        _print_error(printable(f"stdout: {output.lost.strerror}" + (f"; {written} was written" if written else "")))
+    return code or (0 if written and not DONE.as_json else 1)
