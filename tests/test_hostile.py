@@ -123,6 +123,33 @@ def test_a_tensor_called_metadata_is_refused_before_it_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
+@pytest.mark.parametrize("limit", [64, 100])
+def test_more_shards_than_a_process_may_open(tmp_path, limit):
+    """The system lets a process open 256 files on macOS; codes and scales lie in different shards here."""
+    codes, scales = mini.mxfp4(np.random.default_rng(0), (200, 1, 64))
+    pairs = {"packed": ("U8", codes.reshape(200, 1, 32)), "scale": ("U8", scales)}
+    files = {f"model-{i:05}-of-00200.safetensors": {} for i in range(200)}
+    for i, tensors in enumerate(files.values()):
+        for shift, (part, (dtype, array)) in enumerate(pairs.items()):
+            j = (i + 77 * shift) % 200
+            tensors[f"layers.{j}.up_proj.weight_{part}"] = (dtype, array[j])
+    mini.write_checkpoint(tmp_path / "src", files, {})
+    source, destination = str(tmp_path / "src"), str(tmp_path / "dst")
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit},) * 2); "
+        "from fp4cast.cli import main; main()"
+    )
+    for words in (
+        ["inspect", source],
+        ["convert", source, destination, "--jobs", "8"],
+        ["verify", source, destination, "--jobs", "8"],
+    ):
+        command = [sys.executable, "-c", script, *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["exact"] is True
+
+
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,13 @@
 """Reads are whole or an error; copies are the same bytes, inside the kernel or not."""
 
 import os
+import random
 import threading
 
 import numpy as np
 import pytest
 
-from fp4cast.checkpoints.byte_ranges import BUFFERS, File, copy_range
+from fp4cast.checkpoints.byte_ranges import BUFFERS, File, Files, copy_range
 from fp4cast.errors import CheckpointError
 
 
@@ -61,3 +62,60 @@ def test_a_buffer_is_reused_by_its_thread_alone():
     thread.start()
     thread.join()
     assert not np.shares_memory(a, others[0])
+
+
+def open_files():
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """20 files; each holds its own number over and over."""
+    paths = [tmp_path / f"{i}" for i in range(20)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 5000)
+    return paths
+
+
+def test_only_the_last_used_files_stay_open(numbered):
+    before = open_files()
+    with Files(4) as files:
+        for path in numbered:
+            assert files[path].read(0, 1)[0] == int(path.name)
+            assert files[numbered[0]].path == numbered[0]
+            assert open_files() <= before + 4
+        first = files[numbered[0]]
+        assert files[numbered[0]] is first, "used again and again, it was never the oldest"
+        gone = files[numbered[5]]
+        for path in numbered[6:]:
+            files[path]
+        assert gone.read(0, 1)[0] == 5, "somebody holds it"
+        assert open_files() == before + 6, "4, and the two that are held"
+    del first, gone
+    assert open_files() == before
+
+
+def test_a_file_that_a_thread_reads_from_is_not_closed_under_it(numbered):
+    """Its descriptor would be given to the next file, and the thread would read that one."""
+    before, wrong, errors = open_files(), [], []
+
+    def work(seed):
+        rng = random.Random(seed)  # noqa: S311
+        try:
+            for _ in range(2000):
+                path = rng.choice(numbered)
+                file = files[path]
+                if {*file.read(rng.randrange(1000), 4000).tolist()} != {int(path.name)}:
+                    wrong.append(path)
+        except Exception as error:
+            errors.append(error)
+
+    with Files(2) as files:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert open_files() <= before + 2
+    assert not wrong and not errors
+    assert open_files() == before

@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import threading
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fp4cast.parallel.progress import Advance, ignore
 
 CHUNK_BYTES = 8 << 20  # bytes that one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # bytes that the kernel copies between two reports of progress
+MAX_OPEN = 16  # files that stay open: more than the shards that one step of the work looks into
 
 
 class Buffer:
@@ -74,6 +76,7 @@ class File:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         self.path = path
+        self._close = weakref.finalize(self, os.close, self.fd)
 
     def __enter__(self) -> File:
         return self
@@ -82,8 +85,8 @@ class File:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self.fd)
+        """Close the file; the last reference that goes does so, too."""
+        self._close()
 
     def read(self, start: int, nbytes: int, buffer: Buffer | None = None) -> Bytes:
         """Read bytes [start, start + nbytes) as uint8 [nbytes], into `buffer` if given."""
@@ -136,24 +139,32 @@ class File:
 
 
 class Files:
-    """Files that threads share: each is opened once, and all are closed together."""
+    """Files that threads share, opened when they are needed; only the last used stay open.
 
-    def __init__(self) -> None:
-        self._files: dict[Path, File] = {}
+    A checkpoint may have more shards than the system lets a process open: 256 on macOS, 1,024 on most of Linux. A file
+    that gives way to another is closed once no thread reads from it any more.
+    """
+
+    def __init__(self, limit: int = MAX_OPEN) -> None:
+        self._limit = limit
+        self._files: dict[Path, File] = {}  # the last used is the last
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+        self._files.clear()
 
     def __getitem__(self, path: Path) -> File:
         with self._lock:
-            if path not in self._files:
-                self._files[path] = File(path)
-            return self._files[path]
+            file = self._files.pop(path, None)
+            if file is None:
+                if len(self._files) >= self._limit:
+                    del self._files[next(iter(self._files))]
+                file = File(path)
+            self._files[path] = file
+            return file
 
 
 def copy_range(
