@@ -175,7 +175,7 @@ REFUSED = {
     "a shard that links to a device": (links(ONE, "/dev/zero"), "IndexFileError", "missing"),
     "a shard that links to itself": (links(ONE, ONE), "IndexFileError", "missing"),
     "a shard that links to nothing": (links(ONE, "nothing"), "IndexFileError", "missing"),
-    "a shard that is another file": (links(ONE, "{outside}"), "HeaderError", "too short"),
+    "a shard that is another file": (links(ONE, "{outside}"), "CheckpointError", "outside of the checkpoint"),
     # the index
     "a shard that is listed under two names": (alias, "IndexFileError", "in this file, but"),
     "a tensor in two shards": (

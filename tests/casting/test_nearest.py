@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fp4cast
 import truth
+from fp4cast.casting import nearest
 from fp4cast.casting.nearest import _candidates, choose_nearest, encode, squared_error
 from fp4cast.casting.tight_rule import ArrayBlocks, choose
 from fp4cast.formats import mxfp4_values, nvfp4_values, pack, unpack
@@ -172,3 +173,13 @@ def test_the_error_of_a_scale_stops_early():
 def test_nearest_of_an_exact_domain_equals_choose():
     source = ArrayBlocks("x", np.full((3, 16), 0x11, np.uint8), np.array([100, 110, 119], np.uint8))
     assert choose_nearest([source]) == choose([source])[0]
+
+
+def test_very_many_exponents_take_few_rounds(monkeypatch):
+    """250 candidates for S times 250 exponents were 62,500 rounds, also of a small tensor."""
+    rounds, best = [0], nearest._best
+    monkeypatch.setattr(nearest, "_best", lambda *args: (rounds.__setitem__(0, rounds[0] + 1), best(*args))[1])
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(0, 256, (64, 512), dtype=np.uint8), rng.integers(0, 255, (64, 32), dtype=np.uint8)
+    fp4cast.cast(codes, scales, inexact="nearest")
+    assert rounds[0] < 2000

@@ -90,19 +90,20 @@ def _best(magnitudes: Bytes, unit: float) -> tuple[Bytes, Ints, Float64s]:
     return np.take_along_axis(codes[best], magnitudes, axis=1), best, total[np.arange(len(best)), best]
 
 
-def _round(codes: Bytes, k: Ints, tensor_scale: float) -> tuple[Bytes, Bytes, Float64s]:
-    """Round half-blocks uint8 [n, 8] with exponents k: (codes, E4M3 codes uint8 [n], squared errors float64 [n])."""
-    out, scales, errors = np.empty_like(codes), np.empty(len(codes), np.uint8), np.empty(len(codes))
-    for level in np.unique(k):
+def _rounded(codes: Bytes, k: Ints, tensor_scale: float) -> Iterator[tuple[Ints, Bytes, Bytes, float]]:
+    """Round half-blocks uint8 [n, 8] with exponents k, those of the largest exponent first.
+
+    Yields:
+        Indices int [m], codes uint8 [m, 8], E4M3 codes uint8 [m], sum of the squared errors.
+    """
+    for level in np.unique(k)[::-1]:
         members = np.flatnonzero(k == level)
         for i in range(0, len(members), _BATCH):
             batch = members[i : i + _BATCH]
             raw = unpack(codes[batch])
             nearest, best, error = _best(raw & np.uint8(7), tensor_scale / 2.0**level)
-            out[batch] = pack(nearest | (raw & np.uint8(8)))
-            scales[batch] = best + _FIRST
-            errors[batch] = error * 4.0**level
-    return out, scales, errors
+            scales = (best + _FIRST).astype(np.uint8)
+            yield batch, pack(nearest | (raw & np.uint8(8))), scales, float(error.sum() * 4.0**level)
 
 
 def _split(codes: Bytes, k: Ints, m: int | None) -> tuple[Ints, Ints, Ints]:
@@ -143,7 +144,8 @@ def encode(codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BI
     moved, shifts, lost = _split(halves, half_k, m)
     before = halves[lost]
     halves[moved] = shift_codes(halves[moved], shifts)
-    halves[lost], half_scales[lost], _ = _round(before, half_k[lost], scaling.tensor_scale)
+    for members, rounded, scales, _ in _rounded(before, half_k[lost], scaling.tensor_scale):
+        halves[lost[members]], half_scales[lost[members]] = rounded, scales
     codes = codes.copy()
     codes[outside] = halves.reshape(-1, MX_BLOCK_BYTES)
     block_scales[outside] = half_scales.reshape(-1, 2)
@@ -202,9 +204,10 @@ def squared_error(domain: Sequence[BlockSource], tensor_scale: float, m: int | N
             continue
         halves, half_k = source.codes(blocks[outside]).reshape(-1, 8), np.repeat(k[outside], 2)
         _, _, lost = _split(halves, half_k, m)
-        total += float(_round(halves[lost], half_k[lost], tensor_scale)[2].sum())
-        if total > stop:
-            return float("inf")
+        for *_, error in _rounded(halves[lost], half_k[lost], tensor_scale):
+            total += error
+            if total > stop:
+                return float("inf")
     return total
 
 
@@ -225,6 +228,7 @@ def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
     if scaling.exact or scaling.k_max is None:
         return scaling
     best, least = scaling, float("inf")
+    # Under lo the largest keep their range; elsewhere their errors outweigh all others and end the sum early.
     for m in range(scaling.lo, scaling.hi - 1, -1):
         error = squared_error(domain, 2.0**m, m, least)
         if error < least:

@@ -25,8 +25,12 @@ from fp4cast.cli.options import (
     Jobs,
     Json,
     LayoutOption,
+    NoSync,
+    NoVerify,
     OptionalActivations,
     Overwrite,
+    Restart,
+    Resume,
     Shards,
     Source,
     Where,
@@ -91,12 +95,6 @@ class Rest(TypedDict):
     progress: Progress
 
 
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
-
-
 @app.command()
 def convert(
     source: Source,
@@ -112,10 +110,8 @@ def convert(
     resume: Resume = False,
     restart: Restart = False,
     overwrite: Overwrite = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")] = False,
-    no_sync: Annotated[
-        bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")
-    ] = False,
+    no_verify: NoVerify = False,
+    no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.

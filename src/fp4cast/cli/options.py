@@ -52,3 +52,9 @@ InexactOption = Annotated[
     typer.Option("--inexact", help="Where no tensor scale is exact: stop before writing, or write the nearest values."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST of fp4cast, once the new one is complete.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")]
