@@ -91,7 +91,7 @@ def test_malformed_files_are_refused(tmp_path, cause):
 
 
 def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(shards, "HEADER", shards.HEADER._replace(nbytes=10))
     with pytest.raises(HeaderError, match="10 are allowed"):
         read_header(write(tmp_path / "x", {"a": entry()}, bytes(4)))
 
