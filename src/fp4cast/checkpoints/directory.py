@@ -236,6 +236,17 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a checkpoint's directory before the message of an error that does not name it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(path) not in str(error):
+            error.args = (f"{path}: {error}",)
+        raise
+
+
 @gc_paused()
 def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
     """Open a checkpoint directory; every header is checked, no tensor is read.

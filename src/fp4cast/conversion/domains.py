@@ -159,7 +159,7 @@ def find_domains(
         sized = ((group, sum(pair.scales.nbytes for pair in group[1])) for group in groups)
         domains = [domain for part in pool.map(work, grouped(sized, _SLICE_BYTES, _SLICE)) for domain in part]
     if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
-        raise InexactError(_explain(bad, len(domains)))
+        raise InexactError(f"{pairs[0].codes.path.parent}: {_explain(bad, len(domains))}")
     return domains
 
 

@@ -153,7 +153,7 @@ def make_plan(
     check_inexact(options.inexact)
     source = read_source(open_checkpoint(path))
     stamps = stamp(source.checkpoint)
-    target = choose_target(source.family, options.layout, options.activations)
+    target = choose_target(source.family, options.layout, options.activations, path)
     selection = castable(source, target)
     amax = _activation_scales(target, options.input_scales, selection.modules)
     found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,7 +153,11 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
     Args:
         checkpoint: the source.
         new: the outputs that replace a source tensor, by its name.
+
+    Raises:
+        UnsupportedError: the cast gives a tensor a name that is taken, or that no header can hold.
     """
+    names: set[str] = {METADATA}
     for file, shard in checkpoint.shards.items():
         outputs = [
             output
@@ -162,6 +165,15 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
             for output in new.get(tensor.name)
             or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]
         ]
+        for output in outputs:
+            if output.name in names:
+                why = (
+                    ", which no header can hold"
+                    if output.name == METADATA
+                    else " beside a source tensor of the same name"
+                )
+                raise UnsupportedError(f"{shard.path}: the cast would write {output.name!r}{why}")
+            names.add(output.name)
         yield _place(file, shard, outputs)
 
 
@@ -176,11 +188,6 @@ def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
 def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
     """The index with its true total size; a single `model.safetensors` needs none."""
     files = list(shards)
-    names = [output.name for shard in files for output in shard.outputs]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UnsupportedError(f"the cast would write {twice[0]!r} beside a source tensor of the same name")
-    if METADATA in names:
-        raise UnsupportedError(f"the cast would write a tensor called {METADATA!r}, which no header can hold")
     if [shard.file for shard in files] == [SINGLE]:
         return {}
     total = sum(shard.layout.size - len(shard.layout.header) for shard in files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 from fp4cast.errors import UsageError
@@ -41,24 +42,28 @@ def find_activations(name: str | None) -> Activations:
     return found
 
 
-def choose_target(family: Family, layout: str = DEFAULT_LAYOUT, activations: str | None = None) -> Target:
+def choose_target(
+    family: Family, layout: str = DEFAULT_LAYOUT, activations: str | None = None, path: Path | None = None
+) -> Target:
     """The target for a family.
 
     Args:
         family: of the source.
         layout: the name of one of `LAYOUTS`.
         activations: one of `ACTIVATIONS`; None for w4a16 where the family can be served so.
+        path: the source, which errors name.
 
     Raises:
         UsageError: the family has no such layout, or cannot be served with such activations.
     """
     found, wanted = find_layout(layout), find_activations(activations)
+    where = "" if path is None else f"{path}: "
     if layout not in family.served:
         others = " or ".join(f"--layout {name}" for name in family.served)
-        raise UsageError(f"no engine reads {family.title} in the {layout} layout; use {others}")
+        raise UsageError(f"{where}no engine reads {family.title} in the {layout} layout; use {others}")
     if wanted not in family.activations:
         served = " or ".join(each.upper() for each in family.activations)
-        raise UsageError(f"engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
+        raise UsageError(f"{where}engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
     return Target(found, wanted, family)
 
 

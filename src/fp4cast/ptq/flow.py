@@ -238,7 +238,8 @@ def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[S
     domains: list[Scaled] = []
     target = None
     if opened.source is not None:
-        target = choose_target(opened.source.family, options.layout, QFORMATS[options.qformat].activations)
+        activations = QFORMATS[options.qformat].activations
+        target = choose_target(opened.source.family, options.layout, activations, opened.checkpoint.path)
         if options.cast_mxfp4_to_nvfp4:
             domains = cast_domains(opened.source, target, options.inexact)
     model = empty_model(opened.checkpoint, options.trust_remote_code)

@@ -73,7 +73,7 @@ def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
     if not names:
         raise QuantizerError(f"{type(model).__name__}: no weight is quantized, so there is nothing to export")
     activations: Activations = "w4a4" if any(input_quantizer(model, name).is_enabled for name in names) else "w4a16"
-    return choose_target(_family(opened, any(map(is_bank, names))), layout, activations)
+    return choose_target(_family(opened, any(map(is_bank, names))), layout, activations, opened.checkpoint.path)
 
 
 # A BF16 model is written like the family whose weights look like its own; what serves it depends on the model.

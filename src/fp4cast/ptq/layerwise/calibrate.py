@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4cast.checkpoints.byte_ranges import write_whole
-from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.directory import naming, open_checkpoint
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import real_path
@@ -111,7 +111,7 @@ def calibrate(
     samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
-    with Weights(checkpoint, found.pairs, model, chosen) as weights:
+    with naming(checkpoint.path), Weights(checkpoint, found.pairs, model, chosen) as weights:
         _check_reached(model, weights, pairs)
         with use_device(chosen), explain_run_errors():
             run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
@@ -162,7 +162,9 @@ def _by_module(
         largest[parameter] = max(value, largest.get(parameter, 0.0))
     wanted = [pair.module for pair in pairs]
     if lost := [module for module in wanted if module not in of]:
-        raise UnsupportedError(f"{lost[0]}: the model never multiplied it with an input, so it has no amax")
+        raise UnsupportedError(
+            f"{weights.checkpoint.path}: {lost[0]}: the model never multiplied it with an input, so it has no amax"
+        )
     idle = sum(module not in amax for module in wanted)
     return {module: amax.get(module, largest[of[module]]) for module in wanted}, idle
 

@@ -121,7 +121,8 @@ class Weights(ExitStack):
         names = self._operations[pattern]
         if names not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             raise UnsupportedError(
-                f"{parameter}: transformers makes it by {', '.join(names)}, which fp4cast does not support"
+                f"{self.checkpoint.path}: transformers makes {parameter} by {', '.join(names)}, which fp4cast does not "
+                "support"
             )
 
     def _value(self, name: str, dtype: torch.dtype) -> Tensor:
