@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import fp4cast
 from fp4cast.checkpoints.directory import INDEX, open_checkpoint
 from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 
@@ -146,3 +147,47 @@ def test_links_into_the_hub_cache_are_followed(miniatures, tmp_path):
             (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     checkpoint = open_checkpoint(snapshot)
     assert [str(name) for name in checkpoint.companions()] == ["LICENSE", "generation_config.json"]
+
+
+NESTED = ["sub/config.json", "sub/a/hf_quant_config.json", "tokenizer/fp4cast.json", "tokenizer/x.jinja"]
+LEFT = [
+    ".cache/config.json",
+    "sub/.hidden",
+    "onnx/config.json",
+    "sub/__pycache__/x.py",
+    "sub/model.safetensors.index.json",
+]
+
+
+def test_only_the_model_s_own_config_stays_behind(source, tmp_path):
+    """A tokenizer's or an assistant model's is a file like any other."""
+    before = {str(name) for name in open_checkpoint(source).companions()}
+    for name in (*NESTED, *LEFT):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(f"this is {name}")
+    names = [str(name) for name in open_checkpoint(source).companions()]
+    assert set(names) == before | set(NESTED)
+    fp4cast.convert(source, tmp_path / "dst")
+    for name in NESTED:
+        assert (tmp_path / "dst" / name).read_text() == f"this is {name}"
+    (tmp_path / "dst" / NESTED[0]).write_text("edited")
+    assert [each.name for each in fp4cast.verify(source, tmp_path / "dst").differences] == [NESTED[0]]
+    (tmp_path / "dst" / NESTED[0]).unlink()
+    assert not fp4cast.verify(source, tmp_path / "dst", strict=True).ok
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(source, tmp_path, monkeypatch):
+    (source / "sub" / "locked").mkdir(parents=True)
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(CheckpointError, match=r"sub/locked: cannot be listed: Permission denied"):
+        fp4cast.convert(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    (source / "sub" / "locked").rename(source / ".locked")
+    assert fp4cast.convert(source, tmp_path / "dst").exact, "a hidden folder is not looked into"

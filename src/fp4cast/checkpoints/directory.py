@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,22 +73,29 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def companions(self) -> Iterator[PurePosixPath]:
-        """The model's files other than weights (tokenizer, code, licence): relative paths, sorted."""
-        for relative in walk(self.path):
+        """The model's files other than weights (tokenizer, code, licence): relative paths, sorted.
+
+        Raises:
+            CheckpointError: a folder cannot be listed, or a file is a link out of the checkpoint.
+        """
+        for relative in walk(self.path, skipped=_SKIPPED_DIRECTORIES):
             path = self.path / relative
-            skipped = _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name in _SKIPPED_NAMES
-            skipped = skipped or relative.name.endswith(_SKIPPED_ENDINGS)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if not skipped and not hidden and path.suffix not in _SKIPPED_SUFFIXES and path.is_file():
+            skipped = str(relative) in _SKIPPED_NAMES  # a tokenizer's config.json lies deeper
+            skipped = skipped or path.name.endswith(_SKIPPED_ENDINGS) or path.suffix in _SKIPPED_SUFFIXES
+            if not skipped and path.is_file():
                 resolve_link(self.path, path)
                 yield relative
 
 
-def walk(directory: Path) -> list[PurePosixPath]:
-    """Everything below a directory that is no folder: relative paths, sorted.
+def walk(directory: Path, skipped: Collection[str] = ()) -> list[PurePosixPath]:
+    """The files below a directory, but for hidden ones: relative paths, sorted.
+
+    Args:
+        directory: where to begin.
+        skipped: names of folders to leave out.
 
     Raises:
-        CheckpointError: a folder cannot be listed.
+        CheckpointError: a folder cannot be listed; what it holds must not be left out only because it cannot be seen.
     """
 
     def refuse(error: OSError) -> None:
@@ -96,9 +103,10 @@ def walk(directory: Path) -> list[PurePosixPath]:
 
     found: list[PurePosixPath] = []
     try:
-        for folder, _, files in os.walk(directory, onerror=refuse):
+        for folder, folders, files in os.walk(directory, onerror=refuse):
+            folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
             here = PurePosixPath(Path(folder).relative_to(directory).as_posix())
-            found += [here / name for name in files]
+            found += [here / name for name in files if not name.startswith(".")]
     except RecursionError as error:
         raise CheckpointError(f"{directory}: its folders are nested too deeply") from error
     return sorted(found)

@@ -146,8 +146,7 @@ def check_file(listed: ListedFile, pool: Workers) -> Difference | None:
 def _unlisted(path: Path, receipt: Receipt) -> Iterator[Difference]:
     """Files that the conversion did not write: a loader may take them for the model's."""
     for name in walk(path):
-        hidden = any(part.startswith(".") for part in name.parts)  # download tools keep their books beside
-        if hidden or str(name) in receipt.files or str(name) in (RECEIPT, README):
+        if str(name) in receipt.files or str(name) in (RECEIPT, README):
             continue
         if name.suffix == ".safetensors":
             yield Difference(str(name), "unexpected", "is not among the files that the conversion wrote")
