@@ -167,6 +167,7 @@ REFUSED = {
     "an index that is a pipe": (put(INDEX, Special("fifo")), "CheckpointError", "not a regular file"),
     "an index that is a directory": (put(INDEX, Special("directory")), "CheckpointError", "not a regular file"),
     "an index that links to a device": (links(INDEX, "/dev/zero"), "CheckpointError", "outside of the checkpoint"),
+    "an index that links to itself": (links(INDEX, INDEX), "CheckpointError", INDEX),
     "a config that is a directory": (put(CONFIG, Special("directory")), "CheckpointError", "not a regular file"),
     "a config that links to itself": (links(CONFIG, CONFIG), "CheckpointError", CONFIG),
     "a config that links to the shard": (links(CONFIG, ONE), "CheckpointError", "not valid JSON"),

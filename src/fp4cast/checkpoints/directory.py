@@ -278,7 +278,7 @@ def _open(path: Path, config: str) -> Checkpoint:
     for name in (INDEX, config):
         if (path / name).exists():
             resolve_link(path, path / name)
-    if (path / INDEX).exists():
+    if (path / INDEX).exists() or (path / INDEX).is_symlink():  # a broken link is an index that cannot be read
         weights = _weight_map(path)
         files = sorted(set(weights.values()))
     elif (path / SINGLE).exists():
