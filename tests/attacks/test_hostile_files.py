@@ -286,3 +286,12 @@ def test_a_config_of_any_depth_ends_well(command, opening, depth):
         sides[side][CONFIG] = deep + sides[side][CONFIG].lstrip(b"{ \n")
     outcome = judge_apart(Input(START, command, sides, START.options | {"sync": False}), MEMORY)
     assert (outcome.kind in ("success", "refusal"), outcome.late) == (True, ""), outcome
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("name", [RECEIPT, QUANT_CONFIG, "x.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(name, layout):
+    sides = {"src": START.source | {f"{name}/x": b"x"}, "dst": {}, "beside": {}}
+    outcome = judge_apart(Input(START, "convert", sides, {"layout": layout}), MEMORY)
+    assert (outcome.label, outcome.late) == ("CheckpointError", ""), outcome
+    assert f"src/{name}: is a folder; expected a file of that name" in outcome.detail

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fp4cast.checkpoints.checksums import checksum_of_path
-from fp4cast.checkpoints.directory import RECEIPT
+from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, companion_sizes
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.verification.receipt import Receipt
 
@@ -115,6 +115,21 @@ def edited_files(destination: Path) -> Iterator[str]:
         path = destination / name
         if path.suffix != ".safetensors" and path.is_file() and checksum_of_path(path) != noted:
             yield name
+
+
+def companions_to_carry(checkpoint: Checkpoint) -> dict[PurePosixPath, int]:
+    """The source's companions, all of which have a place in DST, and their sizes in bytes.
+
+    Raises:
+        CheckpointError: a folder is called like a file that DST will hold.
+    """
+    companions = companion_sizes(checkpoint)
+    for folder in (companion.parts[0] for companion in companions if len(companion.parts) > 1):
+        if folder in (CONFIG, INDEX, QUANT_CONFIG, RECEIPT) or folder.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{checkpoint.path / folder}: is a folder; expected a file of that name, or none. Rename the folder."
+            )
+    return companions
 
 
 def foreign_files(destination: Path) -> Iterator[str]:

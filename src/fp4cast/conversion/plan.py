@@ -16,12 +16,12 @@ from fp4cast.checkpoints.directory import (
     CONFIG,
     Stamps,
     check_stamps,
-    companion_sizes,
     gc_paused,
     open_checkpoint,
     stamp,
 )
 from fp4cast.checkpoints.json_files import json_bytes
+from fp4cast.conversion.destination import companions_to_carry
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
 from fp4cast.conversion.recipe import (
@@ -172,7 +172,7 @@ def make_plan(
         domains=domains,
         shards=shards,
         documents=index(shards) | {name: json_bytes(document) for name, document in files.items()},
-        companions=companion_sizes(source.checkpoint),
+        companions=companions_to_carry(source.checkpoint),
         stamps=stamps,
     )
 
