@@ -5,6 +5,7 @@ import os
 import resource
 import tempfile
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from attacks.mutate import Input, make_input
 from attacks.starts import starts
 
 _BATCH = 200  # inputs that a process gets at a time
-_KILL_SECONDS = 3 * SECONDS  # the alarm reaches only Python's own code
+_KILL_SECONDS = 6 * SECONDS  # the alarm reaches only Python's own code
+_LOOK_SECONDS = 1.0  # between two looks whether a process is still there
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _PROCESSES = multiprocessing.get_context("fork")
 
@@ -113,8 +115,11 @@ def _serve(
     pipe: Connection, seed: int, root: Path, number: "multiprocessing.sharedctypes.Synchronized[int]", since: object
 ) -> None:
     """Judge batch after batch, until the parent goes."""
-    judge = Judge(root)
+    judge, parent = Judge(root), os.getppid()
     while True:
+        while not pipe.poll(_LOOK_SECONDS):
+            if os.getppid() != parent:
+                return
         try:
             batch = pipe.recv()
         except EOFError:
@@ -123,11 +128,19 @@ def _serve(
         figures = Figures()
         for each in batch:
             number.value, since.value = each, time.monotonic()
-            made = make_input(seed, each)
-            figures.note(each, made.command, judge.judge(made))
+            figures.note(each, *_judged(judge, seed, each))
         figures.rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         number.value = -1
         pipe.send(figures)
+
+
+def _judged(judge: Judge, seed: int, number: int) -> tuple[str, Outcome]:
+    """(the command, what came of it); a fault of this harness is a finding, too."""
+    try:
+        made = make_input(seed, number)
+        return made.command, judge.judge(made)
+    except Exception as error:
+        return "harness", Outcome("finding", f"{type(error).__name__} in the harness", traceback.format_exc()[-400:])
 
 
 def run(seed: int, numbers: range, jobs: int, progress: Callable[[Figures], None] = lambda _: None) -> Figures:
@@ -147,7 +160,7 @@ def run(seed: int, numbers: range, jobs: int, progress: Callable[[Figures], None
             for worker in crew:
                 if todo and not worker.batch:
                     worker.give(todo.popleft())
-            wait([worker.pipe for worker in crew if worker.batch], timeout=1.0)
+            wait([worker.pipe for worker in crew if worker.batch], timeout=_LOOK_SECONDS)
             for at, worker in enumerate(crew):
                 figures = _collect(worker, todo, seed)
                 total.add(figures)
@@ -170,8 +183,13 @@ def _collect(worker: _Worker, todo: deque[range], seed: int) -> Figures:
             return Figures()
     except (EOFError, ConnectionError):
         hangs = False
+    if not hangs:
+        worker.process.join(_LOOK_SECONDS)
     worker.end()
-    figures, number = Figures(), worker.number.value
+    figures = Figures()
+    if not worker.batch:
+        return figures
+    number = max(worker.number.value, worker.batch[0])
     label = "hangs outside of Python" if hangs else f"the process ends with {worker.process.exitcode}"
     figures.note(number, make_input(seed, number).command, Outcome("finding", label))
     at = worker.batch.index(number)

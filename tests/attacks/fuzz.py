@@ -78,8 +78,10 @@ def _only(console: Console, seed: int, number: int) -> int:
 def _by_command(figures: Figures) -> dict[str, dict[str, Any]]:
     """The outcomes of each command by kind, and the refusals by class."""
     rows: dict[str, dict[str, Any]] = {}
-    for command in SHARES:
+    for command in (*SHARES, "harness"):
         mine = {key[1:]: count for key, count in sorted(figures.outcomes.items()) if key[0] == command}
+        if command == "harness" and not mine:
+            continue
         rows[command] = {
             "inputs": sum(mine.values()),
             "successes": {label: count for (kind, label), count in mine.items() if kind == "success"},

@@ -12,6 +12,7 @@ from typing import Any
 _TWICE = "@twice"  # the end of a key that occurs twice
 _MARK = re.compile(r'"@text:(?:(list|dict):)?(\d+)@"')
 _DEEP = 40
+_LARGE = 2**65
 _DEPTHS = (50, 300, 900, 990, 5000, 100_000)
 
 # Text that is valid JSON nowhere, only for Python, or only in form.
@@ -153,6 +154,8 @@ def _tweak(rng: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, (int, float)):
+        if abs(value) > _LARGE:
+            return str(value)
         return rng.choice((value + 1, value - 1, -value, value * 2, float(value), str(value), value + 2**32, [value]))
     if isinstance(value, str) and value:
         at = rng.randrange(len(value))
