@@ -303,7 +303,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path):
         "a.weight": ("BF16", np.zeros((8, 64), np.uint16)),
     }
     mini.write_checkpoint(tmp_path / "src", {"model-1.safetensors": tensors}, {})
-    with pytest.raises(UnsupportedError, match=r"would write 'a\.weight' beside a source tensor"):
+    with pytest.raises(UnsupportedError, match=r"model-1\.safetensors: the cast would write 'a\.weight' beside"):
         fp4cast.convert(tmp_path / "src", tmp_path / "dst")
 
 

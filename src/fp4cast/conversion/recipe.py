@@ -155,9 +155,9 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
         new: the outputs that replace a source tensor, by its name.
 
     Raises:
-        UnsupportedError: the cast gives a tensor a name that is taken, or that no header can hold.
+        UnsupportedError: two tensors would have one name, or a tensor would have a name that no header can hold.
     """
-    names: set[str] = {METADATA}
+    names: set[str] = set()
     for file, shard in checkpoint.shards.items():
         outputs = [
             output
@@ -165,16 +165,21 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
             for output in new.get(tensor.name)
             or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]
         ]
-        for output in outputs:
-            if output.name in names:
-                why = (
-                    ", which no header can hold"
-                    if output.name == METADATA
-                    else " beside a source tensor of the same name"
-                )
-                raise UnsupportedError(f"{shard.path}: the cast would write {output.name!r}{why}")
-            names.add(output.name)
+        _add_names(names, outputs, checkpoint.path / file)
         yield _place(file, shard, outputs)
+
+
+def _add_names(names: set[str], outputs: Iterable[Output], path: Path) -> None:
+    for output in outputs:
+        if output.name in names:
+            raise UnsupportedError(
+                f"{path}: the cast would write {output.name!r} beside a source tensor of the same name"
+            )
+        if output.name == METADATA:
+            raise UnsupportedError(
+                f"{path}: the cast would write a tensor called {METADATA!r}, which no header can hold"
+            )
+        names.add(output.name)
 
 
 def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
