@@ -67,6 +67,8 @@ def decode(shard: bytes) -> tuple[Tensors, dict[str, str]]:
     metadata = header.pop(METADATA, {})
     table = {}
     for name, entry in header.items():
+        if not all(type(size) is int for size in entry["shape"]):
+            raise ValueError("a shape that is none")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         table[name] = (entry["dtype"], tuple(entry["shape"]), shard[begin:end])
     return table, metadata
