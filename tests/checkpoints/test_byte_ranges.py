@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from fp4cast.checkpoints.byte_ranges import BUFFERS, File, Files, copy_range
+from fp4cast.checkpoints.byte_ranges import BUFFERS, File, Files, copy_range, write_file
 from fp4cast.errors import CheckpointError
 
 
@@ -119,3 +119,9 @@ def test_a_file_that_a_thread_reads_from_is_not_closed_under_it(numbered):
         assert open_files() <= before + 2
     assert not wrong and not errors
     assert open_files() == before
+
+
+def test_a_disk_that_takes_no_bytes_is_an_error_not_a_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="no more bytes are taken"):
+        write_file(tmp_path / "x", b"data")

@@ -414,6 +414,14 @@ def test_a_second_writer_is_refused(miniatures, tmp_path):
             fp4cast.convert(miniatures["dense"], tmp_path / "dst")
 
 
+def test_notes_that_a_run_killed_at_its_end_has_left_are_no_obstacle(miniatures, converted, tmp_path):
+    (tmp_path / ".dst.fp4cast").mkdir()
+    (tmp_path / ".dst.fp4cast" / "model-00002-of-00002.safetensors.done").write_bytes(b"{}")
+    fp4cast.convert(miniatures["dense"], tmp_path / "dst", resume=True)
+    assert tree(tmp_path / "dst") == tree(converted["dense"])
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
 def test_a_file_system_without_locks_is_no_obstacle(miniatures, tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(38, "Function not implemented")
@@ -442,7 +450,7 @@ def test_a_disk_that_fills_up_is_a_clear_error(miniatures, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(executing, "write_all", full)
     with pytest.raises(DestinationError, match=r"model-0000.*: cannot be written: No space left"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()

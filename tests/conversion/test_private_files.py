@@ -116,6 +116,15 @@ def test_a_companion_that_cannot_be_written_names_the_destination(source, tmp_pa
         fp4cast.convert(source, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_a_companion_is_copied_whole_where_the_kernel_copies_nothing(source, tmp_path, monkeypatch, size):
+    """A copy of zero bytes inside the kernel was taken for the end of the file."""
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0, raising=False)
+    (source / "sub" / "vocab.txt").write_bytes(os.urandom(size))
+    fp4cast.convert(source, tmp_path / "dst", verify=False)
+    assert (tmp_path / "dst/sub/vocab.txt").read_bytes() == (source / "sub/vocab.txt").read_bytes()
+
+
 def test_companions_have_checksums_too(source, tmp_path):
     fp4cast.convert(source, tmp_path / "dst")
     (tmp_path / "dst" / "sub" / "vocab.txt").write_text("other")

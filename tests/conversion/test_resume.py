@@ -9,7 +9,7 @@ import pytest
 
 import fp4cast
 from fp4cast.conversion import execute as executing
-from fp4cast.conversion import job_array, working_directory
+from fp4cast.conversion import job_array, staging, working_directory
 from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.errors import DestinationError, UsageError, VerificationError
 from fp4cast.verification.receipt import sealed
@@ -195,6 +195,26 @@ def test_what_a_killed_run_left_after_it_published_is_removed(miniatures, conver
     assert (tmp_path / ".dst.fp4cast").exists()
     monkeypatch.undo()
     assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").exact
+    assert names(tmp_path) == ["dst"]
+    assert tree(tmp_path / "dst") == tree(converted["dense"])
+
+
+def test_a_disk_that_does_not_confirm_the_rename(miniatures, converted, tmp_path, monkeypatch):
+    sync = staging.sync_path
+
+    def fail(path):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(staging, "sync_path", fail)
+    with pytest.raises(
+        DestinationError, match=r"dst: is complete, but its disk does not say so: Input/output"
+    ) as caught:
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst")
+    assert not hasattr(caught.value, "__notes__")
+    monkeypatch.undo()
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").bytes["written"] == 0
     assert names(tmp_path) == ["dst"]
     assert tree(tmp_path / "dst") == tree(converted["dense"])
 

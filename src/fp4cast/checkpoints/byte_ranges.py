@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -212,13 +213,40 @@ def write_all(target: int, offset: int, data: Bytes) -> None:
     """Write all of `data` at `offset`."""
     view, done = data.data.cast("B"), 0
     while done < len(view):
-        done += os.pwrite(target, view[done:], offset + done)
+        got = os.pwrite(target, view[done:], offset + done)
+        if not got:
+            raise OSError(errno.EIO, "no more bytes are taken")
+        done += got
+
+
+@contextlib.contextmanager
+def created(path: Path, mode: int = 0o666) -> Iterator[int]:
+    """The descriptor of a new or emptied file, for a `with` block; a link in its place is not followed.
+
+    Args:
+        path: the file, which errors name.
+        mode: permissions of a new file, before the umask.
+    """
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        yield target
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a descriptor has no name
+        raise
+    finally:
+        os.close(target)
+
+
+def write_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a small file; where a disk takes no bytes this ends, and `Path.write_bytes` does not."""
+    with created(path, mode) as target:
+        write_all(target, 0, np.frombuffer(data, np.uint8))
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file atomically: it is there whole, or not at all."""
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
-    beside.write_bytes(data)
+    write_file(beside, data)
     beside.replace(path)
 
 

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
-from fp4cast.checkpoints.byte_ranges import File, copy_range, exchange, sync_path, write_all, write_whole
+from fp4cast.checkpoints.byte_ranges import File, copy_range, created, exchange, sync_path, write_file, write_whole
 from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_bytes
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
 from fp4cast.conversion.destination import check_destination
@@ -27,6 +25,10 @@ from fp4cast.errors import CheckpointError, DestinationError
 LOG = logging.getLogger(__name__)
 FREE_MARGIN = 64 << 20
 ONCE = "once "  # begins the fingerprint of work that cannot be resumed
+
+
+class UnconfirmedError(DestinationError):
+    """DST is published, but a power cut may undo that."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Staging:
         found: dict[str, Checksum] = {}
         mode = (source.path / CONFIG).stat().st_mode & 0o666 | 0o600
         for name, data in documents.items():
-            self._write(self.config if name == CONFIG else name, data, mode)
+            write_file(self.out / (self.config if name == CONFIG else name), data, mode)
             found[name] = checksum_of_bytes(data)
         for companion, size in companions.items():
             self._folders(companion, source.path)
@@ -147,14 +149,7 @@ class Staging:
 
     def write_receipt(self, name: str, data: bytes) -> None:
         """Write the receipt, as public as the configs."""
-        self._write(name, data, (self.state / CONFIG).stat().st_mode)
-
-    def _write(self, name: str, data: bytes, mode: int) -> None:
-        target = os.open(self.out / name, _CREATE, mode)
-        try:
-            write_all(target, 0, np.frombuffer(data, np.uint8))
-        finally:
-            os.close(target)
+        write_file(self.out / name, data, (self.state / CONFIG).stat().st_mode & 0o666)
 
     def _folders(self, companion: PurePosixPath, source: Path) -> None:
         for folder in reversed(companion.parents[:-1]):
@@ -171,7 +166,13 @@ class Staging:
             if self.destination.exists():
                 self.destination.rmdir()  # fails where somebody has put something into it meanwhile
             self.out.rename(self.destination)
-        self._sync(self.destination.parent)
+        try:
+            self._sync(self.destination.parent)
+        except OSError as error:
+            raise UnconfirmedError(
+                f"{self.destination}: is complete, but its disk does not say so: {error.strerror}; run the same command "
+                f"again to compare it. What was there before, if anything, is in {self.state}"
+            ) from error
         remove(self.state)
 
     def _sync(self, *paths: Path) -> None:
@@ -192,9 +193,6 @@ class Staging:
             raise
 
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
 def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
     """Copy a companion inside the kernel; it must still be the file that was planned."""
     path = resolve_link(source, source / companion)
@@ -203,11 +201,8 @@ def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Ch
         if status.st_size != size:
             raise CheckpointError(f"{path}: changed meanwhile: expected {size} bytes, got {status.st_size}")
         try:
-            copy = os.open(target, _CREATE, status.st_mode & 0o777 | 0o600)
-            try:
+            with created(target, status.st_mode & 0o777 | 0o600) as copy:
                 copy_range(file, 0, copy, 0, size)
-            finally:
-                os.close(copy)
         except OSError as error:
             raise DestinationError(f"{target}: cannot be written: {error.strerror}") from error
     with File(target) as written:
@@ -217,7 +212,7 @@ def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Ch
 def _write_first(path: Path, data: bytes) -> None:
     """Write a small file that others may be writing, too: the first one stays."""
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
-    beside.write_bytes(data)
+    write_file(beside, data)
     try:
         path.hardlink_to(beside)
     except FileExistsError:
@@ -270,6 +265,8 @@ def staging(
 def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) -> None:
     """Leave finished shards, and say where they are; leave nothing else, unless others are at work."""
     state = state_of(destination)
+    if isinstance(error, UnconfirmedError):
+        return
     if (old := state / "old").exists() and not destination.exists():
         error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
     elif keep and any(state.glob("*.done")):

@@ -19,6 +19,7 @@ from fp4cast.errors import DestinationError
 
 LOG = logging.getLogger(__name__)
 _CONTENTS = {"lock", "plan", "out", "old", CONFIG}
+_ENDINGS = (".done", ".partial", ".new")  # all that may be left where a run was killed while it cleared up
 _ATTEMPTS = 5  # to enter, while others that are done remove theirs
 
 
@@ -110,7 +111,7 @@ def _check_ours(state: Path) -> None:
         if path.exists() and not (path.is_file() if path.name in ("plan", "lock") else path.is_dir()):
             raise DestinationError(f"{path}: is in the way of a working directory; remove it")
     names = {path.name for path in state.iterdir()} if state.exists() else set()
-    if names and not names & _CONTENTS:
+    if names and not names & _CONTENTS and not any(name.endswith(_ENDINGS) for name in names):
         raise DestinationError(f"{state}: holds files that fp4cast did not write: {', '.join(sorted(names)[:5])}")
 
 
