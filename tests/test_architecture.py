@@ -20,7 +20,8 @@ ALLOWED = {
     "layouts": GROUND | {"checkpoints", "families"},
     "casting": GROUND,
     "verification": GROUND
-    | {"checkpoints", "families", "layouts.choose", "layouts.engine_view", "layouts.layout", "parallel"},
+    | {"checkpoints", "families", "layouts.choose", "layouts.engine_rules", "layouts.engine_view", "layouts.layout"}
+    | {"parallel"},
     "conversion": GROUND | {"casting", "checkpoints", "families", "layouts", "parallel", "verification"},
     "__init__": GROUND | {"casting", "conversion", "verification"},
     "kernels": GROUND,

@@ -21,16 +21,32 @@ class QuantizationConfig(NamedTuple):
 
 
 def find_quantization_config(config: Mapping[str, Any]) -> QuantizationConfig:
-    """The first quantization_config of a config.json."""
-    return next(_all(config), QuantizationConfig((), {}))
+    """The first quantization_config of a config.json that says something."""
+    return next((found for found in _all(config) if found.section), QuantizationConfig((), {}))
 
 
 def _all(config: Mapping[str, Any]) -> Iterator[QuantizationConfig]:
+    """Every quantization_config at the top or one level down; null is an empty one, as transformers reads it."""
     scopes = [((), config)] + [((key,), value) for key, value in config.items() if isinstance(value, dict)]
     for path, scope in scopes:
         for key in _KEYS:
-            if isinstance(found := scope.get(key), dict):
-                yield QuantizationConfig((*path, key), found)
+            if key in scope and isinstance(found := scope[key], dict | None):
+                yield QuantizationConfig((*path, key), found or {})
+
+
+def misplaced_quantization_configs(config: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences about each quantization_config that is no object, or that lies deeper than engines look."""
+    scopes: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    for path, scope in scopes:  # which grows
+        for key, value in scope.items():
+            if key in _KEYS and value is not None:
+                where = ".".join((*path, key))[:200]
+                if not isinstance(value, dict):
+                    yield f"{where} is {str(value)[:200]!r}, expected an object"
+                elif len(path) > 1:
+                    yield f"{where} is too deep, expected a quantization_config at the top or one level down"
+            elif isinstance(value, dict):
+                scopes.append(((*path[:2], key[:100]), value))
 
 
 def drop_quantization_configs(config: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Read a checkpoint's config as engines do: which modules are NVFP4, and of which kind?
 
 This is the counterpart of the layouts' files: each of them writes its documents, and a function here reads them.
+`engine_rules` says what else their keys must say.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ class Claims:
         ignore: names and patterns that are not quantized.
         ignores: returns the modules that entries of `ignore` mean: (entries, modules).
         other_groups: modules in other formats have groups of their own, beside `ignore`.
-        twin: hf_quant_config.json must say the same.
         path: the config file, which errors name.
     """
 
@@ -38,7 +38,6 @@ class Claims:
     ignore: tuple[str, ...]
     ignores: Callable[[Iterable[str], Sequence[str]], set[str]]
     other_groups: bool = False
-    twin: bool = True
     path: Path = Path(CONFIG)
 
     def quantized(self, modules: Iterable[str]) -> set[str]:
@@ -49,7 +48,7 @@ class Claims:
         """
         names = list(modules)
         if self.layers is not None:
-            return {name for name in names if not self.layers.isdisjoint(_ancestors(name))}
+            return {name for name in names if not self.layers.isdisjoint(ancestors(name))}
         try:
             return set(names) - self.ignores(self.ignore, names)
         except PatternError as error:
@@ -83,7 +82,7 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Claims | None:
         return None
     activations: Activations = "w4a4" if _w4a4(section.get("config_groups")) else "w4a16"
     ignore = _strings(section.get("ignore"))
-    return Claims("compressed-tensors", activations, None, ignore, names_and_expressions, other_groups=True, twin=False)
+    return Claims("compressed-tensors", activations, None, ignore, names_and_expressions, other_groups=True)
 
 
 def _modelopt(section: Mapping[str, Any]) -> Claims | None:
@@ -109,7 +108,7 @@ _ALGORITHMS: dict[str, Activations] = {"NVFP4": "w4a4", "W4A16_NVFP4": "w4a16"}
 _CLAUSES = (_compressed_tensors, _modelopt, _modelopt_mixed)
 
 
-def _ancestors(module: str) -> Iterator[str]:
+def ancestors(module: str) -> Iterator[str]:
     """A module and the banks that hold it, as loaders look them up."""
     yield module
     while "." in module:
@@ -125,37 +124,10 @@ def _w4a4(groups: object) -> bool:
     """Whether the NVFP4 group (weights in blocks of 16) of a compressed-tensors config quantizes activations."""
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("num_bits") == 4 and weights.get("group_size") == NV_BLOCK:
+        if isinstance(weights, dict) and _is_nvfp4(weights):
             return bool(group.get("input_activations"))
     return False
 
 
-def config_faults(config: Mapping[str, Any], beside: Mapping[str, Any] | None, claims: Claims) -> Iterable[str]:
-    """Contradictions between config.json and hf_quant_config.json, and a second quantization_config, if any.
-
-    Args:
-        config: config.json.
-        beside: hf_quant_config.json, or None where there is none.
-        claims: config.json's.
-    """
-    path, section = find_quantization_config(config)
-    others = [
-        key
-        for key, value in config.items()
-        if isinstance(value, dict) and (key,) != path and find_quantization_config(value).section
-    ]
-    if len(path) == 1 and others:
-        yield f"a second quantization_config is left under {others[0]!r}"
-    if not claims.twin:
-        return
-    quantization = beside.get("quantization") if beside is not None else None
-    if not isinstance(quantization, dict):
-        yield "hf_quant_config.json has no `quantization` object"
-        return
-    twins = (("quant_algo", "quant_algo"), ("exclude_modules", "ignore"), ("quantized_layers", "quantized_layers"))
-    for key, twin in twins:
-        if quantization.get(key) != section.get(twin):
-            yield f"hf_quant_config.json's {key} differs from config.json's {twin}"
-    size = quantization.get("group_size")
-    if size != NV_BLOCK:
-        yield f"hf_quant_config.json's group_size is {size!r}, expected {NV_BLOCK}"
+def _is_nvfp4(weights: Mapping[str, Any]) -> bool:
+    return (weights.get("num_bits"), weights.get("type"), weights.get("group_size")) == (4, "float", NV_BLOCK)

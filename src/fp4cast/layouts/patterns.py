@@ -57,6 +57,36 @@ def substrings_and_wildcards(entries: Iterable[str], modules: Sequence[str]) -> 
     return found
 
 
+def names_and_wildcards(entries: Iterable[str], modules: Sequence[str]) -> tuple[set[str], list[str]]:
+    """What entries mean for TensorRT-LLM, which knows names and wildcards for the whole name.
+
+    Returns:
+        The modules, and the entries that mean none.
+
+    Raises:
+        PatternError: there are too many for the time.
+    """
+    entries, idle = set(entries), list[str]()
+    found = entries.intersection(modules)
+    end = time.monotonic() + SECONDS
+    for entry in entries - found:
+        meant = [] if _WILD.isdisjoint(entry) else [module for module in modules if fnmatchcase(module, entry)]
+        found.update(meant)
+        if not meant:
+            idle.append(entry)
+        if time.monotonic() > end:
+            raise PatternError(f"the config ignores {len(entries)} patterns, too many for {len(modules)} modules")
+    return found, idle
+
+
+def spellings(name: str, aliases: Iterable[tuple[str, str]]) -> list[str]:
+    """Every name under which an engine may look up a module: (pattern, what it may be called instead)."""
+    names = [name]
+    for pattern, other in aliases:
+        names += [re.sub(pattern, other, each) for each in names if re.search(pattern, each)]
+    return names
+
+
 def _match(patterns: list[str], modules: Sequence[str]) -> list[list[int]]:
     seconds = SECONDS + _SECONDS_PER_MATCH * len(patterns) * len(modules)
     command = [sys.executable, "-I", __file__]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT
-from fp4cast.checkpoints.header import UNQUANTIZED
 from fp4cast.checkpoints.json_files import read_json
-from fp4cast.checkpoints.quantization_config import drop_quantization_configs
-from fp4cast.layouts.engine_view import config_faults
+from fp4cast.verification.configs import config_faults
 from fp4cast.verification.opened import Opened
 from fp4cast.verification.report import Difference
 
@@ -67,10 +64,11 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
                 INDEX, "index", f"total_size is {claimed}, the tensors take {opened.destination.total_size}"
             )
     beside = read_json(path / QUANT_CONFIG) if (path / QUANT_CONFIG).exists() else None
-    faults = [*config_faults(opened.destination.config, beside, opened.claims), *_claimed(opened)]
-    if _without_quantization(opened.destination.config) != _without_quantization(opened.source.checkpoint.config):
-        faults.append("its entries other than the quantization differ from the source's")
-    yield from (Difference(opened.config, "config", fault) for fault in faults)
+    faults = config_faults(
+        opened.destination.config, beside, opened.claims, opened.source, opened.target, opened.selection
+    )
+    for file, detail in faults:
+        yield Difference(opened.config if file == CONFIG else file, "config", detail)
     if not faults:
         yield from _sealed(opened)
     if not opened.receipt.intact:
@@ -99,12 +97,6 @@ def _companions(opened: Opened) -> Iterator[Difference]:
             yield Difference(file.name, "file", "is in the destination alone, and holds weights in another format")
 
 
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    drop_quantization_configs(copy)
-    return copy
-
-
 def _sealed(opened: Opened) -> Iterator[Difference]:
     """Check that the documents are, byte for byte, those that the receipt names."""
     receipt = opened.receipt
@@ -112,22 +104,3 @@ def _sealed(opened: Opened) -> Iterator[Difference]:
         path = opened.destination.path / (opened.config if name == CONFIG else name)
         if receipt.found and path.is_file() and checksum_of_path(path) != receipt.files.get(name):
             yield Difference(name, "config", "is not the document that the conversion wrote")
-
-
-def _claimed(opened: Opened) -> Iterator[str]:
-    """Check that the config calls every cast module NVFP4, and no other."""
-    cast = opened.selection.modules
-    # compressed-tensors describes other quantized groups by patterns of their own, beside `ignore`.
-    others = [
-        tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
-        for tensor in opened.selection.untouched
-        if tensor.name.endswith((".weight", ".weight_packed"))
-        and len(tensor.shape) >= 2
-        and (tensor.dtype in UNQUANTIZED or not opened.claims.other_groups)
-    ]
-    claimed = opened.claims.quantized([*cast, *others])
-    for module in sorted(set(cast) - claimed):
-        yield f"{module} was cast, but the config does not say that it is NVFP4"
-    for module in others:
-        if module in claimed:
-            yield f"{module} was not cast, but the config says that it is NVFP4"

@@ -204,6 +204,16 @@ def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScal
                 )
 
 
+def _notes(opened: Opened) -> Iterator[str]:
+    """What could not be judged."""
+    if not opened.receipt.found:
+        scales = " and of input scales" if opened.target.activations == "w4a4" else ""
+        yield (
+            f"{RECEIPT} is missing: configs were judged by what they must say; whether every byte of them{scales} is "
+            "what a conversion wrote could not be checked"
+        )
+
+
 def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seconds: float) -> Report:
     pairs, measured = {pair.module: pair for pair in opened.selection.cast}, found.measured
     counts: HalfBlockCounts = {
@@ -227,6 +237,7 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
+        notes=tuple(_notes(opened)),
         seconds=seconds,
         verified=True,
     )

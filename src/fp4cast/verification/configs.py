@@ -1,0 +1,78 @@
+"""Judge the configs: do they describe what the files hold, and the model that the source's config describes?
+
+The plan of a conversion asks the same before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fp4cast.checkpoints.directory import CONFIG
+from fp4cast.checkpoints.header import UNQUANTIZED
+from fp4cast.checkpoints.quantization_config import drop_quantization_configs
+from fp4cast.families.family import Source
+from fp4cast.layouts.engine_rules import Fault, Held, rule_faults
+from fp4cast.layouts.engine_view import Claims
+from fp4cast.layouts.layout import Selection, Target
+
+
+def config_faults(
+    config: Mapping[str, Any],
+    beside: Mapping[str, Any] | None,
+    claims: Claims,
+    source: Source,
+    target: Target,
+    selection: Selection,
+) -> list[Fault]:
+    """Everything that is wrong with the configs.
+
+    Args:
+        config: config.json.
+        beside: hf_quant_config.json, or None where there is none.
+        claims: config.json's.
+        source: the MXFP4 checkpoint.
+        target: the layout.
+        selection: what is cast.
+    """
+    found = list(_claimed(claims, selection))
+    actual, expected = (claims.layout, claims.activations), (target.layout.name, target.activations)
+    if actual != expected:
+        found.append(Fault(CONFIG, f"describes {' '.join(actual)}, expected {' '.join(expected)}"))
+    else:
+        weights = {plain: sorted(_matrices(selection, plain)) for plain in (True, False)}
+        held = Held(target.family, source.checkpoint.config, selection.modules, weights[True], weights[False])
+        found += rule_faults(config, beside, claims, held)
+    if _without_quantization(config) != _without_quantization(source.checkpoint.config):
+        found.append(Fault(CONFIG, "its entries other than the quantization differ from the source's"))
+    return found
+
+
+def _matrices(selection: Selection, plain: bool) -> set[str]:
+    """The modules of the weight matrices that are not cast: those that are not quantized, or the others."""
+    return {
+        tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
+        for tensor in selection.untouched
+        if tensor.name.endswith((".weight", ".weight_packed"))
+        and len(tensor.shape) >= 2
+        and (tensor.dtype in UNQUANTIZED) == plain
+    }
+
+
+def _claimed(claims: Claims, selection: Selection) -> Iterator[Fault]:
+    """Check that the config calls every cast module NVFP4, and no other."""
+    cast, others = selection.modules, _matrices(selection, True)
+    if not claims.other_groups:  # else patterns of their own, beside `ignore`, describe other quantized modules
+        others |= _matrices(selection, False)
+    claimed = claims.quantized([*cast, *others])
+    how = "`ignore` means {}" if claims.layers is None else "quantized_layers lacks {}"
+    for module in sorted(set(cast) - claimed):
+        yield Fault(CONFIG, f"{how.format(module)}, which holds MXFP4 codes in the source; expected it to be NVFP4")
+    for module in sorted(others & claimed):
+        yield Fault(CONFIG, f"says that {module} is NVFP4, which was not cast")
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    copy = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    drop_quantization_configs(copy)
+    return copy
