@@ -14,6 +14,7 @@ import numpy as np
 from fp4cast.casting.inexact import check_inexact
 from fp4cast.checkpoints.directory import (
     CONFIG,
+    QUANT_CONFIG,
     Stamps,
     check_stamps,
     gc_paused,
@@ -43,6 +44,7 @@ from fp4cast.layouts.documents import documents
 from fp4cast.layouts.engine_view import read_claims
 from fp4cast.layouts.layout import Selection, Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
+from fp4cast.verification.configs import config_faults
 
 
 @dataclass(frozen=True)
@@ -163,27 +165,29 @@ def make_plan(
         for pair in domain.pairs:
             new |= _outputs(pair, domain, target, amax)
     shards = tuple(place(source.checkpoint, new))
+    table = index(shards)
     files = documents(source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank)
-    _check_claims(path / CONFIG, files[CONFIG], selection.modules)
+    _check_configs(path, files, source, target, selection)
     return Plan(
         source=source,
         target=target,
         selection=selection,
         domains=domains,
         shards=shards,
-        documents=index(shards) | {name: json_bytes(document) for name, document in files.items()},
+        documents=table | {name: json_bytes(document) for name, document in files.items()},
         companions=companions_to_carry(source.checkpoint),
         stamps=stamps,
     )
 
 
-def _check_claims(path: Path, config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Refuse now what verification would refuse once everything is written: `ignore` is taken from the source."""
-    missed = sorted(set(modules) - read_claims(config, path).quantized(modules))
-    if missed:
-        raise CheckpointError(
-            f"{path}: `ignore` means {missed[0]}, which holds MXFP4 codes; expected other modules only"
-        )
+def _check_configs(
+    path: Path, files: Mapping[str, Mapping[str, Any]], source: Source, target: Target, selection: Selection
+) -> None:
+    """Refuse now what verification would refuse once everything is written: much of a config is the source's."""
+    claims = read_claims(files[CONFIG], path / CONFIG)
+    for file, detail in config_faults(files[CONFIG], files.get(QUANT_CONFIG), claims, source, target, selection):
+        whose = path / file if file == CONFIG else f"{path / CONFIG}: the {file} made from it"
+        raise CheckpointError(f"{whose}: cannot be converted as {target.layout.name} {target.activations}: {detail}")
 
 
 def _activation_scales(target: Target, value: InputScalesLike | None, modules: Sequence[str]) -> InputScales | None:

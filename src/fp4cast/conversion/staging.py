@@ -170,8 +170,8 @@ class Staging:
             self._sync(self.destination.parent)
         except OSError as error:
             raise UnconfirmedError(
-                f"{self.destination}: is complete, but its disk does not say so: {error.strerror}; run the same command "
-                f"again to compare it. What was there before, if anything, is in {self.state}"
+                f"{self.destination}: is complete, but its disk does not say so: {error.strerror}; run the same "
+                f"command again to compare it. What was there before, if anything, is in {self.state}"
             ) from error
         remove(self.state)
 

@@ -13,6 +13,7 @@ from typing import Any
 from fp4cast._version import __version__
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint
 from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
+from fp4cast.checkpoints.quantization_config import misplaced_quantization_configs
 from fp4cast.errors import CheckpointError
 from fp4cast.layouts.layout import Target, Writing
 
@@ -30,8 +31,11 @@ def documents(
         bank: whether some of them are banks of experts.
 
     Raises:
+        CheckpointError: a quantization_config of the source is not where, or not what, engines read.
         UsageError: the layout's configs cannot express what the source holds.
     """
+    for sentence in misplaced_quantization_configs(checkpoint.config):
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {sentence}")
     try:
         config = copy.deepcopy(dict(checkpoint.config))
     except RecursionError as error:
