@@ -23,6 +23,7 @@ from fp4cast.formats import MX_BLOCK_BYTES, Activations, Bytes
 from fp4cast.layouts.layout import Form
 from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.ranges import spans
+from fp4cast.verification.rounding import Nearness
 from fp4cast.verification.values import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal
 
 
@@ -37,6 +38,7 @@ class Converted:
         scales: its E4M3 block scales.
         tensor_scale: its tensor scale (S or 1/S, FP32).
         input_scale: its input scale, where there is one.
+        rounded: half-blocks are said to be rounded on purpose, so it is judged whether they are near.
     """
 
     pair: Pair
@@ -45,9 +47,18 @@ class Converted:
     scales: Tensor
     tensor_scale: Tensor
     input_scale: Tensor | None
+    rounded: bool = False
 
     @classmethod
-    def of(cls, pair: Pair, form: Form, activations: Activations, written: Mapping[str, Tensor]) -> Converted:
+    def of(
+        cls,
+        pair: Pair,
+        form: Form,
+        activations: Activations,
+        written: Mapping[str, Tensor],
+        *,
+        rounded: bool = False,
+    ) -> Converted:
         """A pair and its counterpart among the tensors of a destination."""
         names = form.names(pair.module)
         return cls(
@@ -57,6 +68,7 @@ class Converted:
             written[names.block_scale],
             written[names.tensor_scale],
             written[names.input_scale] if activations == "w4a4" else None,
+            rounded,
         )
 
     @property
@@ -88,7 +100,8 @@ def compare_units(
         files: both sides' files.
         progress: called with the number of bytes just read.
     """
-    tables, found = ScaleTables.of(tensor_scale, converted.pair.bias), Comparison()
+    tables = ScaleTables.of(tensor_scale, converted.pair.bias)
+    found = Comparison(nearness=Nearness() if converted.rounded else None)
     for unit in range(first, last):
         if converted.form.transposed:
             progress(_compare_tile(converted, converted.pair.tiling[unit], tables, files, found))

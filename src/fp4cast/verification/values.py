@@ -25,6 +25,7 @@ from fp4cast.formats import (
     mxfp4_values,
     nvfp4_values,
 )
+from fp4cast.verification.rounding import Nearness, find_far
 
 _SCALE_CODES = np.arange(0x01, 0x7F, dtype=np.uint8)  # positive finite E4M3
 _NAN = 0x7F  # E4M3's NaN; from 0x80 on scales are negative
@@ -47,6 +48,7 @@ class Comparison:
         stray: zero half-blocks whose scale is not the one that their exponent gives.
         invalid: half-blocks whose scale is NaN or negative.
         marlin_zeroed: half-blocks that hold a value and lie below the window of vLLM's Marlin kernels.
+        nearness: of the rounded half-blocks; None where it is not asked for.
     """
 
     verbatim: int = 0
@@ -59,6 +61,7 @@ class Comparison:
     stray: int = 0
     invalid: int = 0
     marlin_zeroed: int = 0
+    nearness: Nearness | None = None
 
     def merge(self, other: Comparison) -> None:
         """Add the figures of later blocks of the same tensor."""
@@ -72,6 +75,9 @@ class Comparison:
         self.marlin_zeroed += other.marlin_zeroed
         self.max_error = float(np.maximum(self.max_error, other.max_error))
         self.where = self.where or other.where
+        if other.nearness is not None:
+            self.nearness = self.nearness or Nearness()
+            self.nearness.merge(other.nearness)
 
 
 class Blocks(NamedTuple):
@@ -185,6 +191,21 @@ def _compare_values(blocks: Blocks, odd: np.ndarray, tables: ScaleTables, found:
     found.stray += int((empty & (blocks.scales[odd] != tables.zero[blocks.exponents[odd]][:, None])).sum())
     if rounded.any():
         _measure(blocks, odd, expected, actual, wrong, found)
+        if found.nearness is not None:
+            found.nearness.merge(_nearness(blocks, odd, rounded, tables))
+
+
+def _nearness(blocks: Blocks, odd: np.ndarray, rounded: np.ndarray, tables: ScaleTables) -> Nearness:
+    """Judge the rounded ones among some half-blocks, bool [n, 2]."""
+    which, half = np.nonzero(rounded)
+    at = odd[which]
+    source, written = (codes.reshape(-1, 2, NV_BLOCK_BYTES)[at, half] for codes in (blocks.source_codes, blocks.codes))
+    k = blocks.exponents[at].astype(np.int64) - tables.bias
+    far = find_far(source, k, written, blocks.scales[at, half], tables.tensor_scale)
+    if not far:
+        return Nearness()
+    first = far[0].at
+    return Nearness(len(far), (blocks.position(int(at[first])), int(half[first]), far[0].squared_error, far[0].least))
 
 
 def _measure(

@@ -115,7 +115,8 @@ def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
     tensors, target = opened.destination.tensors, opened.target
     for pair in opened.selection.cast:
         if not wrong.intersection(target.names(pair.module)):
-            converted = Converted.of(pair, target.form, target.activations, tensors)
+            rounded = pair.module in opened.receipt.rounded
+            converted = Converted.of(pair, target.form, target.activations, tensors, rounded=rounded)
             table[converted.codes.path].converted.append(converted)
     for tensor in opened.selection.untouched:
         if tensor.name not in wrong:
@@ -156,6 +157,14 @@ def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference
     if found.stray:
         detail = f"{found.stray} half-blocks of zeros have a scale that their exponent does not give (no value changes)"
         yield Difference(names.block_scale, "scale", detail)
+    if found.nearness is not None and found.nearness.where is not None:
+        block, half, error, least = found.nearness.where
+        yield Difference(
+            names.codes,
+            "values",
+            f"{found.nearness.far} rounded half-blocks are not those of least error; the first is half {half} of block "
+            f"{block}: expected a squared error of {least:g} with the codes nearest to the source, got {error:g}",
+        )
     if found.rounded and not _announced(opened, pair, found):
         block, element, expected, actual = found.where or (0, 0, math.nan, math.nan)
         yield Difference(
