@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from typing import Any
 from attacks.fault_child import CPU_SECONDS, WALL_SECONDS, Ended, Tree, in_child, preloaded, tree
 from attacks.fault_scenarios import LARGE, SCENARIOS, Scenario, make_source
 
-COMPLETE = "exists and holds a checkpoint by fp4cast"
 KILLS = {1, 2, 3}  # of the kinds in faults.c
 PARTS = 1000  # a time is a number of thousandths of an undisturbed run
 
@@ -133,7 +133,8 @@ class Stage:
             yield f"DST is {self._describe(now)}"
         if tree(self.source) != self.untouched:
             yield "the source has changed"
-        if others := set(self.stray()) - {self.state.name}:
+        leaving = re.compile(re.escape(self.state.name) + r"(\.[0-9a-f]{8})?")  # renamed while it is removed
+        if others := [name for name in self.stray() if not leaving.fullmatch(name)]:
             yield f"left {', '.join(sorted(others))}"
         out = tree(self.state / "out")
         if "config.json" in out and out not in (new, self.older) and now != new:
@@ -148,12 +149,8 @@ class Stage:
             yield "run again: the source has changed"
         if ended.how == "done" and self.stray():
             yield f"run again: left {', '.join(self.stray())}"
-        if ended.how != "done" and not self.pending(ended):
+        if ended.how != "done":
             yield f"run again: {ended.how}: {ended.said}"
-
-    def pending(self, ended: Ended) -> bool:
-        """Whether the next run was refused because DST is complete; what a kill left beside it then stays."""
-        return ended.how == "refused" and COMPLETE in ended.said and tree(self.dst) == self.reference[0]
 
     def _aside(self, now: Tree) -> bool:
         """Whether the older DST lies aside, where no exchange exists: the next run puts it back."""
@@ -218,7 +215,6 @@ class World:
             "said": ended.said,
             "left": left,
             "complete": complete,
-            "pending": stage.pending(after),
             "broken": broken,
         }
 

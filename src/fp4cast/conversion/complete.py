@@ -10,7 +10,7 @@ from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import Constant, OutputShard
-from fp4cast.conversion.working_directory import alone, enter, remove, state_of
+from fp4cast.conversion.working_directory import alone, enter, remove, state_of, sweep
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
@@ -33,7 +33,7 @@ def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, 
     Raises:
         DestinationError: the destination is damaged, and must not be written again.
     """
-    if not _looks_complete(plan, destination):
+    if not looks_complete(plan, destination):
         return None
     source = plan.source.checkpoint.path
     report = verify_checkpoint(source, destination, engine=engine, progress=lambda n, of: progress("verify", n, of))
@@ -48,7 +48,7 @@ def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, 
     return replace(report, notes=[*report.notes, "it was complete already, and has been compared; nothing was written"])
 
 
-def _looks_complete(plan: Plan, destination: Path) -> bool:
+def looks_complete(plan: Plan, destination: Path) -> bool:
     """Whether documents, headers and scalars are the plan's."""
     try:
         return (
@@ -74,6 +74,7 @@ def _looks_written(shard: OutputShard, path: Path) -> bool:
 
 
 def _remove_left(plan: Plan, destination: Path) -> None:
+    sweep(destination)
     state = state_of(destination)
     mark = state / "plan"
     if mark.is_file() and mark.read_text(errors="replace") == plan.fingerprint:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp4cast.conversion.complete import complete
+from fp4cast.conversion.complete import complete, looks_complete
 from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.execute import Finished, execute, find_finished
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
@@ -84,7 +84,8 @@ def convert_part(
 ) -> Part:
     """Write the i-th of n parts of a conversion's shards; other parts may run at the same time, on other machines.
 
-    An interrupted part that runs again keeps the shards that it had finished.
+    An interrupted part that runs again keeps the shards that it had finished; where `dst` is complete already, it has
+    nothing to do.
 
     Args:
         src: as for `convert`.
@@ -104,7 +105,11 @@ def convert_part(
     parse_part(f"{part}/{parts}")
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
     shards = plan.shards[part - 1 :: parts]
+    if not overwrite and looks_complete(plan, destination):
+        shards = ()  # `finish` compares what is there
     total = sum(shard.layout.size for shard in shards)
+    if not shards:
+        return Part(str(plan.source.checkpoint.path), str(dst), part, parts, (), 0, time.monotonic() - begin)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True, sync=sync) as stage:
         stage.join(plan.fingerprint)
         stage.check_space({shard.file: shard.layout.size for shard in shards})

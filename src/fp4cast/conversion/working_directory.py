@@ -45,7 +45,7 @@ def enter(source: Path, destination: Path, *, shared: bool) -> int:
     state = state_of(destination)
     mode = source.stat().st_mode & 0o777 | 0o700
     try:
-        _sweep(state)
+        sweep(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(_ATTEMPTS):
             _check_ours(state)
@@ -141,8 +141,9 @@ def remove(state: Path) -> None:
         LOG.warning("%s: could not be removed (%s); `%s` does", left, error.strerror, _removal(left))
 
 
-def _sweep(state: Path) -> None:
+def sweep(destination: Path) -> None:
     """Remove what processes that were killed while they removed their working directories have left."""
+    state = state_of(destination)
     if state.parent.is_dir():
         for path in state.parent.iterdir():
             ours = re.fullmatch(re.escape(state.name) + r"\.[0-9a-f]{8}", path.name)
