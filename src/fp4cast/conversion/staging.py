@@ -74,6 +74,7 @@ class Staging:
             LOG.warning(
                 "%s: %d finished shards of an earlier run are kept; --restart begins anew", self.state, len(notes)
             )
+        (self.out / CONFIG).unlink(missing_ok=True)  # first of all: what goes piece by piece must not be loadable
         clear(self.state, keep=notes | {"lock", "out"})
         clear(self.out, keep={note.removesuffix(".done") for note in notes})
         write_whole(mark, fingerprint.encode())

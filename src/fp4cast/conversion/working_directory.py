@@ -133,6 +133,7 @@ def remove(state: Path) -> None:
     gone = state.with_name(f"{state.name}.{os.urandom(4).hex()}")
     try:
         state.rename(gone)
+        (gone / "out" / CONFIG).unlink(missing_ok=True)  # first: what goes piece by piece must not be loadable
         shutil.rmtree(gone)
     except FileNotFoundError:
         return
