@@ -387,3 +387,43 @@ def test_plain_miniatures_fit_marlin_and_trapped_ones_do_not(plain_miniatures, m
     report = fp4cast.convert(plain_miniatures[kind], tmp_path / "dst")
     assert report.marlin_exact
     assert not fp4cast.verify(miniatures[kind], converted[kind]).marlin_exact
+
+
+def zeroed(source, path, modules):
+    """A copy of a checkpoint in which some projections hold nothing but zeros, of either sign."""
+    copy = shutil.copytree(source, path)
+    for module in modules:
+        edit(copy, f"{module}.weight_packed", lambda data: data.__setitem__(slice(None), 0x80))
+    return copy
+
+
+def doubled(path, module):
+    edit(
+        path, f"{module}.weight_scale_2", lambda data: data.__setitem__(slice(None), (data.view("<f4") * 2).view("u1"))
+    )
+
+
+def test_tensors_of_zeros_are_named_because_their_scales_are_free(miniatures, tmp_path):
+    down, gate, up = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up"))
+    source = zeroed(miniatures["dense"], tmp_path / "src", [down, gate])
+    report = fp4cast.convert(source, tmp_path / "dst")
+    expected = f"1 tensor holds only zeros, so its tensor scale is free: {down}.weight_scale_2"
+    assert report.notes == (expected,), "gate_proj shares the scale of up_proj, which holds values"
+    doubled(tmp_path / "dst", down)
+    assert fp4cast.verify(source, tmp_path / "dst").notes == (expected,)
+    doubled(tmp_path / "dst", gate)
+    assert not fp4cast.verify(source, tmp_path / "dst").ok
+    source = zeroed(source, tmp_path / "src2", [up])
+    (note,) = fp4cast.convert(source, tmp_path / "dst2").notes
+    assert note.startswith("3 tensors hold only zeros, so their tensor scales are free: ")
+    doubled(tmp_path / "dst2", up)
+    assert not fp4cast.verify(source, tmp_path / "dst2").ok, "engines merge it with gate_proj"
+
+
+def test_a_bank_of_zeros_is_named_too(miniatures, tmp_path):
+    source = shutil.copytree(miniatures["gpt-oss"], tmp_path / "src")
+    name = "model.layers.0.mlp.experts.down_proj"
+    edit(source, f"{name}_blocks", lambda data: data.__setitem__(slice(None), 0))
+    assert fp4cast.convert(source, tmp_path / "dst").notes == (
+        f"1 tensor holds only zeros, so its tensor scale is free: {name}_weight_scale_2",
+    )

@@ -116,6 +116,7 @@ def _compare_chunk(converted: Converted, unit: int, tables: ScaleTables, files: 
     n = min(tiles.LIMITS.compare_blocks, pair.blocks - start)
     source_codes = _read(files, pair.codes, start * size, n * size, BUFFERS.source).reshape(n, size)
     codes = _read(files, converted.codes, start * size, n * size, BUFFERS.codes).reshape(n, size)
+    found.see_codes(source_codes)
     exponents = _read(files, pair.scales, start, n, BUFFERS.exponents)
     scales = _read(files, converted.scales, 2 * start, 2 * n, BUFFERS.scales).reshape(n, 2)
     if tables.plain(scales) and equal(source_codes, codes) and np.array_equal(tables.expected(exponents), scales):
@@ -137,6 +138,7 @@ def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: 
     for top, bottom in spans(tile.top, tile.bottom, tiling.band_rows):
         band, columns = tile.band(top, bottom), slice(top - tile.top, bottom - tile.top)
         source_codes = _rows(files, pair.codes, tiling, band, BUFFERS.source)
+        found.see_codes(source_codes)
         done += source_codes.nbytes
         if same_scales and is_transpose(source_codes, codes[:, columns]):
             found.verbatim += 2 * band.width * band.rows

@@ -49,6 +49,7 @@ class Comparison:
         invalid: half-blocks whose scale is NaN or negative.
         marlin_zeroed: half-blocks that hold a value and lie below the window of vLLM's Marlin kernels.
         nearness: of the rounded half-blocks; None where it is not asked for.
+        zeros: every code of the source is a zero.
     """
 
     verbatim: int = 0
@@ -62,6 +63,7 @@ class Comparison:
     invalid: int = 0
     marlin_zeroed: int = 0
     nearness: Nearness | None = None
+    zeros: bool = True
 
     def merge(self, other: Comparison) -> None:
         """Add the figures of later blocks of the same tensor."""
@@ -73,11 +75,18 @@ class Comparison:
         self.stray += other.stray
         self.invalid += other.invalid
         self.marlin_zeroed += other.marlin_zeroed
+        self.zeros &= other.zeros
         self.max_error = float(np.maximum(self.max_error, other.max_error))
         self.where = self.where or other.where
         if other.nearness is not None:
             self.nearness = self.nearness or Nearness()
             self.nearness.merge(other.nearness)
+
+    def see_codes(self, codes: Bytes) -> None:
+        """Look for a value among some codes of the source; the first few nearly always hold one."""
+        if self.zeros:
+            flat = codes.reshape(-1)
+            self.zeros = not (flat[:64] & 0x77).any() and not (flat & 0x77).any()
 
 
 class Blocks(NamedTuple):

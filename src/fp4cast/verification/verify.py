@@ -26,6 +26,8 @@ from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredSca
 from fp4cast.verification.structure import document_differences, tensor_differences
 from fp4cast.verification.values import Comparison
 
+_NAMED = 5  # names in a note
+
 
 def verify(
     src: str | Path,
@@ -213,14 +215,28 @@ def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScal
                 )
 
 
-def _notes(opened: Opened) -> Iterator[str]:
+def _notes(opened: Opened, measured: dict[str, Comparison]) -> Iterator[str]:
     """What could not be judged."""
+    if free := _zeros(measured):
+        names = [opened.target.names(module).tensor_scale for module in free]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        hold, its = (
+            ("tensors hold", "their tensor scales are") if len(names) > 1 else ("tensor holds", "its tensor scale is")
+        )
+        yield f"{len(names)} {hold} only zeros, so {its} free: {', '.join(names[:_NAMED])}{more}"
     if not opened.receipt.found:
         scales = " and of input scales" if opened.target.activations == "w4a4" else ""
         yield (
             f"{RECEIPT} is missing: configs were judged by what they must say; whether every byte of them{scales} is "
             "what a conversion wrote could not be checked"
         )
+
+
+def _zeros(measured: dict[str, Comparison]) -> list[str]:
+    """The modules whose tensor scale no value pins down: they and all that engines merge with them hold only zeros."""
+    zeros = {module for module, comparison in measured.items() if comparison.zeros}
+    others = measured.keys() - zeros
+    return sorted(module for module in zeros if others.isdisjoint(shared_scale_group(module)[1]))
 
 
 def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seconds: float) -> Report:
@@ -246,7 +262,7 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
-        notes=tuple(_notes(opened)),
+        notes=tuple(_notes(opened, measured)),
         seconds=seconds,
         verified=True,
     )
