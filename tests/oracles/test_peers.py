@@ -121,7 +121,7 @@ def test_mistake_11_names_that_an_engine_would_not_match_are_found(miniatures, c
     config["quantization_config"]["quantized_layers"] = {name.replace("mlp", "ffn"): v for name, v in layers.items()}
     (destination / "config.json").write_text(json.dumps(config))
     report = fp4cast.verify(miniatures["moe"], destination)
-    assert any("does not say that it is NVFP4" in difference.detail for difference in report.differences)
+    assert any("expected it to be NVFP4" in difference.detail for difference in report.differences)
 
 
 def test_mistake_08_again_errors_are_measured_not_inferred(miniatures, tmp_path):
