@@ -1,4 +1,4 @@
-"""Write what pages show of the code: the table of families, and the picture of the rooms.
+"""Write what pages show of the code and its figures: the families, the picture of the rooms, what attacks found.
 
 python docs/generate.py            # rewrite the parts between the marks
 python docs/generate.py --check    # exit with 1 where a page differs
@@ -7,9 +7,11 @@ python docs/generate.py --check    # exit with 1 where a page differs
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from imports import MODULES, SOURCE, imports_of, room
 
@@ -75,10 +77,71 @@ def rooms_table() -> str:
     return "\n".join(lines)
 
 
+def figures(name: str) -> dict[str, Any]:
+    """What a script of tests/attacks has written."""
+    document: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "reliability" / f"{name}.json").read_text())
+    return document
+
+
+def attacks_table() -> str:
+    """One line an attack: how much of it, what must hold, how often it did not."""
+    fuzz, faults, flips = figures("fuzz"), figures("faults"), figures("flips")
+    commands = ", ".join(f"{row['inputs']:,} {name}" for name, row in fuzz["commands"].items() if name != "harness")
+    broken = sum(row["findings"] for name, row in fuzz["commands"].items() if name != "harness")
+    seconds, mib = fuzz["limits"]["seconds"], fuzz["limits"]["address_space_bytes"] >> 20
+    rows = [
+        ("attack", "how many", "what must hold", "broken", "slowest, largest", "when"),
+        ("---",) * 6,
+        (
+            "[`fuzz.py`](../tests/attacks/fuzz.py): mutated checkpoints",
+            f"{fuzz['inputs']:,} ({commands})",
+            f"success, or an error that names the file; at most {seconds:g} s and {mib} MiB; no file written, SRC unchanged",
+            f"{broken}",
+            f"{fuzz['slowest']['seconds']:.1f} s, {fuzz['rss_bytes'] / 1e6:.0f} MB",
+            fuzz["date"],
+        ),
+        (
+            "[`faults.py`](../tests/attacks/faults.py): kill -9, ENOSPC, EIO, EROFS, EINTR, short and zero counts at calls "
+            "that create, write, rename, remove or sync, and kills at random times",
+            f"{faults['points']:,} points in {len(faults['by_scenario'])} scenarios",
+            "DST absent or complete (old or new); the next run ends in the same bytes; SRC unchanged; nothing left",
+            f"{faults['broken']}",
+            "",
+            faults["machine"]["date"],
+        ),
+        (
+            "[`flips.py`](../tests/attacks/flips.py): bits flipped, tensors swapped, rows permuted, configs changed",
+            f"{flips['changes']:,} in {len(flips['conversions'])} conversions",
+            f"`verify` finds and names it ({flips['free']} changed no value, and that is said)",
+            f"{flips['missed']}",
+            "",
+            flips["date"],
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def regions_table() -> str:
+    """How many changes each region of a destination met."""
+    lines = ["| what was changed | changes | missed | changed no value |", "|---|---|---|---|"]
+    for region, row in figures("flips")["regions"].items():
+        lines.append(f"| {region} | {row['changes']:,} | {row['missed']} | {row['free']} |")
+    return "\n".join(lines)
+
+
+def scenarios_table() -> str:
+    """How many faults each scenario met."""
+    lines = ["| scenario | faults |", "|---|---|"]
+    for scenario, row in figures("faults")["by_scenario"].items():
+        lines.append(f"| {scenario} | {sum(row.values()):,} |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "README.md": {"families": families_summary},
     "docs/targets.md": {"families": families_table},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
+    "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},
 }
 
 

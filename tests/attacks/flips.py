@@ -157,14 +157,14 @@ def show(console: Console, figures: Figures, seconds: float) -> None:
 
 
 def document(figures: Figures, seed: int, seconds: float) -> dict[str, object]:
-    """The figures as JSON: kind x region -> flips, missed."""
-    table: dict[str, dict[str, dict[str, int]]] = {}
+    """The figures as JSON: by region and by conversion, how many changes, and how many were missed or free."""
+    tables: list[dict[str, dict[str, int]]] = [{}, {}]
     for (case, region, outcome), count in sorted(figures.counts.items()):
-        cell = table.setdefault(case, {}).setdefault(region, {"flips": 0, "missed": 0})
-        cell["flips"] += count
-        cell["missed"] += count if outcome in ("missed", "unnamed") else 0
-        if outcome == "free":
-            cell["free"] = count
+        for table, key in zip(tables, (region, case), strict=True):
+            row = table.setdefault(key, {"changes": 0, "missed": 0, "free": 0})
+            row["changes"] += count
+            row["missed"] += count if outcome in ("missed", "unnamed") else 0
+            row["free"] += count if outcome == "free" else 0
     totals = {"changes": figures.total(), "free": figures.total("free"), "missed": figures.failed}
     date = datetime.now(UTC).date().isoformat()
     return {
@@ -172,7 +172,8 @@ def document(figures: Figures, seed: int, seconds: float) -> dict[str, object]:
         "seed": seed,
         "seconds": round(seconds, 1),
         **totals,
-        "table": table,
+        "regions": tables[0],
+        "conversions": tables[1],
         "misses": figures.misses,
     }
 

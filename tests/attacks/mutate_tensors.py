@@ -154,7 +154,7 @@ def _resize(rng: random.Random, tables: dict[str, Tensors], file: str, name: str
 
 def _fitted(dtype: str, shape: tuple[int, ...], data: bytes) -> tuple[str, tuple[int, ...], bytes]:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits // 8 > _LARGEST:
+    if bits % 8 or not 0 <= bits // 8 <= _LARGEST:
         shape, bits = (8,), 8 * DTYPE_BITS[dtype]
     return dtype, shape, (data * (bits // 8 // max(1, len(data)) + 1))[: bits // 8].ljust(bits // 8, b"\0")
 
