@@ -79,7 +79,8 @@ def rooms_table() -> str:
 
 def figures(name: str) -> dict[str, Any]:
     """What a script of tests/attacks has written."""
-    document: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "reliability" / f"{name}.json").read_text())
+    path = ROOT / "benchmarks" / "results" / "reliability" / f"{name}.json"
+    document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
@@ -95,14 +96,15 @@ def attacks_table() -> str:
         (
             "[`fuzz.py`](../tests/attacks/fuzz.py): mutated checkpoints",
             f"{fuzz['inputs']:,} ({commands})",
-            f"success, or an error that names the file; at most {seconds:g} s and {mib} MiB; no file written, SRC unchanged",
+            f"success, or an error that names the file; at most {seconds:g} s and {mib} MiB of address space beyond "
+            "the start; no file written, SRC unchanged",
             f"{broken}",
             f"{fuzz['slowest']['seconds']:.1f} s, {fuzz['rss_bytes'] / 1e6:.0f} MB",
             fuzz["date"],
         ),
         (
-            "[`faults.py`](../tests/attacks/faults.py): kill -9, ENOSPC, EIO, EROFS, EINTR, short and zero counts at calls "
-            "that create, write, rename, remove or sync, and kills at random times",
+            "[`faults.py`](../tests/attacks/faults.py): kill -9, ENOSPC, EIO, EROFS, EINTR, short and zero counts at "
+            "calls that create, write, rename, remove or sync, and kills at random times",
             f"{faults['points']:,} points in {len(faults['by_scenario'])} scenarios",
             "DST absent or complete (old or new); the next run ends in the same bytes; SRC unchanged; nothing left",
             f"{faults['broken']}",
@@ -122,10 +124,17 @@ def attacks_table() -> str:
 
 
 def regions_table() -> str:
-    """How many changes each region of a destination met."""
-    lines = ["| what was changed | changes | missed | changed no value |", "|---|---|---|---|"]
-    for region, row in figures("flips")["regions"].items():
-        lines.append(f"| {region} | {row['changes']:,} | {row['missed']} | {row['free']} |")
+    """How many changes each region of a destination met, with its receipt and without it."""
+    lines = [
+        "| what was changed | changes | without the receipt | missed | changed no value |",
+        "|---|---|---|---|---|",
+    ]
+    regions, none = figures("flips")["regions"], {"changes": 0, "missed": 0, "free": 0}
+    for region, row in regions.items():
+        if not region.endswith(" (no receipt)"):
+            bare = regions.get(f"{region} (no receipt)", none)
+            missed, free = row["missed"] + bare["missed"], row["free"] + bare["free"]
+            lines.append(f"| {region} | {row['changes']:,} | {bare['changes']:,} | {missed} | {free} |")
     return "\n".join(lines)
 
 
