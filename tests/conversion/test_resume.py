@@ -284,6 +284,13 @@ def test_ctrl_c_names_what_is_left_and_how_to_delete_it(miniatures, tmp_path):
     assert note.endswith(f"""rm -r '{tmp_path}/.it'"'"'s.fp4cast'""")
 
 
+def test_ctrl_c_before_anything_is_finished_says_so(miniatures, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fp4cast.convert(miniatures["dense"], tmp_path / "dst", progress=stop_at("write"))
+    assert caught.value.__notes__ == ["No shard was finished; nothing is left."]
+    assert names(tmp_path) == []
+
+
 def test_the_command_line_says_what_was_kept(miniatures, destination):
     result = call("convert", miniatures["gpt-oss"], destination)
     assert result.exit_code == 0

@@ -274,3 +274,5 @@ def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) 
         error.add_note(f"Nothing incomplete was published. {describe(state)}")
     elif alone:
         remove(state)
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note("No shard was finished; nothing is left.")
