@@ -239,7 +239,7 @@ def test_a_receipt_cannot_make_verify_read_other_files(miniatures, destination):
     assert not fp4cast.verify(miniatures["dense"], destination).ok  # the receipt has changed; nothing else is read
     said = {each.name: each.detail for each in verify_files(destination).differences}
     assert said["big.bin"] == f"expected 1 bytes, got {20 << 30}"
-    assert sum("expected a path inside" in each.detail for each in verify_files(destination).differences) == 3
+    assert not {"../secret", "/etc/hostname", "a\0b"} & said.keys()  # a path that leads out is nobody's
 
 
 def test_a_changed_companion_of_the_same_size_and_time_is_found_by_the_same_process(miniatures, destination):
@@ -271,7 +271,7 @@ def test_links_in_the_place_of_a_working_directory_are_not_followed(source, tmp_
         state.mkdir()
     (state / inner).symlink_to(tmp_path / "victim")
     before = tree(tmp_path / "victim")
-    with pytest.raises(DestinationError, match="is a link to"):
+    with pytest.raises(DestinationError, match="is a link, not a working directory"):
         fp4cast.convert(source, tmp_path / "dst")
     assert tree(tmp_path / "victim") == before
 

@@ -340,6 +340,7 @@ def test_a_failed_overwrite_keeps_the_old_destination(miniatures, converted, tmp
 def test_a_killed_overwrite_gives_the_old_destination_back(miniatures, converted, tmp_path):
     """A run that died between two renames has left the older DST in the working directory."""
     (tmp_path / ".dst.fp4cast").mkdir()
+    (tmp_path / ".dst.fp4cast" / "lock").touch()
     older(converted, tmp_path / ".dst.fp4cast" / "old")
     with pytest.raises(DestinationError, match="--overwrite"):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
@@ -534,7 +535,7 @@ def test_an_error_says_where_the_finished_part_lies(miniatures, tmp_path, monkey
     monkeypatch.setattr(converting, "check_unchanged", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(DestinationError, match="No space left") as error:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst")
-    assert f"2 finished shards (0.00 GB) are in {tmp_path}/.dst.fp4cast: run the same" in error.value.__notes__[0]
+    assert f"2 finished shards (0.00 GB) in {tmp_path}/.dst.fp4cast: the same command" in error.value.__notes__[0]
     assert error.value.__notes__[0].endswith(f"rm -r {tmp_path}/.dst.fp4cast")
 
 

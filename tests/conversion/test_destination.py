@@ -9,7 +9,7 @@ import pytest
 
 import fp4cast
 from fp4cast.checkpoints.byte_ranges import exchange
-from fp4cast.conversion.destination import foreign_files
+from fp4cast.conversion.destination import foreign_files, mount_points
 from fp4cast.errors import DestinationError
 from helpers import call, interrupted, tree
 
@@ -93,7 +93,7 @@ def test_without_a_receipt_that_lists_them_files_are_not_ours(miniatures, destin
         (destination / "fp4cast.json").unlink()
     else:
         (destination / "fp4cast.json").write_text(receipt)
-    refused(miniatures, destination, "did not write")
+    refused(miniatures, destination, "did not write|receipt cannot be read")
 
 
 def test_the_error_for_foreign_files_does_not_recommend_to_overwrite_them(miniatures, destination):
@@ -153,3 +153,46 @@ def test_an_interrupted_overwrite_keeps_the_older_destination(miniatures, destin
     interrupted(miniatures["dense"], destination, 0.5, overwrite=True)
     assert tree(destination) == before
     assert fp4cast.convert(miniatures["dense"], destination, overwrite=True, resume=True).exact
+
+
+def test_a_folder_that_cannot_be_listed_is_not_ours(miniatures, destination, monkeypatch):
+    """Its files were lost with the older destination."""
+    (destination / "mine").mkdir()
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("/mine"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DestinationError, match="cannot be examined: Permission denied"):
+        fp4cast.convert(miniatures["dense"], destination, overwrite=True)
+
+
+def test_shards_of_another_size_and_a_changed_receipt_are_not_replaced(miniatures, destination):
+    shard = next(destination.glob("*.safetensors"))
+    before = shard.read_bytes()
+    shard.write_text("mine")
+    refused(miniatures, destination, rf"changed since fp4cast wrote them: {shard.name}")
+    shard.write_bytes(before)
+    receipt = destination / "fp4cast.json"
+    receipt.write_text(receipt.read_text().replace('"exact": true', '"exact": null'))
+    refused(miniatures, destination, r"changed since fp4cast wrote them: fp4cast\.json")
+
+
+def test_a_mount_of_the_same_file_system_is_seen(tmp_path):
+    table = tmp_path / "mountinfo"
+    table.write_text("36 35 98:0 /a /mnt/with\\040space rw - ext4 /dev/root rw\n")
+    assert mount_points(table) == {"/mnt/with space"}
+    assert mount_points(tmp_path / "missing") == set()
+
+
+def test_a_user_without_a_home_may_convert(miniatures, converted, tmp_path, monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", unknown)
+    (tmp_path / "dst").mkdir()
+    assert fp4cast.convert(miniatures["dense"], tmp_path / "dst").exact
+    assert tree(tmp_path / "dst") == tree(converted["dense"])

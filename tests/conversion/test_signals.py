@@ -54,7 +54,7 @@ def test_an_interrupted_process_leaves_nothing_loadable_and_resumes(miniatures, 
     assert not list(tmp_path.rglob("config.json"))
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert "run the same command again to go on" in json.loads(out)["error"]["message"]
+        assert "the same command (without --restart) goes on" in json.loads(out)["error"]["message"]
         assert f"rm -r {tmp_path}/.dst.fp4cast" in err
         assert "Traceback" not in err
     finish(miniatures["gpt-oss"], tmp_path / "dst")

@@ -116,3 +116,47 @@ def test_the_command_line(copy):
     assert result.exit_code == 1
     assert f"damaged {copy}" in result.stdout
     assert shard.name in result.stdout
+
+
+EXTRA = ["original/model.bin", "sub/pytorch_model.bin", "sub/model.safetensors", "sub/model.safetensors.index.json"]
+
+
+def test_both_ways_of_verifying_name_the_same_extra_files(miniatures, copy):
+    for name in EXTRA:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    found = fp4cast.verify(miniatures["moe"], copy, strict=True)
+    assert {each.name for each in found.differences} == set(EXTRA)
+    assert {each.name for each in verify_files(copy, strict=True).differences} == set(EXTRA)
+    assert verify_files(copy).to_json()["verdicts"] == {"weights": False, "documents": True, "companions": False}
+
+
+def test_a_receipt_that_cannot_be_read_leaves_the_verdict_on_the_weights(miniatures, copy):
+    (copy / "fp4cast.json").write_text("{")
+    report = fp4cast.verify(miniatures["moe"], copy)
+    assert [each.name for each in report.differences] == ["fp4cast.json"]
+    assert report.exact and not report.wrong("weights")
+
+
+@pytest.mark.parametrize("nbytes", [10**400, -1, 1.5, True, None])
+def test_sizes_that_no_file_has_are_not_believed(copy, nbytes):
+    document = json.loads((copy / "fp4cast.json").read_text())
+    document["files"]["LICENSE"]["bytes"] = nbytes
+    (copy / "fp4cast.json").write_text(json.dumps(document))
+    assert "fp4cast.json" in {each.name for each in verify_files(copy).differences}
+
+
+def test_a_receipt_at_the_limit_of_nesting_is_an_error(copy):
+    for depth in (900, 960, 972, 980, 990, 2000):
+        (copy / "fp4cast.json").write_text(
+            '{"files": {"LICENSE": {"bytes": 1, "xxh3": "'
+            + "0" * 32
+            + '"}}, "x": '
+            + "[" * depth
+            + "]" * depth
+            + ', "digest": ""}'
+        )
+        try:
+            assert not verify_files(copy).ok
+        except CheckpointError as error:
+            assert "fp4cast.json" in str(error)

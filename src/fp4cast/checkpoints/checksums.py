@@ -34,6 +34,9 @@ class Checksum(NamedTuple):
     bytes: int
     xxh3: str
 
+    def __str__(self) -> str:
+        return f"{self.bytes} bytes of checksum {self.xxh3}"
+
 
 def checksum(file: File, map_: Map = map, progress: Advance = ignore) -> Checksum:
     """The checksum of an open file.

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
 
 T = TypeVar("T")
+_PATIENCE_SECONDS = 2.0  # after a Ctrl-C, until the next one ends the process at once
 
 
 @dataclass
@@ -82,11 +84,23 @@ def _interruptible() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         yield
         return
+    begin: list[float] = []
+
+    def stop(*_: object) -> None:
+        """Raise once; what is said and cleared up then is not cut short by the same finger."""
+        begin.append(time.monotonic())
+        if len(begin) == 1:
+            raise KeyboardInterrupt
+        if begin[-1] - begin[0] > _PATIENCE_SECONDS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, stop)
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not begin:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
@@ -100,8 +114,8 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
         exit_with(error, as_json, 2)
     except Fp4CastError as error:
         exit_with(error, as_json, 1)
-    except OSError as error:
-        exit_with(error, as_json, 1)
+    except (OSError, MemoryError) as error:
+        exit_with(error if str(error) else MemoryError("there is not enough memory"), as_json, 1)
     except KeyboardInterrupt as error:
         stopped = KeyboardInterrupt("interrupted")
         for note in getattr(error, "__notes__", ()):

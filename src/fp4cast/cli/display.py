@@ -125,6 +125,8 @@ def show_report(console: Console, report: Report, verb: str) -> None:
             f"{format_bytes(report.bytes['written'])} written, {format_bytes(moved / max(report.seconds, 1e-9))}/s",
         ),
     ]
+    if report.ok and verb == "wrote" and not report.bytes["written"]:
+        verb = "complete already:"
     show_facts(console, f"{verb if report.ok else 'failed'} {report.destination}", rows)
     if report.inexact:
         console.print(show_inexact(report.inexact))
@@ -135,7 +137,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
 
 def show_files(console: Console, report: FilesReport) -> None:
     """Print whether a destination's files are as they were written."""
-    claims = f"{report.facts.get('layout')} {str(report.facts.get('activations')).upper()}"
+    claims = f"{str(report.facts.get('layout'))[:50]} {str(report.facts.get('activations'))[:50].upper()}"
     if "exact" in report.facts:
         claims += ", exact" if report.facts["exact"] is True else ", not exact"
     rows = [
@@ -147,7 +149,7 @@ def show_files(console: Console, report: FilesReport) -> None:
         ("time", f"{report.seconds:.1f} s, {format_bytes(report.bytes / max(report.seconds, 1e-9))}/s"),
     ]
     if wrong := sum(difference.area != "companions" for difference in report.differences):
-        rows.insert(1, ("damage", f"[red]WRONG[/]: {wrong} files are not as they were written"))
+        rows.insert(1, ("damage", f"[red]WRONG[/]: files that are not as they were written: {wrong}"))
     show_facts(console, f"{'as written' if report.ok else 'damaged'} {report.destination}", rows)
     _show_differences(console, report.differences)
 
@@ -213,7 +215,8 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 def show_part(console: Console, part: Part) -> None:
     """Print what one part of a job array has written."""
     rows = [
-        ("shards", f"{len(part.shards)}, {format_bytes(part.bytes)} in {part.seconds:.1f} s"),
+        ("shards", f"{len(part.shards)}, of which {part.kept} were finished before"),
+        ("written", f"{format_bytes(part.bytes)} in {part.seconds:.1f} s"),
         ("next", "when all parts are written, the same command with --finish instead of --shards"),
     ]
     show_facts(console, f"wrote part {part.part} of {part.parts} of {part.destination}", rows)

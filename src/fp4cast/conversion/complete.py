@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, 
         return None
     if not report.ok:
         raise DestinationError(
-            f"{destination}: was written with these options, but {report.differences[0]} (and "
-            f"{len(report.differences) - 1} more differences); pass --overwrite to write it again"
+            f"{destination}: was written with these options, but {len(report.differences)} things differ, the first is "
+            f"{report.differences[0]}; pass --overwrite to write it again"
         )
     _remove_left(plan, destination)
     return replace(report, notes=[*report.notes, "it was complete already, and has been compared; nothing was written"])
@@ -53,16 +54,30 @@ def looks_complete(plan: Plan, destination: Path) -> bool:
     try:
         return (
             (destination / RECEIPT).is_file()
-            and all((destination / name).read_bytes() == data for name, data in plan.documents.items())
+            and all(_holds(destination / name, data) for name, data in plan.documents.items())
             and all(_looks_written(shard, destination / shard.file) for shard in plan.shards)
         )
     except (OSError, CheckpointError):
         return False
 
 
+def marked(plan: Plan, destination: Path) -> bool:
+    """Whether the working directory holds what a run of the same plan has left."""
+    mark = state_of(destination) / "plan"
+    return mark.is_file() and mark.read_text(errors="replace") == plan.fingerprint
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether this is a regular file of these contents; nothing else is opened."""
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
+
+
 def _looks_written(shard: OutputShard, path: Path) -> bool:
     """Whether a file has a shard's size, header and scalars."""
-    with File(path) as file:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return False
+    with File(path, os.O_NOFOLLOW | os.O_NONBLOCK) as file:
         if os.fstat(file.fd).st_size != shard.layout.size:
             return False
         known = [(0, shard.layout.header)] + [
@@ -75,12 +90,10 @@ def _looks_written(shard: OutputShard, path: Path) -> bool:
 
 def _remove_left(plan: Plan, destination: Path) -> None:
     sweep(destination)
-    state = state_of(destination)
-    mark = state / "plan"
-    if mark.is_file() and mark.read_text(errors="replace") == plan.fingerprint:
+    if marked(plan, destination):
         lock = enter(plan.source.checkpoint.path, destination, shared=False)
         try:
             if alone(lock, shared=False):
-                remove(state)
+                remove(state_of(destination))
         finally:
             os.close(lock)

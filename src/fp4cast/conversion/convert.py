@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.complete import complete
+from fp4cast.conversion.complete import complete, marked
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
@@ -101,7 +101,7 @@ def convert_checkpoint(
     if resume and restart:
         raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
-    look = not restart and (resume or not overwrite)
+    look = not restart and (resume or not overwrite or marked(plan, destination))
     if look and (done := complete(plan, destination, worker, overwrite=overwrite, progress=progress)):
         return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.verification.receipt import Receipt
 
 _SHOWN = 5  # files that an error names
+MAX_NAME = 230  # bytes: most file systems take 255, and working directories have longer names
 
 
 def real_path(path: str | Path) -> Path:
@@ -60,23 +62,44 @@ def _refuse(destination: Path, objections: Callable[[], str]) -> None:
 def _objection(source: Path, destination: Path) -> str:
     if _overlap(source, destination):
         return f"must lie apart from the source {source}"
+    if (length := len(os.fsencode(destination.name))) > MAX_NAME:
+        return f"its name has {length} bytes, expected at most {MAX_NAME}: longer ones are needed meanwhile"
     if not destination.exists():
         return ""
     if not destination.is_dir():
         return "exists and is not a directory"
-    if destination.is_mount():
+    if destination.is_mount() or str(destination) in mount_points():
         return "is a mount point, which cannot be replaced; name a directory inside it"
     here = Path.cwd()
     if destination == here or destination in here.parents:
         return f"holds the working directory {here}, so it cannot be replaced; name a directory inside it"
-    if destination == Path.home() or destination in Path.home().parents:
+    if (home := _home()) is not None and (destination == home or destination in home.parents):
         return "holds the home directory, so it cannot be replaced; name a directory inside it"
     if not any(destination.iterdir()):
         return ""
     return "" if (destination / RECEIPT).exists() else _foreign(destination)
 
 
+def mount_points(table: Path = Path("/proc/self/mountinfo")) -> set[str]:
+    """Where file systems are mounted, as Linux lists them: also a directory of the same one, as containers have it."""
+    try:
+        fields = [line.split(" ") for line in table.read_text(errors="surrogateescape").splitlines()]
+    except OSError:
+        return set()
+    return {re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), each[4]) for each in fields if len(each) > 4}
+
+
+def _home() -> Path | None:
+    """The user's home directory; None where the system knows none, as in many containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def _foreign(destination: Path) -> str:
+    if problem := Receipt.read(destination).problem:
+        return f"its receipt cannot be read, so nothing tells whether fp4cast wrote what is there: {problem}"
     if shown := _some(foreign_files(destination)):
         return f"holds files that fp4cast did not write: {shown}; move them away, or name another directory"
     return ""
@@ -87,11 +110,9 @@ def _replacement(destination: Path, overwrite: bool) -> str:
         return ""
     if objection := _foreign(destination):
         return objection
-    if not overwrite:
-        return "exists and holds another checkpoint by fp4cast; pass --overwrite to replace it"
     if shown := _some(edited_files(destination)):
         return f"holds files that were changed since fp4cast wrote them: {shown}; move them away first"
-    return ""
+    return "" if overwrite else "exists and holds a checkpoint by fp4cast; pass --overwrite to replace it"
 
 
 def _some(files: Iterator[str]) -> str:
@@ -110,11 +131,19 @@ def _overlap(source: Path, destination: Path) -> bool:
 
 
 def edited_files(destination: Path) -> Iterator[str]:
-    """The small files of a destination that are no longer what its receipt lists: people edit cards and configs."""
-    for name, noted in sorted(Receipt.read(destination).files.items()):
+    """The files of a destination that are no longer what its receipt lists: people edit cards and configs.
+
+    Shards are compared by their sizes alone: reading them would take as long as writing them.
+    """
+    receipt = Receipt.read(destination)
+    if not receipt.intact:
+        yield RECEIPT
+    for name, noted in sorted(receipt.files.items()):
         path = destination / name
-        if path.suffix != ".safetensors" and path.is_file() and checksum_of_path(path) != noted:
-            yield name
+        if path.is_file() and not path.is_symlink():
+            same = path.stat().st_size == noted.bytes
+            if not same or (path.suffix != ".safetensors" and checksum_of_path(path) != noted):
+                yield name
 
 
 def companions_to_carry(checkpoint: Checkpoint) -> dict[PurePosixPath, int]:
@@ -137,13 +166,14 @@ def foreign_files(destination: Path) -> Iterator[str]:
 
     Links, devices and empty folders are listed too: fp4cast writes none.
     """
-    try:
-        listed = set(Receipt.read(destination).files)
-    except CheckpointError:
-        listed = set()
+    listed = set(Receipt.read(destination).files)
     if listed:
         listed.add(RECEIPT)
-    for folder, folders, files in os.walk(destination):
+
+    def refuse(error: OSError) -> None:
+        raise error  # what cannot be seen is not ours
+
+    for folder, folders, files in os.walk(destination, onerror=refuse):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
         if not folders and not files and here != destination:

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp4cast.conversion.complete import complete, looks_complete
+from fp4cast.conversion.complete import complete, looks_complete, marked
 from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.execute import Finished, execute, find_finished
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
 from fp4cast.conversion.publish import publish
-from fp4cast.conversion.staging import Staging, staging
-from fp4cast.errors import DestinationError, UsageError
+from fp4cast.conversion.staging import GuidedError, Staging, staging
+from fp4cast.conversion.working_directory import state_of
+from fp4cast.errors import UsageError
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
@@ -37,8 +38,9 @@ class Part:
         part: the number of this part, from 1.
         parts: the number of parts.
         shards: the files that it was responsible for.
-        bytes: their size.
+        bytes: the size of those that it wrote now.
         seconds: wall time.
+        kept: how many of them an earlier run had finished.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Part:
     shards: Sequence[str]
     bytes: int
     seconds: float
+    kept: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -113,7 +116,7 @@ def convert_part(
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, shared=True, sync=sync) as stage:
         stage.join(plan.fingerprint)
         stage.check_space({shard.file: shard.layout.size for shard in shards})
-        execute(
+        found = execute(
             shards,
             stage.out,
             fingerprint=plan.fingerprint,
@@ -123,8 +126,10 @@ def convert_part(
             progress=lambda n: progress("write", n, total),
         )
         check_unchanged(plan)
-    files = [shard.file for shard in shards]
-    return Part(str(plan.source.checkpoint.path), str(dst), part, parts, files, total, time.monotonic() - begin)
+    moved = sum(shard.checksum.bytes for shard in found.values() if not shard.kept)
+    kept = sum(shard.kept for shard in found.values())
+    source = str(plan.source.checkpoint.path)
+    return Part(source, str(dst), part, parts, list(found), moved, time.monotonic() - begin, kept)
 
 
 def finish(
@@ -159,7 +164,8 @@ def finish(
     begin = time.monotonic()
     worker = make_engine(engine, jobs)
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
-    if not overwrite and (done := complete(plan, destination, worker, overwrite=False, progress=progress)):
+    look = not overwrite or marked(plan, destination) or not state_of(destination).exists()
+    if look and (done := complete(plan, destination, worker, overwrite=overwrite, progress=progress)):
         return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
     with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
         stage.join(plan.fingerprint, first=False)
@@ -189,7 +195,7 @@ def _written(plan: Plan, stage: Staging, engine: Engine, progress: Progress) -> 
     missing = [f"{name} ({why})" for name, why in found.items() if isinstance(why, str)]
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise DestinationError(
+        raise GuidedError(
             f"{stage.state}: {len(missing)} of {len(plan.shards)} shards are not finished: {shown}; "
             "run their parts (--shards i/n) again, then --finish"
         )

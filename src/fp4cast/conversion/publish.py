@@ -43,7 +43,7 @@ def publish(
         progress: see `convert`.
 
     Raises:
-        VerificationError: a value differs; nothing is published, and the next run writes every shard again.
+        VerificationError: something differs; nothing is published. If weights do, the next run writes all shards again.
     """
     report = _report(plan, destination, shards)
     files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint)
@@ -72,7 +72,8 @@ def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progre
     source = plan.source.checkpoint.path
     found = verify_checkpoint(source, stage.out, engine=engine, config=stage.config, strict=True, progress=progress)
     if not found.ok:
-        stage.forget_shards()
+        if found.wrong("weights") or any(difference.kind == "header" for difference in found.differences):
+            stage.forget_shards()
         shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
         raise VerificationError(
             f"{report.destination}: the result differs from {source} in {len(found.differences)} places; "

@@ -19,7 +19,16 @@ from fp4cast.checkpoints.byte_ranges import File, copy_range, created, exchange,
 from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_bytes
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
 from fp4cast.conversion.destination import check_destination
-from fp4cast.conversion.working_directory import alone, clear, describe, enter, remove, state_of
+from fp4cast.conversion.working_directory import (
+    alone,
+    clear,
+    describe,
+    drop_unfinished,
+    enter,
+    finished_shards,
+    remove,
+    state_of,
+)
 from fp4cast.errors import CheckpointError, DestinationError
 
 LOG = logging.getLogger(__name__)
@@ -27,8 +36,8 @@ FREE_MARGIN = 64 << 20
 ONCE = "once "  # begins the fingerprint of work that cannot be resumed
 
 
-class UnconfirmedError(DestinationError):
-    """DST is published, but a power cut may undo that."""
+class GuidedError(DestinationError):
+    """An error that says itself what to do next; nothing is added to it."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +73,14 @@ class Staging:
         before = mark.read_text(errors="replace") if mark.exists() else ""
         notes = {note.name for note in self.state.glob("*.done")}
         if before != fingerprint and before and not restart and (resume or (notes and not before.startswith(ONCE))):
-            raise DestinationError(
+            raise GuidedError(
                 f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
                 "give the options of before, or --restart to begin anew"
             )
         if before != fingerprint or restart:
             notes = set()
         if notes:
-            LOG.warning(
-                "%s: %d finished shards of an earlier run are kept; --restart begins anew", self.state, len(notes)
-            )
+            LOG.warning("%s: shards kept from an earlier run: %d; --restart begins anew", self.state, len(notes))
         (self.out / CONFIG).unlink(missing_ok=True)  # first of all: what goes piece by piece must not be loadable
         clear(self.state, keep=notes | {"lock", "out"})
         clear(self.out, keep={note.removesuffix(".done") for note in notes})
@@ -91,11 +98,11 @@ class Staging:
         """
         mark = self.state / "plan"
         if not mark.exists() and not first:
-            raise DestinationError(f"{self.state}: no part has been written; run them first (--shards i/n)")
+            raise GuidedError(f"{self.state}: no part has been written; run them first (--shards i/n)")
         if not mark.exists():
             _write_first(mark, fingerprint.encode())
         if mark.read_text(errors="replace") != fingerprint:
-            raise DestinationError(
+            raise GuidedError(
                 f"{self.state}: holds parts of a conversion with other options, or of a source that has changed; give "
                 "all parts the same options, or delete that directory to start afresh"
             )
@@ -170,7 +177,7 @@ class Staging:
         try:
             self._sync(self.destination.parent)
         except OSError as error:
-            raise UnconfirmedError(
+            raise GuidedError(
                 f"{self.destination}: is complete, but its disk does not say so: {error.strerror}; run the same "
                 f"command again to compare it. What was there before, if anything, is in {self.state}"
             ) from error
@@ -224,10 +231,18 @@ def _write_first(path: Path, data: bytes) -> None:
 
 
 def _recover(destination: Path, state: Path) -> None:
-    """Put back an older DST that a killed run had moved aside."""
+    """Put back an older DST that a killed run had moved aside, also where a script has made an empty one since."""
     old = state / "old"
-    if old.exists() and not destination.exists():
-        old.rename(destination)
+    if not old.exists():
+        return
+    if destination.is_dir() and not any(destination.iterdir()):
+        destination.rmdir()
+    if destination.exists():
+        raise GuidedError(
+            f"{old}: is what {destination} was before a run that was killed, and there is another one now; move one of "
+            "them away"
+        )
+    old.rename(destination)
 
 
 @contextmanager
@@ -266,12 +281,14 @@ def staging(
 def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) -> None:
     """Leave finished shards, and say where they are; leave nothing else, unless others are at work."""
     state = state_of(destination)
-    if isinstance(error, UnconfirmedError):
-        return
-    if (old := state / "old").exists() and not destination.exists():
-        error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
-    elif keep and any(state.glob("*.done")):
-        error.add_note(f"Nothing incomplete was published. {describe(state)}")
+    if (old := state / "old").exists():
+        if not destination.exists():
+            error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
+    elif finished_shards(state) and (keep or isinstance(error, GuidedError)):
+        if alone:
+            drop_unfinished(state)
+        if not isinstance(error, GuidedError):
+            error.add_note(f"Nothing incomplete was published. {describe(state)}")
     elif alone:
         remove(state)
         if isinstance(error, KeyboardInterrupt):

@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG
@@ -104,15 +106,29 @@ def _check_ours(state: Path) -> None:
         DestinationError: it is one of these.
     """
     for path in (state, state / "out", state / "old", state / "plan", state / "lock"):
-        if path.is_symlink():
-            raise DestinationError(f"{path}: is a link to {path.readlink()}, not a working directory; remove the link")
-        if path.exists() and path.stat().st_uid != os.geteuid():
+        try:
+            status = path.lstat()  # once: another process may be removing it
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            raise DestinationError(f"{path}: is a link, not a working directory; remove the link")
+        if status.st_uid != os.geteuid():
             raise DestinationError(f"{path}: belongs to another user; remove it, or name another destination")
-        if path.exists() and not (path.is_file() if path.name in ("plan", "lock") else path.is_dir()):
+        if not (stat.S_ISREG if path.name in ("plan", "lock") else stat.S_ISDIR)(status.st_mode):
             raise DestinationError(f"{path}: is in the way of a working directory; remove it")
-    names = {path.name for path in state.iterdir()} if state.exists() else set()
-    if names and not names & _CONTENTS and not any(name.endswith(_ENDINGS) for name in names):
-        raise DestinationError(f"{state}: holds files that fp4cast did not write: {', '.join(sorted(names)[:5])}")
+    names = _names(state)
+    foreign = {name for name in names - _CONTENTS if not name.endswith(_ENDINGS)}
+    if not names & {"plan", "lock"} and not any(name.endswith(_ENDINGS) for name in names):
+        foreign |= names - {"out"} | _names(state / "out")  # a run takes the lock before it writes
+    if foreign:
+        raise DestinationError(f"{state}: holds files that fp4cast did not write: {', '.join(sorted(foreign)[:5])}")
+
+
+def _names(directory: Path) -> set[str]:
+    try:
+        return {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def clear(directory: Path, keep: set[str]) -> None:
@@ -138,7 +154,7 @@ def remove(state: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        left = gone if gone.exists() else state
+        left = gone if os.path.lexists(gone) else state
         LOG.warning("%s: could not be removed (%s); `%s` does", left, error.strerror, _removal(left))
 
 
@@ -147,18 +163,36 @@ def sweep(destination: Path) -> None:
     state = state_of(destination)
     if state.parent.is_dir():
         for path in state.parent.iterdir():
-            ours = re.fullmatch(re.escape(state.name) + r"\.[0-9a-f]{8}", path.name)
-            if ours and not path.is_symlink() and path.is_dir() and path.stat().st_uid == os.geteuid():
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # two may do it
+                ours = re.fullmatch(re.escape(state.name) + r"\.[0-9a-f]{8}", path.name)
+                status = path.lstat()
+                if ours and stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def finished_shards(state: Path) -> list[str]:
+    """The names of the shards that a run has finished."""
+    return [note.name.removesuffix(".done") for note in state.glob("*.done")]
+
+
+def drop_unfinished(state: Path) -> None:
+    """Delete what was being written when a run stopped, as large as a shard and of no use; never an error of its own."""
+    for ending in (".partial", ".new"):
+        for path in state.glob(f"*{ending}"):
+            with suppress(OSError):
+                path.unlink()
 
 
 def describe(state: Path) -> str:
-    """What a run that stopped has left, how to go on, and how to delete it."""
-    finished = sum(1 for _ in state.glob("*.done"))
-    size = sum(path.lstat().st_size for path in state.rglob("*") if path.is_file())
+    """What a run that stopped has left, how to go on, and how to delete it; never an error of its own."""
+    size, names = 0, finished_shards(state)
+    for name in names:
+        with suppress(OSError):  # other parts may be at work
+            size += (state / "out" / name).lstat().st_size
+    what = "1 finished shard" if len(names) == 1 else f"{len(names)} finished shards"
     return (
-        f"{finished} finished shards ({size / 1e9:.2f} GB) are in {state}: run the same command again to go on with "
-        f"them, or delete them: {_removal(state)}"
+        f"{what} ({size / 1e9:.2f} GB) in {state}: the same command (without --restart) goes on from there; "
+        f"to delete that: {_removal(state)}"
     )
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.checksums import Checksum, checksum
-from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
+from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, resolve_link
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.errors import CheckpointError
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.workers import Workers
 from fp4cast.verification.receipt import Receipt
-from fp4cast.verification.report import Difference, differences_json, passes
-from fp4cast.verification.structure import README, RECEIPT_CHANGED
+from fp4cast.verification.report import Difference, differences_json, passes, verdicts
+from fp4cast.verification.structure import README, RECEIPT_CHANGED, unlisted
 
 _DOCUMENTS = {CONFIG, INDEX, QUANT_CONFIG}
 
@@ -60,6 +59,7 @@ class FilesReport:
             "receipt": self.facts,
             "seconds": round(self.seconds, 3),
             "ok": self.ok,
+            "verdicts": verdicts(self.differences),
             "differences": differences_json(self.differences),
         }
 
@@ -89,9 +89,9 @@ def verify_files(
     begin, worker, path = time.monotonic(), make_engine(engine, jobs), resolve(dst)
     receipt = Receipt.read(path)
     if not receipt.files:
+        why = receipt.problem or f"{path / RECEIPT}: {'lists no files' if receipt.found else 'is missing'}"
         raise CheckpointError(
-            f"{path / RECEIPT}: {'lists no files' if receipt.found else 'is missing'}; expected the receipt of a "
-            "conversion by fp4cast. With the source at hand: fp4cast verify SRC DST"
+            f"{why}; expected the receipt of a conversion by fp4cast. With the source at hand: fp4cast verify SRC DST"
         )
     return check_files(path, receipt, worker, strict=strict, progress=progress, begin=begin)
 
@@ -106,7 +106,7 @@ def check_files(
     found = [each for each in engine.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
     if not receipt.intact:
         found.append(Difference(RECEIPT, "config", RECEIPT_CHANGED))
-    found += _unlisted(path, receipt)
+    found += unlisted(path, {*receipt.files, RECEIPT, README}, "is not among the files that the conversion wrote")
     return FilesReport(
         str(path), len(listed), total, dict(receipt.facts), time.monotonic() - begin, tuple(found), strict
     )
@@ -124,14 +124,11 @@ class ListedFile:
 def check_file(listed: ListedFile, pool: Workers) -> Difference | None:
     """Compare one file's size and checksum with what was noted."""
     name, noted, path = listed.name, listed.noted, listed.directory / listed.name
-    inside = PurePosixPath(name)
-    if inside.is_absolute() or ".." in inside.parts or "\0" in name:
-        return Difference(RECEIPT, "config", f"lists {name[:200]!r}, expected a path inside the directory")
     kind = "bytes" if name.endswith(".safetensors") else "config" if name in _DOCUMENTS else "file"
     try:
         if not path.is_file():
             return Difference(name, kind, "is missing")
-        with File(path, os.O_NONBLOCK) as file:
+        with File(resolve_link(listed.directory, path), os.O_NONBLOCK) as file:
             size = os.fstat(file.fd).st_size
             if size != noted.bytes:
                 return Difference(name, kind, f"expected {noted.bytes} bytes, got {size}")
@@ -141,15 +138,3 @@ def check_file(listed: ListedFile, pool: Workers) -> Difference | None:
     if actual != noted:
         return Difference(name, kind, f"expected the checksum {noted.xxh3}, got {actual.xxh3}")
     return None
-
-
-def _unlisted(path: Path, receipt: Receipt) -> Iterator[Difference]:
-    """Files that the conversion did not write: a loader may take them for the model's."""
-    for name in walk(path):
-        if str(name) in receipt.files or str(name) in (RECEIPT, README):
-            continue
-        if name.suffix == ".safetensors":
-            yield Difference(str(name), "unexpected", "is not among the files that the conversion wrote")
-        else:
-            what = ", and holds weights in another format" if name.suffix in OTHER_SUFFIXES else ""
-            yield Difference(str(name), "file", f"is not among the files that the conversion wrote{what}")

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp4cast._version import __version__
@@ -20,6 +20,7 @@ from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.json_files import json_bytes, read_json
+from fp4cast.errors import CheckpointError
 from fp4cast.layouts.layout import Form, Names
 from fp4cast.verification.report import Report
 
@@ -36,6 +37,7 @@ class Receipt:
         files: the checksum of every file of the destination but the receipt, by its path there.
         intact: its digest of itself holds.
         found: there is a receipt.
+        problem: why the one that is there cannot be read; empty if it can.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Receipt:
     files: Mapping[str, Checksum] = field(default_factory=dict)
     intact: bool = True
     found: bool = True
+    problem: str = ""
 
     @classmethod
     def of(
@@ -69,14 +72,13 @@ class Receipt:
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
-        """Read a directory's receipt. It is untrusted: entries of a wrong type are left out.
-
-        Raises:
-            CheckpointError: it is not a JSON object.
-        """
+        """Read a directory's receipt. It is untrusted: entries that no receipt has are left out."""
         path = directory / RECEIPT
-        found = path.exists()
-        document = read_json(path) if found else {}
+        try:
+            found = path.exists() or path.is_symlink()
+            document = read_json(path) if found else {}
+        except (OSError, CheckpointError) as error:
+            return cls(intact=False, problem=str(error)[:500])
         inexact = document.get("inexact")
         entries = [entry for entry in inexact if isinstance(entry, dict)] if isinstance(inexact, list) else []
         rounded = {str(entry.get("name")): entry.get("rounded_half_blocks") for entry in entries}
@@ -139,7 +141,10 @@ def is_sealed(document: Mapping[str, Any]) -> bool:
     """Whether an object still is what was sealed: damage is found, forgery is not."""
     rest = dict(document)
     said = rest.pop("digest", None)
-    return isinstance(said, str) and said == _digest_of(rest)
+    try:
+        return isinstance(said, str) and said == _digest_of(rest)
+    except RecursionError:
+        return False
 
 
 def _digest_of(document: Mapping[str, Any]) -> str:
@@ -148,12 +153,26 @@ def _digest_of(document: Mapping[str, Any]) -> str:
 
 
 def _checksums(value: object) -> dict[str, Checksum]:
+    """The checksums of files inside of the directory; a path that leads out is nobody's."""
     entries = value.items() if isinstance(value, dict) else ()
     return {
-        str(name): Checksum(entry["bytes"], entry["xxh3"])
+        name: Checksum(entry["bytes"], entry["xxh3"])
         for name, entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str)
+        if _is_inside(name) and isinstance(entry, dict) and _is_checksum(entry.get("bytes"), entry.get("xxh3"))
     }
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name and 0 < len(name) <= _MAX_PATH
+
+
+def _is_checksum(nbytes: object, xxh3: object) -> bool:
+    return type(nbytes) is int and 0 <= nbytes < 1 << 63 and isinstance(xxh3, str) and len(xxh3) == _DIGITS
+
+
+_MAX_PATH = 4096  # characters
+_DIGITS = 32  # hexadecimal ones of 128 bits
 
 
 def _texts(value: object) -> dict[str, str]:

@@ -112,6 +112,11 @@ def passes(differences: Sequence[Difference], *, strict: bool) -> bool:
     return not any(strict or difference.area != "companions" for difference in differences)
 
 
+def verdicts(differences: Sequence[Difference]) -> dict[str, bool]:
+    """By area, whether nothing differs."""
+    return {area: all(each.area != area for each in differences) for area in AREAS}
+
+
 def differences_json(differences: Sequence[Difference]) -> list[dict[str, str]]:
     """A JSON array."""
     return [{"name": each.name, "kind": each.kind, "detail": each.detail} for each in differences]
@@ -251,6 +256,6 @@ class Report:
             "served": self.served,
             "ok": self.ok,
             "notes": list(self.notes),
-            "verdicts": {area: not self.wrong(area) for area in AREAS},
+            "verdicts": verdicts(self.differences),
             "differences": differences_json(self.differences),
         }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from fp4cast.checkpoints.checksums import checksum_of_path
-from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT
+from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.verification.configs import config_faults
 from fp4cast.verification.opened import Opened
@@ -38,9 +39,6 @@ def tensor_differences(opened: Opened) -> Iterator[Difference]:
     for name in sorted(actual.keys() - expected.keys()):
         yield Difference(name, "unexpected", "has no counterpart in the source")
     yield from _metadata(opened)
-    for file in sorted(opened.destination.path.glob("*.safetensors")):
-        if file.name not in opened.destination.shards:
-            yield Difference(file.name, "unexpected", "is a shard that the index does not name")
 
 
 def _metadata(opened: Opened) -> Iterator[Difference]:
@@ -72,7 +70,7 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
     if not faults:
         yield from _sealed(opened)
     if not opened.receipt.intact:
-        yield Difference(RECEIPT, "config", RECEIPT_CHANGED)
+        yield Difference(RECEIPT, "config", opened.receipt.problem or RECEIPT_CHANGED)
     yield from _companions(opened)
 
 
@@ -89,18 +87,26 @@ def _companions(opened: Opened) -> Iterator[Difference]:
         else:
             if not same:
                 yield Difference(name, "file", "differs from the source's")
-    for companion in opened.destination.companions():
-        if str(companion) not in expected | {README}:
-            yield Difference(str(companion), "file", "is in the destination alone")
-    for file in sorted(path.iterdir()):
-        if file.suffix in OTHER_SUFFIXES and file.is_file():
-            yield Difference(file.name, "file", "is in the destination alone, and holds weights in another format")
+    known = {*expected, *opened.destination.shards, CONFIG, INDEX, QUANT_CONFIG, README, RECEIPT}
+    yield from unlisted(path, known, "is in the destination alone")
+
+
+def unlisted(path: Path, known: Collection[str], sentence: str) -> Iterator[Difference]:
+    """The other files of a destination, which a loader may take for the model's; download tools keep hidden ones."""
+    for name in map(str, walk(path)):
+        if name.endswith(".safetensors") and name not in known:
+            yield Difference(name, "unexpected", sentence)
+        elif name not in known:
+            what = ", and holds weights in another format" if name.endswith(OTHER_SUFFIXES) else ""
+            yield Difference(name, "file", sentence + what)
 
 
 def _sealed(opened: Opened) -> Iterator[Difference]:
     """Check that the documents are, byte for byte, those that the receipt names."""
     receipt = opened.receipt
+    if not receipt.found or receipt.problem:
+        return
     for name in (CONFIG, QUANT_CONFIG):
         path = opened.destination.path / (opened.config if name == CONFIG else name)
-        if receipt.found and path.is_file() and checksum_of_path(path) != receipt.files.get(name):
+        if path.is_file() and checksum_of_path(path) != receipt.files.get(name):
             yield Difference(name, "config", "is not the document that the conversion wrote")
