@@ -176,7 +176,7 @@ def finished_shards(state: Path) -> list[str]:
 
 
 def drop_unfinished(state: Path) -> None:
-    """Delete what was being written when a run stopped, as large as a shard and of no use; never an error of its own."""
+    """Delete what was being written when a run stopped: large, and of no use. Never an error of its own."""
     for ending in (".partial", ".new"):
         for path in state.glob(f"*{ending}"):
             with suppress(OSError):
