@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from imports import MODULES, SOURCE, imports_of, room
 
+from fp4cast.families.family import Family
 from fp4cast.families.recognise import FAMILIES
+from fp4cast.families.served import KNOWN, SERVICES, Service, best_of_each_engine, served_by
 from fp4cast.layouts.choose import targets_of
 
 ROOT = Path(__file__).parent.parent
@@ -23,23 +26,47 @@ END = "<!-- end -->"
 
 
 def families_table() -> str:
-    """One line a family: where it can go, and who serves that, from the rows of `fp4cast.families`."""
+    """One line for each thing that is served alike, from the rows of `fp4cast.families.served`."""
     lines = ["| family | layout | activations | served by |", "|---|---|---|---|"]
     for family in FAMILIES:
-        activations: dict[str, list[str]] = defaultdict(list)
-        for target in targets_of(family):
-            activations[target.layout.name].append(target.activations.upper())
-        for layout, kinds in activations.items():
-            lines.append(f"| {family.title} | `{layout}` | {', '.join(kinds)} | {family.served[layout]} |")
+        kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for layout, activations in ((target.layout.name, target.activations) for target in targets_of(family)):
+            who = served_by(family.name, layout, activations)
+            kinds[layout, who].append(activations.upper())
+        for (layout, who), names in kinds.items():
+            lines.append(f"| {family.title} | `{layout}` | {', '.join(names)} | {who} |")
     return "\n".join(lines)
 
 
 def families_summary() -> str:
-    """One line a family, for the README."""
-    lines = ["| family | served by, in which layout |", "|---|---|"]
+    """One line a family for the README: the engines, and what is known of each."""
+    lines = ["| family | engines |", "|---|---|"]
     for family in FAMILIES:
-        served = "; ".join(f"`{layout}`: {who}" for layout, who in family.served.items())
-        lines.append(f"| {family.title} | {served} |")
+        engines = [f"{row.engine} ({', '.join(_limits(row, family))})" for row in best_of_each_engine(family.name)]
+        known = {row.engine for row in best_of_each_engine(family.name)}
+        fails = [row.engine for row in SERVICES if (row.family, row.verdict) == (family.name, "fails")]
+        none = [engine for engine in dict.fromkeys(fails) if engine not in known]
+        lines.append(f"| {family.title} | {', '.join(engines)}{'; not ' * bool(none)}{', '.join(none)} |")
+    return "\n".join(lines)
+
+
+def _limits(row: Service, family: Family) -> list[str]:
+    """What a service holds for, if not for all of a family, and what is known of it."""
+    limits = [row.models] * bool(row.models) + list(row.activations) * (row.activations != family.activations)
+    return [*(limit.replace("w4a", "W4A") for limit in limits), KNOWN[row.verdict]]
+
+
+def matrix() -> str:
+    """Every row of `fp4cast.families.served`, with its source and date."""
+    lines = ["| family | layout | activations | engine | verdict | when, where |", "|---|---|---|---|---|---|"]
+    for row in SERVICES:
+        models = f", {row.models}" if row.models else ""
+        verdict = f"**{row.verdict}**" + (f": {row.why}" if row.why else "")
+        how = f"{'run' if row.seen else 'read'} {row.date}" if row.verdict != "open" else row.date
+        source = re.sub(r"([\w/]+\.py(?::[\d,-]+)?)", r"`\1`", row.source)
+        kinds = ", ".join(row.activations).upper()
+        cells = (f"{row.family}{models}", f"`{row.layout}`", kinds, row.release, verdict, f"{how}{': ' * bool(source)}{source}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -149,6 +176,7 @@ def scenarios_table() -> str:
 PARTS = {
     "README.md": {"families": families_summary},
     "docs/targets.md": {"families": families_table},
+    "docs/engines.md": {"matrix": matrix},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
     "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},
 }

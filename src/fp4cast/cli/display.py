@@ -51,11 +51,10 @@ def show_inspection(console: Console, info: Inspection) -> None:
         ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
         ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
     ]
-    layouts: dict[str, list[str]] = {}
+    layouts: dict[tuple[str, str], list[str]] = {}
     for target in info.targets:
-        layouts.setdefault(target.layout.name, []).append(target.activations)
-    served: dict[str, str] = {target.layout.name: target.served for target in info.targets}
-    rows += [("layout", f"{name} ({', '.join(kinds)}): {served[name]}") for name, kinds in layouts.items()]
+        layouts.setdefault((target.layout.name, target.served), []).append(target.activations.upper())
+    rows += [("layout", f"{name} as {', '.join(kinds)}: {served}") for (name, served), kinds in layouts.items()]
     show_facts(console, info.source, rows)
     console.print()
     console.print(_spreads(info))

@@ -28,10 +28,7 @@ COMPRESSED_TENSORS = Family(
     title="compressed-tensors mxfp4-pack-quantized",
     codes=PACKED,
     scales=PACKED_SCALES,
-    served={
-        "modelopt": "vLLM and SGLang",
-        "compressed-tensors": "vLLM and SGLang; transformers for dense models only",
-    },
+    layouts=("modelopt", "compressed-tensors"),
     aliases=ALIASES,
     bias=packed_bias,
 )

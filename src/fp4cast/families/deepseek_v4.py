@@ -20,6 +20,6 @@ DEEPSEEK_V4 = Family(
     activations=("w4a4",),
     hint="Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
     "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
-    served={"modelopt": "vLLM and SGLang, as W4A4 experts beside FP8 (MTP experts stay MXFP4)"},
+    layouts=("modelopt",),
     beside_fp8=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
 )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tiling
+from fp4cast.families.served import served_by
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, Activations
 
 
@@ -34,7 +35,7 @@ class Family:
         title: for people.
         codes: the codes' suffix after the module's name, and their dtypes.
         scales: the scales' suffix and dtypes.
-        served: by layout, the engines that serve the result, for people; other layouts are not offered.
+        layouts: the names of the layouts that are offered; `families.served` says which engine reads each.
         bank: one tensor holds all experts of a layer, codes [E, N, K/32, 16]; otherwise one projection, [N, K/2].
         module: a pattern that the module of some codes matches in every checkpoint of the family.
         ambiguous: other tensors are named and typed like codes; only those whose module matches must have scales.
@@ -46,13 +47,14 @@ class Family:
         beside_fp8: names and patterns that the config lists as not NVFP4, for checkpoints that are FP8 but for the
             experts; empty if engines read no such config of this family.
         bias: returns the exponent bias of the scale bytes, given config.json.
+        known_as: its name in the rows of `families.served`, if another.
     """
 
     name: str
     title: str
     codes: Suffix
     scales: Suffix
-    served: Mapping[str, str]
+    layouts: tuple[str, ...]
     bank: bool = False
     module: str = ""
     ambiguous: bool = False
@@ -63,6 +65,11 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     beside_fp8: tuple[str, ...] = ()
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
+    known_as: str = ""
+
+    def served(self, layout: str, activations: Activations) -> str:
+        """Which engines read a result, for people."""
+        return served_by(self.known_as or self.name, layout, activations)
 
 
 @dataclass(frozen=True, slots=True)

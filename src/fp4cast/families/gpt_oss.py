@@ -14,5 +14,5 @@ GPT_OSS = Family(
     codes=Suffix("_blocks", ("U8",)),
     scales=Suffix("_scales", ("U8",)),
     bank=True,
-    served={"modelopt": "transformers with fp4cast.hf; as W4A4, also TensorRT-LLM 1.2 and newer; not vLLM up to 0.33"},
+    layouts=("modelopt",),
 )

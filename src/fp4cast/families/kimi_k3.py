@@ -14,7 +14,7 @@ KIMI_K3 = Family(
     codes=PACKED,
     scales=PACKED_SCALES,
     module=r"^language_model\.model\.layers\.\d+\.block_sparse_moe\.experts\.",
-    served={"modelopt": "vLLM and SGLang (ModelOpt MIXED_PRECISION)", "compressed-tensors": "vLLM"},
+    layouts=("modelopt", "compressed-tensors"),
     aliases=ALIASES,
     bias=packed_bias,
 )

@@ -58,8 +58,8 @@ def choose_target(
     """
     found, wanted = find_layout(layout), find_activations(activations)
     where = "" if path is None else f"{path}: "
-    if layout not in family.served:
-        others = " or ".join(f"--layout {name}" for name in family.served)
+    if layout not in family.layouts:
+        others = " or ".join(f"--layout {name}" for name in family.layouts)
         raise UsageError(f"{where}no engine reads {family.title} in the {layout} layout; use {others}")
     if wanted not in family.activations:
         served = " or ".join(each.upper() for each in family.activations)
@@ -72,7 +72,7 @@ def targets_of(family: Family) -> list[Target]:
     return [
         Target(layout, activations, family)
         for layout in LAYOUTS
-        if layout.name in family.served
+        if layout.name in family.layouts
         for activations in ACTIVATIONS
         if activations in family.activations
     ]

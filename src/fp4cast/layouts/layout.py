@@ -148,8 +148,8 @@ class Target:
 
     @property
     def served(self) -> str:
-        """Where the result is served, for people."""
-        return self.family.served[self.layout.name]
+        """Which engines read the result, for people."""
+        return self.family.served(self.layout.name, self.activations)
 
     def names(self, module: str) -> Names:
         """The names of the four tensors of a module of the family."""

@@ -62,7 +62,7 @@ def _refuse_other_groups(writing: Writing) -> None:
 def _way_out(target: Target) -> str:
     if target.family.beside_fp8:
         return "expected a config.json whose quantization_config has the quant_method fp8"
-    others = [f"--layout {name}" for name in target.family.served if name != target.layout.name]
+    others = [f"--layout {name}" for name in target.family.layouts if name != target.layout.name]
     return f"use {others[0]}, which keeps the other groups as they are" if others else "expected no other groups"
 
 

@@ -15,6 +15,7 @@ from fp4cast.families.compressed_tensors import COMPRESSED_TENSORS
 from fp4cast.families.family import Family, Pair, Source
 from fp4cast.families.gpt_oss import GPT_OSS
 from fp4cast.families.recognise import read_source
+from fp4cast.families.served import ANY_BANKS
 from fp4cast.formats import Activations
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
@@ -81,7 +82,7 @@ _PROJECTIONS = replace(COMPRESSED_TENSORS, title="models of linear layers")
 _BANKS = replace(
     GPT_OSS,
     title="models with banks of experts",
-    served={"modelopt": "engines that load ModelOpt's export of this model; transformers with fp4cast.hf"},
+    known_as=ANY_BANKS,
 )
 
 
