@@ -65,7 +65,8 @@ def matrix() -> str:
         how = f"{'run' if row.seen else 'read'} {row.date}" if row.verdict != "open" else row.date
         source = re.sub(r"([\w/]+\.py(?::[\d,-]+)?)", r"`\1`", row.source)
         kinds = ", ".join(row.activations).upper()
-        cells = (f"{row.family}{models}", f"`{row.layout}`", kinds, row.release, verdict, f"{how}{': ' * bool(source)}{source}")
+        when = f"{how}{': ' * bool(source)}{source}"
+        cells = (f"{row.family}{models}", f"`{row.layout}`", kinds, row.release, verdict, when)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -446,14 +446,76 @@ def test_registration(monkeypatch, caplog):
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
     monkeypatch.setattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING))
     importlib.reload(fp4cast.hf)
-    theirs = auto.AUTO_QUANTIZER_MAPPING["awq"]
+    theirs = type("Another", (auto.AUTO_QUANTIZER_MAPPING["awq"],), {"__module__": "another.package"})
     auto.AUTO_QUANTIZER_MAPPING["modelopt"] = theirs
     with caplog.at_level(logging.WARNING):
         assert fp4cast.hf.register() == ("modelopt_mixed",)
-    assert "AwqQuantizer reads 'modelopt': fp4cast.hf.register(replace=True) takes over" in caplog.text
+    assert "another.package.Another reads 'modelopt': fp4cast.hf.register(replace=True) takes over" in caplog.text
     assert auto.AUTO_QUANTIZER_MAPPING["modelopt"] is theirs
     assert fp4cast.hf.register(replace=True) == fp4cast.hf.METHODS
     assert auto.AUTO_QUANTIZER_MAPPING["modelopt"] is fp4cast.hf.ModelOptNvfp4Quantizer
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """transformers as it will be: it reads `modelopt` itself, and refuses where its pull requests refuse."""
+
+    class Config(transformers.utils.quantization_config.QuantizationConfigMixin):
+        def __init__(self, **section):
+            self.section, self.quant_method = section, section["quant_method"]
+
+    class Quantizer(transformers.quantizers.base.HfQuantizer):
+        requires_calibration = False
+        is_trainable, is_serializable = False, lambda _: True
+
+        def validate_environment(self, *args, **kwargs):
+            raise NotImplementedError("theirs")
+
+    Config.__module__ = Quantizer.__module__ = "transformers.quantizers.finegrained.nvfp4"
+    for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
+    for method in fp4cast.hf.METHODS:
+        auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = Quantizer, Config
+    return Quantizer, Config
+
+
+def gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 9), (12, 0)])
+@pytest.mark.parametrize("kind", ["dense", "moe", "gpt-oss"])
+def test_once_transformers_reads_it_each_serves_what_it_can(written, native, monkeypatch, kind, capability):
+    path = written(kind)[1]
+    assert fp4cast.hf.register() == fp4cast.hf.register() == fp4cast.hf.METHODS
+    gpu(monkeypatch, capability)
+    section = config_of(path)["quantization_config"]
+    config = auto.AutoQuantizationConfig.from_dict(section)
+    theirs = kind == "dense" and capability is not None and capability >= (8, 9)
+    assert isinstance(config, native[1] if theirs else fp4cast.hf.ModelOptNvfp4Config)
+    quantizer = auto.AutoHfQuantizer.from_config(config, pre_quantized=True)
+    assert isinstance(quantizer, native[0] if theirs else fp4cast.hf.ModelOptNvfp4Quantizer)
+
+
+@pytest.mark.usefixtures("native")
+def test_on_a_cpu_it_loads_as_before_once_transformers_reads_it(written):
+    path = written("dense")[1]
+    with pytest.raises(NotImplementedError, match="theirs"):
+        load(path)
+    fp4cast.hf.register()
+    before = {name: tensor.clone() for name, tensor in load(path).state_dict().items()}
+    fp4cast.hf.register(replace=True)
+    assert_same(load(path), before)
+
+
+@pytest.mark.usefixtures("native")
+def test_who_takes_over_takes_all(monkeypatch):
+    fp4cast.hf.register()
+    gpu(monkeypatch, (12, 0))
+    assert fp4cast.hf.register(replace=True) == fp4cast.hf.METHODS
+    assert auto.AUTO_QUANTIZER_MAPPING["modelopt"] is fp4cast.hf.ModelOptNvfp4Quantizer
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["modelopt"] is fp4cast.hf.ModelOptNvfp4Config
 
 
 def test_without_transformers_or_with_an_old_one(monkeypatch):
