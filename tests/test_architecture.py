@@ -28,6 +28,7 @@ ALLOWED = {
     "torch": GROUND | {"casting", "kernels"},
     "miniatures": GROUND | {"checkpoints", "families"},
     "hf": GROUND | {"checkpoints", "layouts"},
+    "vllm": GROUND | {"casting", "layouts", "torch"},
     "ptq": GROUND
     | {"casting", "checkpoints", "conversion", "families", "kernels", "layouts", "parallel", "verification"},
     "study": GROUND | {"casting", "checkpoints", "parallel"},
@@ -87,7 +88,7 @@ def test_verification_never_calls_what_writes_the_documents(miniatures, converte
     assert not fp4cast.verify(miniatures["dense"], changed).ok
 
 
-WITH_TORCH = {"_require_torch", "hf", "kernels", "ptq", "torch"}
+WITH_TORCH = {"_require_torch", "hf", "kernels", "ptq", "torch", "vllm"}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room(module) not in WITH_TORCH])

@@ -320,8 +320,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dst", nargs="+", type=Path)
     parser.add_argument("--generate", action="store_true", help="also run dense checkpoints")
+    parser.add_argument("--plugin", action="store_true", help="with fp4cast.vllm")
     options = parser.parse_args()
     stub_kernels()
+    if options.plugin:
+        from fp4cast.vllm import register
+
+        register()
     equal = []
     for path in options.dst:
         try:
