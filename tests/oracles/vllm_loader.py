@@ -56,6 +56,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 E2M1 = torch.cat([E2M1, -E2M1])
 INPUT_SCALES = ("input_scale", "input_global_scale")
+BANK_BIASES = {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
 
 
 class Projection(NamedTuple):
@@ -137,29 +138,34 @@ class RecordingLoader(DefaultModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load, keeping what each parameter held before post-load processing."""
-        modules = [m for m in model.modules() if not isinstance(m, Attention)]
-        for parameter in (p for m in modules for p in m.parameters(recurse=False)):
-            parameter.data.view(torch.uint8).fill_(0xFF)
+        for module in (m for m in model.modules() if not isinstance(m, Attention)):
+            regions = getattr(module, "fp4cast_regions", {})  # without the plugin's padding
+            for name, parameter in module.named_parameters(recurse=False):
+                regions.get(name, lambda p: p)(parameter.data).view(torch.uint8).fill_(0xFF)
         super().load_weights(model, model_config)
         self.loaded = {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def load(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """Return the model after vLLM's post-load processing, and its parameters before that."""
+def load(
+    path: Path, rank: int = 0, store: Path | None = None, **options: Any
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """Return the model after vLLM's post-load processing, and its parameters before that; on one of several ranks."""
     config: VllmConfig = EngineArgs(
         model=str(path),
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=64,
         use_tqdm_on_load=False,
+        **options,
     ).create_engine_config()
+    ranks = config.parallel_config.tensor_parallel_size
     loader = RecordingLoader(config.load_config)
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
-            store = f"file://{tempfile.mkdtemp()}/store"
-            init_distributed_environment(1, 0, store, 0, "gloo")
+            store = store or Path(tempfile.mkdtemp()) / "store"
+            init_distributed_environment(ranks, rank, f"file://{store}", rank, "gloo")
         destroy_model_parallel()  # the groups depend on the model: only an MoE has an expert group
-        initialize_model_parallel()
+        initialize_model_parallel(ranks)
         model = loader.load_model(config, config.model_config)
     return model, loader.loaded
 
@@ -206,8 +212,34 @@ def linear_projections(model: torch.nn.Module, name: str, layer: Any) -> Iterato
         yield shard, Projection(values[rows], given)
 
 
+def stored_bank(tensors: dict[str, torch.Tensor], name: str) -> Projection:
+    """Decode one bank of experts straight from the files; the output channel is last there."""
+    codes, block = (tensors[f"{name}{suffix}"].transpose(1, 2) for suffix in ("", "_weight_scale"))
+    given = tensors.get(f"{name}_input_scale")
+    values = dequantize(codes, block, tensors[f"{name}_weight_scale_2"])
+    return Projection(values, None if given is None else given.item())
+
+
+def bank_projections(name: str, layer: Any, loaded: dict[str, torch.Tensor]) -> Iterator[tuple[str, Projection]]:
+    """The banks of gpt-oss's experts, whose padding must be zeros."""
+    base = name[: name.index(".experts") + len(".experts")]
+    for held, stored in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+        region = layer.fp4cast_regions[f"{held}_weight_scale"]
+        scale = getattr(layer, f"{held}_weight_scale_2").data
+        values = vllm_values(layer, f"{held}_", scale)
+        rows, columns = region(getattr(layer, f"{held}_weight_scale")).shape[1:]
+        assert not values[:, rows:].any() and not values[..., 16 * columns :].any(), (
+            f"{name}: {held} has no clean padding"
+        )
+        given = None if layer.quant_method.use_a16 else loaded[f"{name}.{held}_input_scale"].unique().item()
+        yield f"{base}.{stored}", Projection(values[:, :rows, : 16 * columns], given)
+
+
 def expert_projections(name: str, layer: Any, loaded: dict[str, torch.Tensor]) -> Iterator[tuple[str, Projection]]:
     """Projections of NVFP4 routed experts; w13 uses the one tensor scale vLLM kept (gate's)."""
+    if hasattr(layer, "fp4cast_regions"):
+        yield from bank_projections(name, layer, loaded)
+        return
     base = name[: name.index(".experts") + len(".experts")]
     gate, up = vllm_values(layer, "w13_", layer.w13_weight_scale_2.data).chunk(2, dim=1)
     down = vllm_values(layer, "w2_", layer.w2_weight_scale_2.data)
@@ -236,9 +268,18 @@ def plain_tensors(model: torch.nn.Module, loaded: dict[str, torch.Tensor]) -> di
     for key, tensor in loaded.items():
         name, _, leaf = key.rpartition(".")
         layer = model.get_submodule(name)
-        if is_plain(layer) or leaf == "bias":
+        if leaf in BANK_BIASES:
+            bias = layer.fp4cast_regions[leaf](tensor)
+            assert bias.norm() == tensor.norm(), f"{key} has no clean padding"
+            found[f"{name.removesuffix('.routed_experts')}.{BANK_BIASES[leaf]}"] = bias
+        elif is_plain(layer) or leaf == "bias":
             for shard, rows in shards(model, name, layer, tensor):
                 found[f"{shard}.{leaf}"] = tensor[rows]
+    if model.config.model_type == "gpt_oss":
+        found = {
+            name.replace(".attn.", ".self_attn.").replace(".embedding.", ".embed_tokens."): t
+            for name, t in found.items()
+        }
     return found
 
 
@@ -268,9 +309,15 @@ def check(path: Path) -> bool:
     """Load DST, print its line and what differs; whether all of it is equal."""
     tensors = read_checkpoint(path)
     names = {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
+    banks = {n.removesuffix("_weight_scale") for n in tensors if n.endswith("_proj_weight_scale")}
     stored = {name: stored_projection(tensors, name) for name in names}
+    stored |= {name: stored_bank(tensors, name) for name in banks}
+    names |= banks
+    parts = {f"{bank}{suffix}" for bank in banks for suffix in ("", "_weight_scale", "_weight_scale_2", "_input_scale")}
     rest = {
-        n: Projection(t, None) for n, t in tensors.items() if n.rpartition(".")[0] not in names or n.endswith(".bias")
+        n: Projection(t, None)
+        for n, t in tensors.items()
+        if n not in parts and (n.rpartition(".")[0] not in names or n.endswith(".bias"))
     }
     weight_only = all(p.input_scale is None for p in stored.values())
 
@@ -320,6 +367,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dst", nargs="+", type=Path)
     parser.add_argument("--generate", action="store_true", help="also run dense checkpoints")
+    parser.add_argument("--only-load", action="store_true", help="compare nothing")
     parser.add_argument("--plugin", action="store_true", help="with fp4cast.vllm")
     options = parser.parse_args()
     stub_kernels()
@@ -330,7 +378,7 @@ def main() -> int:
     equal = []
     for path in options.dst:
         try:
-            equal.append(check(path))
+            equal.append(bool(load(path)) if options.only_load else check(path))
         except Exception as error:  # vLLM refused it: report, and go on with the next
             print(f"{path.name}: not loaded: {type(error).__name__}: {error}", flush=True)
             equal.append(False)

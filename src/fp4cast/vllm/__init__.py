@@ -1,7 +1,8 @@
-"""A plugin for vLLM: it serves NVFP4 gpt-oss, and refuses to start with a scale or a bias that nothing filled.
+"""A plugin for vLLM, for what it cannot serve itself. Knows vLLM's layers and loaders, but no checkpoint on disk.
 
-Knows vLLM's layers and loaders, but no file. `register` is the entry point `vllm.general_plugins`; vLLM calls it in
-every process. What it adds, and where (read in vLLM 0.26.0 and 0.32.0):
+It serves NVFP4 gpt-oss, and refuses to start while a scale, a bias or an input scale of an NVFP4 layer was not loaded.
+`register` is the entry point of the group `vllm.general_plugins`, which vLLM calls in every process. Nothing else of
+fp4cast imports this room. What it adds, and where (read in vLLM 0.26.0 and 0.32.0):
 
 - `ModelOptNvFp4Config.FusedMoEMethodCls` (model_executor/layers/quantization/modelopt.py), the class attribute that
   names the method of NVFP4 experts, chooses `BiasedExperts` where they have biases, and vLLM's own class elsewhere.
@@ -22,21 +23,21 @@ __all__ = ["register"]
 
 TESTED = ("0.26.0", "0.32.0")
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
+_LOG = logging.getLogger("vllm.fp4cast")  # vLLM shows the loggers under its own name alone
 _LOADER = "vllm.model_executor.model_loader.default_loader"
 
 
 def register() -> None:
     """Add to vLLM what NVFP4 needs; harmless when repeated. A vLLM that is not as expected stays as it is."""
-    version = _version()
-    log = logging.getLogger("vllm.fp4cast")  # vLLM shows the loggers under its own name alone
+    version = "?"
     try:
-        added = _hold_experts() | _check_loading()
+        version = _version()
+        config = importlib.import_module(_QUANTIZATION).ModelOptNvFp4Config
+        loader = importlib.import_module(_LOADER).DefaultModelLoader
+        _hold_experts(config)
+        _check_loading(loader, version)
     except (ImportError, AttributeError) as error:
-        log.warning("fp4cast does nothing: vLLM %s is not as those tested (%s): %s", version, ", ".join(TESTED), error)
-        return
-    if added:
-        tested = "" if version in TESTED else f"; not tested with this version, but with {', '.join(TESTED)}"
-        log.info("fp4cast: NVFP4 experts with biases, and a check of what was loaded, in vLLM %s%s", version, tested)
+        _LOG.warning("fp4cast does nothing: vLLM %s is not as those tested (%s): %s", version, ", ".join(TESTED), error)
 
 
 def _version() -> str:
@@ -48,34 +49,36 @@ def _version() -> str:
     return str(importlib.import_module("vllm").__version__).partition("+")[0]
 
 
-def _hold_experts() -> bool:
+def _hold_experts(config: Any) -> None:
     """Choose the method of NVFP4 experts by whether they have biases."""
     from fp4cast.vllm.experts import Choice
 
-    config = importlib.import_module(_QUANTIZATION).ModelOptNvFp4Config
-    theirs = config.FusedMoEMethodCls
-    if isinstance(theirs, Choice):
-        return False
-    config.FusedMoEMethodCls = Choice(theirs)
-    return True
+    if not isinstance(config.FusedMoEMethodCls, Choice):
+        config.FusedMoEMethodCls = Choice(config.FusedMoEMethodCls)
 
 
-def _check_loading() -> bool:
-    """Follow vLLM's loader by a check that all was filled."""
+def _check_loading(loader: Any, version: str) -> None:
+    """Follow vLLM's loader by a check that all was filled, and by one line that says what was done."""
     from fp4cast.vllm import filled
+    from fp4cast.vllm.experts import BiasedExperts
 
-    loader = importlib.import_module(_LOADER).DefaultModelLoader
     theirs = loader.load_weights
     if hasattr(theirs, "fp4cast"):
-        return False
+        return
 
     @wraps(theirs)
     def load_weights(self: Any, model: Any, model_config: Any) -> Any:
         to_fill = filled.to_fill(model, model_config)
         result = theirs(self, model, model_config)
         filled.check(to_fill)
+        if to_fill:
+            methods = [getattr(module, "quant_method", None) for module in model.modules()]
+            biased = sum(isinstance(method, BiasedExperts) for method in methods)
+            what = f"{len(to_fill)} scales and biases of NVFP4 layers are loaded, none is missing"
+            what += f"; {biased} layers of experts run on Marlin with their biases" if biased else ""
+            tested = "" if version in TESTED else f", which was not tested ({', '.join(TESTED)} were)"
+            _LOG.info("fp4cast: %s (vLLM %s%s)", what, version, tested)
         return result
 
     load_weights.fp4cast = True  # type: ignore[attr-defined]
     loader.load_weights = load_weights
-    return True
