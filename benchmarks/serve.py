@@ -74,9 +74,12 @@ def serve(path: Path, out: Path, options: dict[str, Any]) -> None:
     out.write_text(json.dumps(found))
 
 
-def apart(path: Path, options: dict[str, Any], seconds: float, plugin: Path) -> tuple[dict[str, Any] | None, str]:
+def apart(
+    path: Path, label: str, options: dict[str, Any], seconds: float, plugin: Path
+) -> tuple[dict[str, Any] | None, str]:
     """(what `serve` found, or None, and the end of what it printed)."""
-    out, log = path.with_suffix(".json"), path.with_suffix(".log")
+    slug = "".join(c if c.isalnum() else "-" for c in label)
+    out, log = path.with_name(f"{slug}.json"), path.with_name(f"{slug}.log")
     out.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(path), str(out), json.dumps(options)]
     source = str(Path(fp4cast.__file__).parent.parent)
@@ -132,10 +135,12 @@ def compare(name: str, found: dict[str, Any], twin: dict[str, Any]) -> Row:
     }
 
 
-def variants(paths: dict[str, Path], ranks: int) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+def variants(name: str, paths: dict[str, Path], ranks: int) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """(label, checkpoint, options), the twin first."""
     for label, path in paths.items():
         yield label, path, {}
+    if name.startswith("gpt-oss"):
+        yield "cast on load", paths["mxfp4"], {"quantization": "fp4cast"}
     if ranks > 1 and "modelopt" in paths:
         split = {"tensor_parallel_size": ranks}
         yield f"modelopt, TP {ranks}", paths["modelopt"], split
@@ -152,9 +157,9 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
     rows: list[Row] = []
     twin: dict[str, Any] | None = None
     options = {"enforce_eager": not args.graphs}
-    for label, path, more in variants(paths, args.tensor_parallel) if not args.make else ():
+    for label, path, more in variants(name, paths, args.tensor_parallel) if not args.make else ():
         say(f"{name}: {label}")
-        found, text = apart(path, options | more, args.seconds, work / "plugin")
+        found, text = apart(path, label, options | more, args.seconds, work / "plugin")
         row: Row = {"model": name, "variant": label}
         lines = [
             line.partition("] ")[2] or line for line in text.splitlines() if "fp4cast" in line or "MoE backend" in line

@@ -44,7 +44,7 @@ def test_the_ranks_together_hold_the_bank(kind, gate_up, inner, ranks):
     for rank in range(ranks):
         own, held = part(gate_up, inner, ranks, rank), parameter(stored, kind)
         banks.fill(held, stored, own, kind)
-        region = banks.filled_region(held.data, kind, own)
+        region = banks.filled_region(held.data, kind == "bias", banks._PACKED[kind], own)
         assert held.data.view(torch.uint8).sum() == region.contiguous().view(torch.uint8).sum()  # padding is zeros
         parts.append(region.float())
     if kind == "bias" and not gate_up:
@@ -90,6 +90,14 @@ def test_another_shape_is_an_error(kind):
 def test_an_intermediate_size_between_blocks_is_an_error():
     with pytest.raises(ValueError, match="multiple of 16"):
         banks.share(100, 2, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_mxfp4_is_divided_as_vllm_divides_it(ranks):
+    """`_load_weights_mxfp4` of vLLM 0.26 and 0.32, model_executor/models/gpt_oss.py."""
+    each = -(-(2880 // 32) // ranks) * 32
+    for rank in range(ranks):
+        assert banks.share(2880, ranks, rank, 32) == (rank * each, min((rank + 1) * each, 2880))
 
 
 class Theirs:

@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.families.recognise import read_source
+from helpers import edit
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("FP4CAST_VLLM")
@@ -119,6 +122,30 @@ def test_what_marlin_would_compute_for_gpt_oss_has_transformers_logits(tmp_path)
     source = ROOT / "tests" / "fixtures" / "gpt-oss-tiny"
     done = engine("vllm_gpt_oss", "logits", source, cast(source, tmp_path / "dst"))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_casting_while_loading_leaves_what_a_converted_checkpoint_does(miniatures, tmp_path):
+    """The miniature has half-blocks that need a shift, and padding."""
+    for source in (ROOT / "tests" / "fixtures" / "gpt-oss-tiny", miniatures["gpt-oss"]):
+        done = engine("vllm_gpt_oss", "on-load", source, cast(source, tmp_path / source.name))
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_casting_while_loading_refuses_what_it_cannot_keep(miniatures, tmp_path):
+    sources = [Path(shutil.copytree(miniatures["gpt-oss"], tmp_path / name)) for name in ("far", "lost")]
+    module = "model.layers.0.mlp.experts.down_proj"
+    edit(sources[0], f"{module}_scales", lambda scales: np.put(scales, 10, 85))
+    edit(sources[0], f"{module}_blocks", lambda codes: np.put(codes, range(160, 176), 0x61))  # .5 beside 4
+    drop(sources[1], f"{module}_bias")
+    options = ["--plugin", "--only-load", "--quantization", "fp4cast"]
+    done = engine("vllm_loader", *options, *sources, miniatures["dense"])
+    far, lost, dense = done.stdout.splitlines()
+    place = r"model.layers.0.mlp.experts.*w2: "
+    assert re.search(rf"^far: not loaded: InexactError: {place}exponents -?\d+ to -?\d+ span \d\d binades", far), done
+    assert re.search(rf"^lost: not loaded: CheckpointError: {place}nothing in the checkpoint filled", lost), done
+    assert re.search(r"^dense: not loaded: .*--quantization fp4cast casts MXFP4 gpt-oss while it is loaded", dense), (
+        done
+    )
 
 
 def test_two_ranks_hold_gpt_oss_together(miniatures, tmp_path):

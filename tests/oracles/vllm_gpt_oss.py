@@ -2,10 +2,12 @@
 
 Usage: python vllm_gpt_oss.py logits SRC DST
        python vllm_gpt_oss.py ranks DST OUT
+       python vllm_gpt_oss.py on-load SRC DST
 
 `logits`: vLLM loads DST and prepares it for Marlin with its own code (only the repacking of codes, a CUDA kernel, is
 left out). A reference then computes as that kernel does (csrc/moe/marlin_moe_wna16/marlin_template.h, `write_result`),
 from the prepared scales and biases, inside of transformers' model of SRC, and must give that model's logits.
+`on-load`: casting SRC while loading leaves exactly what loading DST does.
 `ranks`: two processes load DST as tensor and as expert parallel, and hold together what the files hold.
 """
 
@@ -165,9 +167,28 @@ def ranks(destination: Path, out: Path) -> bool:
     return good
 
 
+def on_load(source: Path, destination: Path) -> bool:
+    """Whether both are equal, bit for bit, once they are prepared for the kernel."""
+    choose_marlin()
+    cast, _ = vllm_loader.load(source, quantization="fp4cast")
+    converted, _ = vllm_loader.load(destination)
+    expected, found = dict(converted.named_parameters()), dict(cast.named_parameters())
+    wrong = sorted(expected.keys() ^ found.keys())
+    for name in expected.keys() & found.keys():
+        a, b = expected[name].data, found[name].data
+        if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            wrong.append(name)
+    print(f"{len(expected) - len(wrong)} parameters equal, {len(wrong)} differ {wrong[:3]}", flush=True)
+    return not wrong
+
+
 def main() -> int:
     """Do what is asked for."""
     command, *paths = sys.argv[1:]
+    if command == "on-load":
+        vllm_loader.stub_kernels()
+        register()
+        return 0 if on_load(*map(Path, paths)) else 1
     if command == "logits":
         vllm_loader.stub_kernels()
         register()

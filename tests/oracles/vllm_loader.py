@@ -368,6 +368,7 @@ def main() -> int:
     parser.add_argument("dst", nargs="+", type=Path)
     parser.add_argument("--generate", action="store_true", help="also run dense checkpoints")
     parser.add_argument("--only-load", action="store_true", help="compare nothing")
+    parser.add_argument("--quantization", help="vLLM's option, with --only-load")
     parser.add_argument("--plugin", action="store_true", help="with fp4cast.vllm")
     options = parser.parse_args()
     stub_kernels()
@@ -378,7 +379,7 @@ def main() -> int:
     equal = []
     for path in options.dst:
         try:
-            equal.append(bool(load(path)) if options.only_load else check(path))
+            equal.append(bool(load(path, quantization=options.quantization)) if options.only_load else check(path))
         except Exception as error:  # vLLM refused it: report, and go on with the next
             print(f"{path.name}: not loaded: {type(error).__name__}: {error}", flush=True)
             equal.append(False)

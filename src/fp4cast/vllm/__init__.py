@@ -9,6 +9,7 @@ fp4cast imports this room. What it adds, and where (read in vLLM 0.26.0 and 0.32
 - `GptOssForCausalLM.load_weights` (model_executor/models/gpt_oss.py) hands the tensors of the NVFP4 banks to
   `fp4cast.vllm.banks`, and all others on. It is replaced when the first such layer is built, never before.
 - `DefaultModelLoader.load_weights` (model_executor/model_loader/default_loader.py) is followed by `filled.check`.
+- `register_quantization_config`, vLLM's registry of methods, gets `fp4cast`: see `on_load`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ def register() -> None:
         version = _version()
         config = importlib.import_module(_QUANTIZATION).ModelOptNvFp4Config
         loader = importlib.import_module(_LOADER).DefaultModelLoader
-        _hold_experts(config)
-        _check_loading(loader, version)
+        on_load = importlib.import_module("fp4cast.vllm.on_load")
+        on_load.config_class(), config.FusedMoEMethodCls, loader.load_weights  # all, before anything is changed
     except (ImportError, AttributeError) as error:
         _LOG.warning("fp4cast does nothing: vLLM %s is not as those tested (%s): %s", version, ", ".join(TESTED), error)
+        return
+    _hold_experts(config)
+    _check_loading(loader, version)
+    on_load.register_method()
 
 
 def _version() -> str:

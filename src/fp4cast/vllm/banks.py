@@ -45,21 +45,21 @@ class Part:
     gate_up: bool
 
     @classmethod
-    def of(cls, layer: Any, gate_up: bool) -> Part:
+    def of(cls, layer: Any, gate_up: bool, block: int = NV_BLOCK) -> Part:
         """The part that a `RoutedExperts` layer of vLLM holds."""
         config = layer.moe_config
-        start, stop = share(config.intermediate_size, config.tp_size, config.tp_rank)
+        start, stop = share(config.intermediate_size, config.tp_size, config.tp_rank, block)
         experts = local_experts(getattr(layer, "_expert_map", None), config.num_experts)
         return cls(
             experts, start, stop, config.intermediate_size, config.hidden_dim_unpadded, config.tp_rank == 0, gate_up
         )
 
 
-def share(inner: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The intermediate channels [start, stop) of a rank: whole blocks of 16, the same number for all but the last."""
-    if inner % NV_BLOCK:
-        raise ValueError(f"the intermediate size is {inner}, expected a multiple of {NV_BLOCK}")
-    each = math.ceil(inner // NV_BLOCK / ranks) * NV_BLOCK
+def share(inner: int, ranks: int, rank: int, block: int = NV_BLOCK) -> tuple[int, int]:
+    """The intermediate channels [start, stop) of a rank: whole blocks, the same number for all but the last."""
+    if inner % block:
+        raise ValueError(f"the intermediate size is {inner}, expected a multiple of {block}")
+    each = math.ceil(inner // block / ranks) * block
     return min(rank * each, inner), min((rank + 1) * each, inner)
 
 
@@ -71,12 +71,17 @@ def local_experts(expert_map: Tensor | None, count: int) -> list[int] | None:
     return sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
 
 
-def filled_region(parameter: Tensor, kind: Kind, part: Part) -> Tensor:
-    """The view of a parameter that the checkpoint fills; what lies beyond it is padding."""
-    if kind == "scalar":
-        return parameter
-    packed, inner = _PACKED[kind], part.stop - part.start
-    if kind == "bias":
+def filled_region(parameter: Tensor, bias: bool, packed: int, part: Part) -> Tensor:
+    """The view of a parameter that the checkpoint fills; what lies beyond it is padding.
+
+    Args:
+        parameter: of a layer.
+        bias: it holds biases, [E, N].
+        packed: how many elements along K one of its entries holds.
+        part: what the rank has of the bank.
+    """
+    inner = part.stop - part.start
+    if bias:
         return parameter[:, : 2 * inner if part.gate_up else part.hidden]
     if part.gate_up:
         return parameter[:, : 2 * inner, : part.hidden // packed]
@@ -87,7 +92,9 @@ def filled_regions(layer: Any) -> dict[str, Callable[[Tensor], Tensor]]:
     """For each padded parameter of a layer, what finds the view that the checkpoint fills."""
     kinds: dict[str, Kind] = {"_weight": "codes", "_weight_scale": "block_scale", "_bias": "bias"}
     return {
-        f"{held}{leaf}": partial(filled_region, kind=kind, part=Part.of(layer, held == "w13"))
+        f"{held}{leaf}": partial(
+            filled_region, bias=kind == "bias", packed=_PACKED[kind], part=Part.of(layer, held == "w13")
+        )
         for held in ("w13", "w2")
         for leaf, kind in kinds.items()
     }
@@ -116,7 +123,7 @@ def fill(parameter: Tensor, stored: Tensor, part: Part, kind: Kind) -> None:
         stored = stored[..., 2 * part.start : 2 * part.stop].transpose(1, 2)
     else:
         stored = stored[:, part.start // packed : part.stop // packed].transpose(1, 2)
-    region = filled_region(target, kind, part)
+    region = filled_region(target, kind == "bias", packed, part)
     if kind != "bias":  # bytes: not every device copies E4M3
         region, stored = region.view(torch.uint8), stored.view(torch.uint8)
     if region.shape != stored.shape:

@@ -52,7 +52,12 @@ def _vllm_does_it() -> bool:
 @cache
 def biased(theirs: type) -> type:
     """The subclass of a class of vLLM's; its name says ModelOpt, since vLLM's loader looks there."""
-    return types.new_class("ModelOptNvFp4BiasedMoE", (BiasedExperts, theirs))
+    return subclass("ModelOptNvFp4BiasedMoE", BiasedExperts, theirs)
+
+
+def subclass(name: str, ours: type, theirs: type) -> type:
+    """A class of vLLM's, extended by one of ours, which vLLM need not be there to define."""
+    return types.new_class(name, (ours, theirs), exec_body=lambda body: body.update(__module__=ours.__module__))
 
 
 class BiasedExperts:
