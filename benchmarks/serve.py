@@ -53,8 +53,7 @@ def serve(path: Path, out: Path, options: dict[str, Any]) -> None:
 
     register()
     defaults = {
-        "attention_backend": "TRITON_ATTN", "enforce_eager": True, "max_model_len": 256,
-        "gpu_memory_utilization": 0.3, "enable_prefix_caching": False, "disable_log_stats": True,
+        "max_model_len": 256, "gpu_memory_utilization": 0.3, "enable_prefix_caching": False, "disable_log_stats": True,
     }  # fmt: skip
     start = time.perf_counter()
     llm = LLM(str(path), skip_tokenizer_init=True, **(defaults | options))
@@ -157,6 +156,8 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
     rows: list[Row] = []
     twin: dict[str, Any] | None = None
     options = {"enforce_eager": not args.graphs}
+    if args.attention != "auto":
+        options["attention_backend"] = args.attention
     for label, path, more in variants(name, paths, args.tensor_parallel) if not args.make else ():
         say(f"{name}: {label}")
         found, text = apart(path, label, options | more, args.seconds, work / "plugin")
@@ -220,6 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*MODELS, *DIAGNOSES], help="these models; default: all")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="also on this many GPUs, as TP and as EP")
+    parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention_backend, or auto")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs and torch.compile, not eagerly")
     parser.add_argument("--make", action="store_true", help="only make the models, in --dir")
     parser.add_argument("--seconds", type=float, default=150, help="the limit for one variant")

@@ -1,0 +1,95 @@
+"""The GPU benchmark of vLLM: its models are what they are compared with, and a variant that fails is a row."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import serve
+import serve_models
+
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gpt-oss-256-routed"])
+def test_a_cast_has_the_logits_of_its_twin(tmp_path, name):
+    pytest.importorskip("fp4cast.hf")
+    paths = serve_models.make(name, tmp_path)
+    tokens = torch.randint(2, 500, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = [
+            transformers.AutoModelForCausalLM.from_pretrained(paths[variant], dtype=torch.bfloat16)
+            .eval()(tokens)
+            .logits
+            for variant in ("bf16", "modelopt")
+        ]
+    assert torch.equal(*found) and found[0].float().std() > 1
+
+
+def run(monkeypatch, tmp_path, found):
+    """Measure a model with what `found` says of each checkpoint instead of serving it."""
+    monkeypatch.setattr(serve, "make", lambda _, path: {v: path / v for v in ("bf16", "mxfp4", "modelopt")})
+    monkeypatch.setattr(serve, "apart", lambda _, label, *__: found[label])
+    args = argparse.Namespace(make=False, graphs=False, attention="auto", seconds=1, tensor_parallel=1)
+    return {row["variant"]: row for row in serve.measure("gpt-oss-256", args, tmp_path)}
+
+
+def served(shift, greedy=0):
+    return {
+        "logprobs": [[-1.0, -2.0 + shift]] * 3,
+        "greedy": [[greedy]] * 3,
+        "load_seconds": 1.0,
+        "device": "none",
+    }
+
+
+def test_rows_are_compared_with_the_twin_and_failures_are_rows(monkeypatch, tmp_path):
+    rows = run(
+        monkeypatch,
+        tmp_path,
+        {
+            "bf16": (served(0), ""),
+            "mxfp4": (served(0.05), "INFO] fp4cast: 12 scales are loaded"),
+            "modelopt": (served(0.7, greedy=1), ""),
+            "cast on load": (None, "exit status 1\nKeyError: 'w2_bias'"),
+        },
+    )
+    assert rows["mxfp4"]["kept"] and rows["mxfp4"]["greedy_equal"] == 3 and rows["mxfp4"]["log"]
+    assert not rows["modelopt"]["kept"] and rows["modelopt"]["greedy_equal"] == 0 and serve.is_wrong(rows["modelopt"])
+    assert rows["modelopt"]["max_delta"] == pytest.approx(0.7)
+    assert "w2_bias" in rows["cast on load"]["error"]
+    assert all(serve.describe(row) for row in rows.values())
+
+
+def test_without_a_twin_nothing_passes(monkeypatch, tmp_path):
+    labels = ("bf16", "mxfp4", "modelopt", "cast on load")
+    rows = run(monkeypatch, tmp_path, dict.fromkeys(labels, (served(0), "")) | {"bf16": (None, "no memory")})
+    assert all("error" in row for row in rows.values())
+
+
+def test_a_process_that_fails_or_hangs_says_so(monkeypatch, tmp_path):
+    (tmp_path / "vllm.py").write_text(
+        "import time\ntime.sleep(float(open(__file__.replace('vllm.py', 'wait')).read()))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "wait").write_text("0")
+    found, text = serve.apart(tmp_path / "model", "a label", {}, 60, tmp_path)
+    assert found is None and "exit status 1" in text and "ImportError: cannot import name 'LLM'" in text
+    (tmp_path / "wait").write_text("60")
+    assert "no end after 5 s" in serve.apart(tmp_path / "model", "a label", {}, 5, tmp_path)[1]
+
+
+def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(serve, "make", fail)
+    (row,) = serve.measure("llama", argparse.Namespace(), tmp_path)
+    assert row["error"] == "OSError: the disk is full"
+    json.dumps(row)
