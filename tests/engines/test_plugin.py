@@ -230,10 +230,26 @@ def test_what_was_not_loaded_is_named(name):
     filled.check(to_fill)
 
 
+def test_codes_are_missing_where_a_whole_projection_is_empty():
+    model, layer = nvfp4_layer()
+    layer.output_partition_sizes = [1, 3]
+    to_fill = filled.to_fill(model, config_of("W4A16_NVFP4"))
+    for name, value in layer.named_parameters():
+        value.data.view(torch.uint8).fill_(0xFF if name == "weight" else 0)
+    layer.weight.data[0] = 0  # the first of two projections
+    with pytest.raises(CheckpointError, match=r"layer\.weight: nothing in the checkpoint filled it"):
+        filled.check(to_fill)
+    layer.weight.data[3, 7] = 0  # rows of -6 alone are weights like others
+    filled.check(to_fill)
+    bank = torch.full((3, 4, 8), 0xFF, dtype=torch.uint8)
+    bank[0, 2, 0] = bank[2] = 0
+    assert filled.is_empty(bank).tolist() == [False, True, False]
+
+
 def test_a_w4a16_checkpoint_has_no_input_scales_and_others_are_left_alone():
     model, layer = nvfp4_layer()
     names = {name for name, _ in filled.to_fill(model, config_of("W4A16_NVFP4"))}
-    assert names == {"layer.weight_scale", "layer.weight_scale_2", "layer.bias"}
+    assert names == {"layer.weight", "layer.weight_scale", "layer.weight_scale_2", "layer.bias"}
     model, layer = nvfp4_layer()
     for config in (config_of("FP8"), SimpleNamespace(hf_config=SimpleNamespace())):
         assert filled.to_fill(model, config) == []

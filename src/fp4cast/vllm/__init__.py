@@ -1,6 +1,6 @@
 """A plugin for vLLM, for what it cannot serve itself. Knows vLLM's layers and loaders, but no checkpoint on disk.
 
-It serves NVFP4 gpt-oss, and refuses to start while a scale, a bias or an input scale of an NVFP4 layer was not loaded.
+It serves NVFP4 gpt-oss, and refuses to start while a part of an NVFP4 layer was not loaded.
 `register` is the entry point of the group `vllm.general_plugins`, which vLLM calls in every process. Nothing else of
 fp4cast imports this room. What it adds, and where (read in vLLM 0.26.0 and 0.32.0):
 
@@ -79,7 +79,7 @@ def _check_loading(loader: Any, version: str) -> None:
         if to_fill:
             methods = [getattr(module, "quant_method", None) for module in model.modules()]
             biased = sum(isinstance(method, BiasedExperts) for method in methods)
-            what = f"{len(to_fill)} scales and biases of NVFP4 layers are loaded, none is missing"
+            what = f"{len(to_fill)} codes, scales and biases of NVFP4 layers are loaded, none is missing"
             what += f"; {biased} layers of experts run on Marlin with their biases" if biased else ""
             tested = "" if version in TESTED else f", which was not tested ({', '.join(TESTED)} were)"
             _LOG.info("fp4cast: %s (vLLM %s%s)", what, version, tested)

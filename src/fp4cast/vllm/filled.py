@@ -1,7 +1,8 @@
-"""Whether the checkpoint filled every scale, bias and input scale of the NVFP4 layers: engines lose them silently.
+"""Whether the checkpoint filled all parameters of the NVFP4 layers: engines lose scales and biases silently.
 
-Before loading, all of these are filled with NaN; what still is NaN after it was not loaded. This serves every layer
-with NVFP4's two scales, whatever its method and model, of checkpoints in the layouts that fp4cast writes.
+Before loading, floats are filled with NaN and codes with bytes of 0xFF; a float that still is NaN after it, and a
+projection with no other byte, was not loaded. This serves every layer with NVFP4's two scales, whatever its method and
+model, of checkpoints in the layouts that fp4cast writes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from fp4cast.layouts.engine_view import read_claims
 _TENSOR_SCALES = ("weight_scale_2", "weight_global_scale")
 _INPUT_SCALES = ("input_scale", "input_global_scale")
 _E4M3_NAN = 0x7F
+_NO_CODES = 0xFF  # all of a projection -6: no weights are like that
 Filled = list[tuple[str, Tensor]]
 
 
 def to_fill(model: Any, model_config: Any) -> Filled:
-    """(name, the view without padding) of all floats of NVFP4 layers that a checkpoint has to fill, now NaN.
+    """(name, the view without padding) of all that a checkpoint has to fill of NVFP4 layers, which is emptied.
 
     Args:
         model: vLLM's, before it is loaded.
@@ -33,13 +35,18 @@ def to_fill(model: Any, model_config: Any) -> Filled:
         Nothing for a checkpoint that is not in one of fp4cast's layouts.
     """
     activations = _activations(model_config)
-    found = [] if activations is None else list(_floats(model, with_inputs=activations == "w4a4"))
+    found = [] if activations is None else list(_views(model, with_inputs=activations == "w4a4"))
     for _, tensor in found:
-        if tensor.dtype == torch.float8_e4m3fn:
-            tensor.view(torch.uint8).fill_(_E4M3_NAN)
-        else:
-            tensor.fill_(math.nan)
+        empty(tensor)
     return found
+
+
+def empty(tensor: Tensor) -> None:
+    """Fill with what no loader leaves."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        tensor.view(torch.uint8).fill_(_E4M3_NAN)
+    else:
+        tensor.fill_(_NO_CODES if tensor.dtype == torch.uint8 else math.nan)
 
 
 def check(filled: Filled) -> None:
@@ -49,7 +56,7 @@ def check(filled: Filled) -> None:
         CheckpointError: nothing filled it.
     """
     for name, tensor in filled:
-        missing = _nan(tensor)
+        missing = is_empty(tensor)
         if missing.any():
             where = "" if missing.all() else f"{missing.nonzero()[0].tolist()}"
             raise CheckpointError(
@@ -73,7 +80,7 @@ def _activations(model_config: Any) -> str | None:
     return None
 
 
-def _floats(model: Any, *, with_inputs: bool) -> Iterator[tuple[str, Tensor]]:
+def _views(model: Any, *, with_inputs: bool) -> Iterator[tuple[str, Tensor]]:
     for module_name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if not any(name.endswith(_TENSOR_SCALES) for name in parameters):
@@ -81,11 +88,32 @@ def _floats(model: Any, *, with_inputs: bool) -> Iterator[tuple[str, Tensor]]:
         regions = getattr(module, "fp4cast_regions", {})
         for name, parameter in parameters.items():
             read = with_inputs or not name.endswith(_INPUT_SCALES)
-            if read and parameter.is_floating_point() and not parameter.is_meta:
-                yield f"{module_name}.{name}", regions.get(name, lambda tensor: tensor)(parameter.data)
+            if not read or parameter.is_meta or not parameter.numel():
+                continue
+            view = regions.get(name, lambda tensor: tensor)(parameter.data)
+            if parameter.is_floating_point():
+                yield f"{module_name}.{name}", view
+            elif parameter.dtype == torch.uint8:
+                for part in _projections(module, name, view):
+                    yield f"{module_name}.{name}", part
 
 
-def _nan(tensor: Tensor) -> Tensor:
+def _projections(module: Any, name: str, codes: Tensor) -> Iterator[Tensor]:
+    """The codes of each projection of a layer that merges several."""
+    sizes = getattr(module, "output_partition_sizes", [])
+    if codes.ndim == 3:
+        yield from codes.chunk(2 if name.startswith("w13") else 1, dim=1)
+    else:
+        yield from torch.split(codes, sizes if sum(sizes) == len(codes) else len(codes))
+
+
+def is_empty(tensor: Tensor) -> Tensor:
+    """What is as `empty` leaves it: by value for floats, by projection for codes [N, K/2] and [E, N, K/2]."""
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8) & _E4M3_NAN == _E4M3_NAN
-    return tensor.isnan()
+    if tensor.dtype != torch.uint8:
+        return tensor.isnan()
+    found = (tensor[..., :1, :] == _NO_CODES).flatten(-2).all(-1)  # by the first row, since a layer may be large
+    for place in found.nonzero().tolist():
+        found[tuple(place)] = bool((tensor[tuple(place)] == _NO_CODES).all())
+    return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from fp4cast.formats import E8M0_NAN, MX_BLOCK
 from fp4cast.torch import Cast, cast
 from fp4cast.vllm.banks import Part, filled_region
 from fp4cast.vllm.experts import BiasedExperts, subclass
+from fp4cast.vllm.filled import empty, is_empty
 
 NAME = "fp4cast"
 _LAYERS = "vllm.model_executor.layers"
@@ -93,8 +93,8 @@ class CastExperts(BiasedExperts):
             for name, packed in _PACKED.items()
         }
         for held in ("w13", "w2"):
-            _view(layer, held, "weight_scale").fill_(E8M0_NAN)
-            _view(layer, held, "bias").fill_(math.nan)
+            for name in _PACKED:  # 0xFF is NaN for an E8M0 scale
+                empty(_view(layer, held, name))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Cast, then prepare as NVFP4 experts with biases."""
@@ -118,8 +118,10 @@ def _cast(layer: Any, held: str) -> None:
     """Replace one MXFP4 bank by an NVFP4 one, as one scale domain; padding stays zero."""
     name = f"{layer.layer_name}.{held}"
     codes, scales = _view(layer, held, "weight"), _view(layer, held, "weight_scale").contiguous()
-    if bool((scales == E8M0_NAN).any()) or bool(_view(layer, held, "bias").isnan().any()):
-        raise CheckpointError(f"{name}: nothing in the checkpoint filled a scale or a bias of it, or it holds NaN")
+    lost = {"weight": is_empty(codes), "weight_scale": scales == E8M0_NAN, "bias": is_empty(_view(layer, held, "bias"))}
+    for leaf, where in lost.items():
+        if bool(where.any()):
+            raise CheckpointError(f"{name}_{leaf}: nothing in the checkpoint filled it, or it holds NaN")
     try:
         made = cast(codes, scales)
     except InexactError as error:
