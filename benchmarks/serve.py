@@ -163,7 +163,9 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
         found, text = apart(path, label, options | more, args.seconds, work / "plugin")
         row: Row = {"model": name, "variant": label}
         lines = [
-            line.partition("] ")[2] or line for line in text.splitlines() if "fp4cast" in line or "MoE backend" in line
+            line.partition("] ")[2] or line
+            for line in text.splitlines()
+            if "fp4cast:" in line or ("MoE backend" in line and "config" not in line)
         ]
         row["log"] = [line[-300:] for line in dict.fromkeys(lines)][:6]
         if found is None:

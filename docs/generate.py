@@ -174,10 +174,24 @@ def scenarios_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """What `benchmarks/serve.py` measured on a GPU, each beside the BF16 twin in the same engine."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "gpu" / "serve-h100.json").read_text())
+    lines = ["| model | checkpoint | largest difference | mean | greedy tokens | experts' kernel |", "|" + "---|" * 6]
+    for row in document["rows"]:
+        if "max_delta" not in row:
+            continue
+        kernels = [match[1] for line in row["log"] if (match := re.search(r"Using '(\w+)' \w+ MoE backend", line))]
+        deltas = f"{row['max_delta']:.5f} | {row['mean_delta']:.6f}"
+        greedy, kernel = f"{row['greedy_equal']} of 3 equal", kernels[0].capitalize() if kernels else ""
+        lines.append(f"| {row['model']} | {row['variant']} | {deltas} | {greedy} | {kernel} |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "README.md": {"families": families_summary},
     "docs/targets.md": {"families": families_table},
-    "docs/engines.md": {"matrix": matrix},
+    "docs/engines.md": {"gpu": gpu_table, "matrix": matrix},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
     "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},
 }
