@@ -94,6 +94,16 @@ def test_a_read_only_disk(miniatures, tmp_path):
         assert fp4cast.convert(source, tmp_path / "dst").exact
 
 
+@root_only
+def test_a_mount_point_of_the_same_file_system_is_refused_before_anything_is_written(miniatures, tmp_path):
+    """As containers have volumes: only the rename at the end found it, once everything was written and verified."""
+    (tmp_path / "volume").mkdir()
+    with mounted(tmp_path / "dst", "--bind", str(tmp_path / "volume")) as destination:
+        with pytest.raises(Fp4CastError, match="is a mount point"):
+            fp4cast.convert(miniatures["dense"], destination)
+        assert fp4cast.convert(miniatures["dense"], destination / "inside").exact
+
+
 def test_files_that_may_not_grow(miniatures, tmp_path):
     """A quota: a file of more than 64 kB cannot be written."""
     result = run("convert", miniatures["gpt-oss"], tmp_path / "dst", limits={resource.RLIMIT_FSIZE: 64 << 10})
