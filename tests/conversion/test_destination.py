@@ -11,6 +11,7 @@ import fp4cast
 from fp4cast.checkpoints.byte_ranges import exchange
 from fp4cast.conversion.destination import foreign_files, mount_points
 from fp4cast.errors import DestinationError
+from fp4cast.verification.receipt import Receipt
 from helpers import call, interrupted, tree
 
 
@@ -29,7 +30,7 @@ def refused(miniatures, destination, match, **options):
 
 def test_what_fp4cast_wrote_is_accounted_for(converted):
     for path in converted.values():
-        assert list(foreign_files(path)) == []
+        assert list(foreign_files(path, Receipt.read(path))) == []
         listed = json.loads((path / "fp4cast.json").read_text())["files"]
         assert sorted([*listed, "fp4cast.json"]) == sorted(tree(path))
 

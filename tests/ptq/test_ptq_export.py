@@ -23,6 +23,7 @@ from fp4cast.miniatures import make
 from fp4cast.ptq import QFORMATS, apply_to_model, attach, export, max_calibrate
 from fp4cast.ptq.model_weights import input_amax
 from fp4cast.ptq.modules import quantized_weights
+from fp4cast.verification.receipt import Receipt
 from helpers import contents
 from models import (
     load_gpt_oss,
@@ -300,4 +301,4 @@ def test_a_destination_that_is_there(source, tmp_path):
     (tmp_path / "dst/LICENSE").write_bytes(before)
     export(model, tmp_path / "dst", source, overwrite=True)
     assert (tmp_path / "dst/LICENSE").read_text() != "older"
-    assert list(foreign_files(tmp_path / "dst")) == []
+    assert list(foreign_files(tmp_path / "dst", Receipt.read(tmp_path / "dst"))) == []

@@ -69,14 +69,14 @@ def checksum_of_bytes(data: bytes) -> Checksum:
     return _joined(len(data), map(xxhash.xxh3_128_digest, pieces))
 
 
-def checksum_of_path(path: Path) -> Checksum:
-    """The checksum of a file.
+def checksum_of_path(path: Path, map_: Map = map, progress: Advance = ignore) -> Checksum:
+    """The checksum of a file; arguments as in `checksum`.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     with File(path) as file:
-        return checksum(file)
+        return checksum(file, map_, progress)
 
 
 def _joined(size: int, digests: Iterable[bytes]) -> Checksum:

@@ -22,7 +22,7 @@ from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_FILE_NAME = 230  # bytes: most file systems take 255, and notes and unfinished shards have longer names
+MAX_FILE_NAME = 230  # bytes: most file systems take 255, and notes, unfinished shards and working directories add some
 QUANT_CONFIG = "hf_quant_config.json"
 RECEIPT = "fp4cast.json"
 

@@ -11,7 +11,7 @@ from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import Constant, OutputShard
-from fp4cast.conversion.working_directory import alone, enter, remove, state_of, sweep
+from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, state_of, sweep
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
@@ -63,8 +63,7 @@ def looks_complete(plan: Plan, destination: Path) -> bool:
 
 def marked(plan: Plan, destination: Path) -> bool:
     """Whether the working directory holds what a run of the same plan has left."""
-    mark = state_of(destination) / "plan"
-    return mark.is_file() and mark.read_text(errors="replace") == plan.fingerprint
+    return plan_of(state_of(destination)) == plan.fingerprint
 
 
 def _holds(path: Path, data: bytes) -> bool:

@@ -9,12 +9,19 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from fp4cast.checkpoints.checksums import checksum_of_path
-from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, Checkpoint, companion_sizes
+from fp4cast.checkpoints.directory import (
+    CONFIG,
+    INDEX,
+    MAX_FILE_NAME,
+    QUANT_CONFIG,
+    RECEIPT,
+    Checkpoint,
+    companion_sizes,
+)
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.verification.receipt import Receipt
 
 _SHOWN = 5  # files that an error names
-MAX_NAME = 230  # bytes: most file systems take 255, and working directories have longer names
 
 
 def real_path(path: str | Path) -> Path:
@@ -62,8 +69,8 @@ def _refuse(destination: Path, objections: Callable[[], str]) -> None:
 def _objection(source: Path, destination: Path) -> str:
     if _overlap(source, destination):
         return f"must lie apart from the source {source}"
-    if (length := len(os.fsencode(destination.name))) > MAX_NAME:
-        return f"its name has {length} bytes, expected at most {MAX_NAME}: longer ones are needed meanwhile"
+    if (length := len(os.fsencode(destination.name))) > MAX_FILE_NAME:
+        return f"its name has {length} bytes, expected at most {MAX_FILE_NAME}: longer ones are needed meanwhile"
     if not destination.exists():
         return ""
     if not destination.is_dir():
@@ -77,7 +84,7 @@ def _objection(source: Path, destination: Path) -> str:
         return "holds the home directory, so it cannot be replaced; name a directory inside it"
     if not any(destination.iterdir()):
         return ""
-    return "" if (destination / RECEIPT).exists() else _foreign(destination)
+    return "" if (destination / RECEIPT).exists() else _foreign(destination, Receipt.read(destination))
 
 
 def mount_points(table: Path = Path("/proc/self/mountinfo")) -> set[str]:
@@ -97,10 +104,10 @@ def _home() -> Path | None:
         return None
 
 
-def _foreign(destination: Path) -> str:
-    if problem := Receipt.read(destination).problem:
-        return f"its receipt cannot be read, so nothing tells whether fp4cast wrote what is there: {problem}"
-    if shown := _some(foreign_files(destination)):
+def _foreign(destination: Path, receipt: Receipt) -> str:
+    if receipt.problem:
+        return f"its receipt cannot be read, so nothing tells whether fp4cast wrote what is there: {receipt.problem}"
+    if shown := _some(foreign_files(destination, receipt)):
         return f"holds files that fp4cast did not write: {shown}; move them away, or name another directory"
     return ""
 
@@ -108,9 +115,10 @@ def _foreign(destination: Path) -> str:
 def _replacement(destination: Path, overwrite: bool) -> str:
     if not destination.exists() or not any(destination.iterdir()):
         return ""
-    if objection := _foreign(destination):
+    receipt = Receipt.read(destination)
+    if objection := _foreign(destination, receipt):
         return objection
-    if shown := _some(edited_files(destination)):
+    if shown := _some(edited_files(destination, receipt)):
         return f"holds files that were changed since fp4cast wrote them: {shown}; move them away first"
     return "" if overwrite else "exists and holds a checkpoint by fp4cast; pass --overwrite to replace it"
 
@@ -130,12 +138,11 @@ def _overlap(source: Path, destination: Path) -> bool:
     )
 
 
-def edited_files(destination: Path) -> Iterator[str]:
+def edited_files(destination: Path, receipt: Receipt) -> Iterator[str]:
     """The files of a destination that are no longer what its receipt lists: people edit cards and configs.
 
     Shards are compared by their sizes alone: reading them would take as long as writing them.
     """
-    receipt = Receipt.read(destination)
     if not receipt.intact:
         yield RECEIPT
     for name, noted in sorted(receipt.files.items()):
@@ -161,12 +168,12 @@ def companions_to_carry(checkpoint: Checkpoint) -> dict[PurePosixPath, int]:
     return companions
 
 
-def foreign_files(destination: Path) -> Iterator[str]:
+def foreign_files(destination: Path, receipt: Receipt) -> Iterator[str]:
     """What a directory holds beside the files that its receipt lists; everything, if there is no receipt.
 
     Links, devices and empty folders are listed too: fp4cast writes none.
     """
-    listed = set(Receipt.read(destination).files)
+    listed = set(receipt.files)
     if listed:
         listed.add(RECEIPT)
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.checkpoints.byte_ranges import File, Files, sync_path, write_all, write_whole
-from fp4cast.checkpoints.checksums import Checksum, checksum
+from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_path
 from fp4cast.conversion.recipe import CodesOf, OutputShard
 from fp4cast.conversion.tasks import Piece, pieces
+from fp4cast.conversion.working_directory import note_of
 from fp4cast.conversion.writer import Tallies, Tally, Writer
 from fp4cast.errors import DestinationError, Fp4CastError
 from fp4cast.parallel.engines import Engine
@@ -133,7 +134,7 @@ class FinishShard:
             damage = str(error)
         # Each attempt has its own name: an attempt that a cluster took for dead may still be writing.
         partial = self.state / f"{shard.file}.{os.urandom(4).hex()}.partial"
-        with _writing(self.directory / shard.file):
+        with writing(self.directory / shard.file):
             tallies = write_shard(shard, partial, pool.advance, pool)
             with contextlib.suppress(FileNotFoundError):  # see `_publish`
                 if self.sync:
@@ -146,7 +147,7 @@ class FinishShard:
         Raises:
             DamageError: the note, or the file that it speaks of, is not as it was written.
         """
-        path = self.state / f"{shard.file}.done"
+        path = note_of(self.state, shard.file)
         try:
             note = json.loads(path.read_bytes())
             tallies = {module: Tally(**tally) for module, tally in note["tallies"].items()}
@@ -176,8 +177,7 @@ class FinishShard:
     def _publish(self, shard: OutputShard, partial: Path, tallies: Tallies, pool: Workers, damage: str) -> Finished:
         """Rename a written shard to its final name, write its note, and clear other attempts away."""
         try:
-            with File(partial) as file:
-                noted = checksum(file, pool.map, lambda _: pool.check())
+            noted = checksum_of_path(partial, pool.map, lambda _: pool.check())
             partial.replace(self.directory / shard.file)
         except (FileNotFoundError, Fp4CastError):
             if partial.exists() or (known := self.known(shard, pool)) is None:
@@ -188,7 +188,7 @@ class FinishShard:
             "checksum": noted,
             "tallies": {module: asdict(tally) for module, tally in tallies.items()},
         }
-        write_whole(self.state / f"{shard.file}.done", json.dumps(sealed(note)).encode())
+        write_whole(note_of(self.state, shard.file), json.dumps(sealed(note)).encode())
         for left in self.state.glob(f"{glob.escape(shard.file)}.????????.partial"):
             left.unlink(missing_ok=True)
         return Finished(tallies, noted, damage=damage)
@@ -218,7 +218,7 @@ def _possible(shard: OutputShard, tallies: Tallies) -> bool:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn an OSError into a DestinationError that names the output file."""
     try:
         yield
@@ -238,7 +238,7 @@ def write_shard(shard: OutputShard, path: Path, progress: Advance, pool: Workers
 
             def write(piece: Piece) -> Tallies:
                 # Named here, where it occurs: a worker of another shard may be the first to raise it.
-                with _writing(path), pool.one_at_a_time_if_many(len(piece)):
+                with writing(path), pool.one_at_a_time_if_many(len(piece)):
                     return Writer(files, target, progress).write(piece)
 
             # In the order of the pieces, so that sums of errors do not depend on the workers.

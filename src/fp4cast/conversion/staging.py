@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fp4cast.checkpoints.byte_ranges import File, copy_range, created, exchange, sync_path, write_file, write_whole
-from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_bytes
+from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes, checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
 from fp4cast.conversion.destination import check_destination
+from fp4cast.conversion.execute import writing
 from fp4cast.conversion.working_directory import (
     alone,
     clear,
@@ -26,6 +27,8 @@ from fp4cast.conversion.working_directory import (
     drop_unfinished,
     enter,
     finished_shards,
+    note_of,
+    plan_of,
     remove,
     state_of,
 )
@@ -69,22 +72,20 @@ class Staging:
         Raises:
             DestinationError: there is an earlier run of another plan, and it is not the caller's wish to lose it.
         """
-        mark = self.state / "plan"
-        before = mark.read_text(errors="replace") if mark.exists() else ""
-        notes = {note.name for note in self.state.glob("*.done")}
-        if before != fingerprint and before and not restart and (resume or (notes and not before.startswith(ONCE))):
+        before, shards = plan_of(self.state), set(finished_shards(self.state))
+        if before != fingerprint and before and not restart and (resume or (shards and not before.startswith(ONCE))):
             raise GuidedError(
                 f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
                 "give the options of before, or --restart to begin anew"
             )
         if before != fingerprint or restart:
-            notes = set()
-        if notes:
-            LOG.warning("%s: shards kept from an earlier run: %d; --restart begins anew", self.state, len(notes))
+            shards = set()
+        if shards:
+            LOG.warning("%s: shards kept from an earlier run: %d; --restart begins anew", self.state, len(shards))
         (self.out / CONFIG).unlink(missing_ok=True)  # first of all: what goes piece by piece must not be loadable
-        clear(self.state, keep=notes | {"lock", "out"})
-        clear(self.out, keep={note.removesuffix(".done") for note in notes})
-        write_whole(mark, fingerprint.encode())
+        clear(self.state, keep={note_of(self.state, shard).name for shard in shards} | {"lock", "out"})
+        clear(self.out, keep=shards)
+        write_whole(self.state / "plan", fingerprint.encode())
 
     def join(self, fingerprint: str, *, first: bool = True) -> None:
         """Join other parts of the same plan, which may be at work now; their shards are kept.
@@ -101,7 +102,7 @@ class Staging:
             raise GuidedError(f"{self.state}: no part has been written; run them first (--shards i/n)")
         if not mark.exists():
             _write_first(mark, fingerprint.encode())
-        if mark.read_text(errors="replace") != fingerprint:
+        if plan_of(self.state) != fingerprint:
             raise GuidedError(
                 f"{self.state}: holds parts of a conversion with other options, or of a source that has changed; give "
                 "all parts the same options, or delete that directory to start afresh"
@@ -129,8 +130,8 @@ class Staging:
 
     def forget_shards(self) -> None:
         """Make the next run write every shard again."""
-        for note in self.state.glob("*.done"):
-            note.unlink()
+        for shard in finished_shards(self.state):
+            note_of(self.state, shard).unlink()
 
     def write_documents(
         self, documents: Mapping[str, bytes], companions: Mapping[PurePosixPath, int], source: Checkpoint
@@ -208,13 +209,9 @@ def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Ch
         status = os.fstat(file.fd)
         if status.st_size != size:
             raise CheckpointError(f"{path}: changed meanwhile: expected {size} bytes, got {status.st_size}")
-        try:
-            with created(target, status.st_mode & 0o777 | 0o600) as copy:
-                copy_range(file, 0, copy, 0, size)
-        except OSError as error:
-            raise DestinationError(f"{target}: cannot be written: {error.strerror}") from error
-    with File(target) as written:
-        return checksum(written)
+        with writing(target), created(target, status.st_mode & 0o777 | 0o600) as copy:
+            copy_range(file, 0, copy, 0, size)
+    return checksum_of_path(target)
 
 
 def _write_first(path: Path, data: bytes) -> None:

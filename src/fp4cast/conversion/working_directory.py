@@ -30,6 +30,17 @@ def state_of(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.fp4cast"
 
 
+def plan_of(state: Path) -> str:
+    """The fingerprint of the plan that runs there have followed; empty if none has begun."""
+    mark = state / "plan"
+    return mark.read_text(errors="replace") if mark.is_file() else ""
+
+
+def note_of(state: Path, file: str) -> Path:
+    """The note that marks a shard as finished."""
+    return state / f"{file}.done"
+
+
 def enter(source: Path, destination: Path, *, shared: bool) -> int:
     """Make the working directory, if need be, and take its lock.
 

@@ -5,7 +5,7 @@ The plan of a conversion asks the same before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fp4cast.checkpoints.directory import CONFIG
@@ -35,40 +35,38 @@ def config_faults(
         target: the layout.
         selection: what is cast.
     """
-    found = list(_claimed(claims, selection))
+    plain, others = _matrices(selection)
+    found = list(_claimed(claims, selection.modules, plain, others))
     actual, expected = (claims.layout, claims.activations), (target.layout.name, target.activations)
     if actual != expected:
         found.append(Fault(CONFIG, f"describes {' '.join(actual)}, expected {' '.join(expected)}"))
     else:
-        weights = {plain: sorted(_matrices(selection, plain)) for plain in (True, False)}
-        held = Held(target.family, source.checkpoint.config, selection.modules, weights[True], weights[False])
+        held = Held(target.family, source.checkpoint.config, selection.modules, sorted(plain), sorted(others))
         found += rule_faults(config, beside, claims, held)
     if _without_quantization(config) != _without_quantization(source.checkpoint.config):
         found.append(Fault(CONFIG, "its entries other than the quantization differ from the source's"))
     return found
 
 
-def _matrices(selection: Selection, plain: bool) -> set[str]:
-    """The modules of the weight matrices that are not cast: those that are not quantized, or the others."""
-    return {
-        tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
-        for tensor in selection.untouched
-        if tensor.name.endswith((".weight", ".weight_packed"))
-        and len(tensor.shape) >= 2
-        and (tensor.dtype in UNQUANTIZED) == plain
-    }
+def _matrices(selection: Selection) -> tuple[set[str], set[str]]:
+    """The modules of the weight matrices that are not cast: those that are not quantized, and the others."""
+    plain, others = set[str](), set[str]()
+    for tensor in selection.untouched:
+        if tensor.name.endswith((".weight", ".weight_packed")) and len(tensor.shape) >= 2:
+            module = tensor.name.removesuffix(".weight").removesuffix(".weight_packed")
+            (plain if tensor.dtype in UNQUANTIZED else others).add(module)
+    return plain, others
 
 
-def _claimed(claims: Claims, selection: Selection) -> Iterator[Fault]:
+def _claimed(claims: Claims, cast: Sequence[str], plain: set[str], others: set[str]) -> Iterator[Fault]:
     """Check that the config calls every cast module NVFP4, and no other."""
-    cast, others = selection.modules, _matrices(selection, True)
-    if not claims.other_groups:  # else patterns of their own, beside `ignore`, describe other quantized modules
-        others |= _matrices(selection, False)
-    claimed = claims.quantized([*cast, *others])
+    # Patterns of their own, beside `ignore`, describe other quantized modules where there are other groups.
+    kept = plain if claims.other_groups else plain | others
+    claimed = claims.quantized([*cast, *kept])
     how = "`ignore` means {}" if claims.layers is None else "quantized_layers lacks {}"
     for module in sorted(set(cast) - claimed):
         yield Fault(CONFIG, f"{how.format(module)}, which holds MXFP4 codes in the source; expected it to be NVFP4")
-    for module in sorted(others & claimed):
+    for module in sorted(kept & claimed):
         yield Fault(CONFIG, f"says that {module} is NVFP4, which was not cast")
 
 

@@ -13,7 +13,7 @@ from fp4cast.checkpoints.checksums import Checksum, checksum
 from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, resolve_link
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.errors import CheckpointError
-from fp4cast.parallel.engines import Engine, make_engine
+from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.workers import Workers
 from fp4cast.verification.receipt import Receipt
@@ -93,17 +93,10 @@ def verify_files(
         raise CheckpointError(
             f"{why}; expected the receipt of a conversion by fp4cast. With the source at hand: fp4cast verify SRC DST"
         )
-    return check_files(path, receipt, worker, strict=strict, progress=progress, begin=begin)
-
-
-def check_files(
-    path: Path, receipt: Receipt, engine: Engine, *, strict: bool, progress: AdvanceOf, begin: float
-) -> FilesReport:
-    """Like `verify_files`, with a receipt that has been read."""
     listed = {name: noted for name, noted in receipt.files.items() if name != README}
     total = sum(noted.bytes for noted in listed.values())
     todo = [ListedFile(path, name, noted) for name, noted in sorted(listed.items())]
-    found = [each for each in engine.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
+    found = [each for each in worker.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
     if not receipt.intact:
         found.append(Difference(RECEIPT, "config", RECEIPT_CHANGED))
     found += unlisted(path, {*receipt.files, RECEIPT, README}, "is not among the files that the conversion wrote")
