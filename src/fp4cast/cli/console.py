@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fp4cast import errors
 from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import Output
@@ -68,9 +69,14 @@ def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     """Print an error and exit with a code."""
     message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
     if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": message}})
+        print_json({"error": {"type": _public_name(type(error)), "message": message}})
     _print_error(message)
     raise typer.Exit(code)
+
+
+def _public_name(kind: type[BaseException]) -> str:
+    """The name of an error's class as `fp4cast.errors` has it, also for a private subclass."""
+    return next((each.__name__ for each in kind.__mro__ if each.__name__ in errors.__all__), kind.__name__)
 
 
 def _print_error(message: str) -> None:
