@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import fp4cast
+from fp4cast.conversion import convert as converting
 from fp4cast.conversion import execute as executing
 from fp4cast.conversion import job_array, staging, working_directory
 from fp4cast.conversion.plan import ConvertOptions
@@ -219,6 +220,22 @@ def test_a_disk_that_does_not_confirm_the_rename(miniatures, converted, tmp_path
     assert tree(tmp_path / "dst") == tree(converted["dense"])
 
 
+@pytest.mark.parametrize("by", ["convert", "finish"])
+def test_a_run_that_another_one_overtakes_is_a_success(miniatures, converted, tmp_path, monkeypatch, by):
+    """It looked for DST before the other had published it, and took the lock after that."""
+    module = converting if by == "convert" else job_array
+    enter = module.staging
+
+    def overtaken(*args, **kwargs):
+        shutil.copytree(converted["dense"], tmp_path / "dst")
+        return enter(*args, **kwargs)
+
+    monkeypatch.setattr(module, "staging", overtaken)
+    report = getattr(module, by)(miniatures["dense"], tmp_path / "dst")
+    assert (report.exact, report.bytes["written"], report.destination) == (True, 0, str(tmp_path / "dst"))
+    assert names(tmp_path) == ["dst"]
+
+
 def test_finish_on_a_complete_destination_is_a_success(miniatures, tmp_path):
     job_array.convert_part(miniatures["dense"], tmp_path / "dst", 1, 1)
     job_array.finish(miniatures["dense"], tmp_path / "dst")
@@ -289,6 +306,13 @@ def test_ctrl_c_before_anything_is_finished_says_so(miniatures, tmp_path):
         fp4cast.convert(miniatures["dense"], tmp_path / "dst", progress=stop_at("write"))
     assert caught.value.__notes__ == ["No shard was finished; nothing is left."]
     assert names(tmp_path) == []
+
+
+def test_the_type_of_an_error_is_one_that_is_documented(miniatures, destination):
+    result = call(
+        "convert", miniatures["gpt-oss"], destination, "--json", "--activations", "w4a4", "--input-scales", "1"
+    )
+    assert json.loads(result.stdout)["error"]["type"] == "DestinationError"
 
 
 def test_the_command_line_says_what_was_kept(miniatures, destination):

@@ -4,19 +4,62 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import Constant, OutputShard
+from fp4cast.conversion.staging import GuidedError
 from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, state_of, sweep
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
 from fp4cast.verification.report import Report
 from fp4cast.verification.verify import verify_checkpoint
+
+
+def complete_or_write(
+    plan: Plan,
+    destination: Path,
+    engine: Engine,
+    write: Callable[[], Report],
+    *,
+    look: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> Report:
+    """The report on a destination that is complete already, or else of writing it.
+
+    Another run of the same plan may be faster meanwhile; then the destination is looked at once more.
+
+    Args:
+        plan: the plan.
+        destination: DST.
+        engine: runs the comparison.
+        write: writes the destination.
+        look: whether it may be complete already.
+        overwrite: see `complete`.
+        progress: see `convert`.
+
+    Raises:
+        Fp4CastError: see `convert`.
+    """
+    found = partial(complete, plan, destination, engine, overwrite=overwrite, progress=progress)
+    if look and (done := found()):
+        return done
+    absent = not destination.exists() and not (state_of(destination) / "old").exists()
+    try:
+        return write()
+    except GuidedError:
+        raise
+    except DestinationError:
+        if look and absent and (done := found()):
+            return done
+        raise
 
 
 def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, progress: Progress) -> Report | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.hub import resolve
-from fp4cast.conversion.complete import complete, marked
+from fp4cast.conversion.complete import complete_or_write, marked
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
@@ -102,26 +102,28 @@ def convert_checkpoint(
         raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
     look = not restart and (resume or not overwrite or marked(plan, destination))
-    if look and (done := complete(plan, destination, worker, overwrite=overwrite, progress=progress)):
-        return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
-    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
-        stage.adopt(plan.fingerprint, resume=resume, restart=restart)
-        stage.check_space(plan.sizes)
-        total = plan.write_bytes
-        shards = execute(
-            plan.shards,
-            stage.out,
-            fingerprint=plan.fingerprint,
-            state=stage.state,
-            engine=worker,
-            sync=sync,
-            progress=lambda n: progress("write", n, total),
-        )
-        check_unchanged(plan)
-        report = publish(
-            plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
-        )
-    return replace(report, seconds=time.monotonic() - begin)
+
+    def write() -> Report:
+        with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
+            stage.adopt(plan.fingerprint, resume=resume, restart=restart)
+            stage.check_space(plan.sizes)
+            total = plan.write_bytes
+            shards = execute(
+                plan.shards,
+                stage.out,
+                fingerprint=plan.fingerprint,
+                state=stage.state,
+                engine=worker,
+                sync=sync,
+                progress=lambda n: progress("write", n, total),
+            )
+            check_unchanged(plan)
+            return publish(
+                plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
+            )
+
+    report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
+    return replace(report, destination=str(dst), seconds=time.monotonic() - begin)
 
 
 def prepare(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp4cast.conversion.complete import complete, looks_complete, marked
+from fp4cast.conversion.complete import complete_or_write, looks_complete, marked
 from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.execute import Finished, execute, find_finished
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
@@ -165,17 +165,19 @@ def finish(
     worker = make_engine(engine, jobs)
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
     look = not overwrite or marked(plan, destination) or not state_of(destination).exists()
-    if look and (done := complete(plan, destination, worker, overwrite=overwrite, progress=progress)):
-        return replace(done, destination=str(dst), seconds=time.monotonic() - begin)
-    with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
-        stage.join(plan.fingerprint, first=False)
-        shards = _written(plan, stage, worker, progress)
-        stage.keep_only(shards)
-        check_unchanged(plan)
-        report = publish(
-            plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
-        )
-    return replace(report, seconds=time.monotonic() - begin)
+
+    def write() -> Report:
+        with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
+            stage.join(plan.fingerprint, first=False)
+            shards = _written(plan, stage, worker, progress)
+            stage.keep_only(shards)
+            check_unchanged(plan)
+            return publish(
+                plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
+            )
+
+    report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
+    return replace(report, destination=str(dst), seconds=time.monotonic() - begin)
 
 
 def _written(plan: Plan, stage: Staging, engine: Engine, progress: Progress) -> dict[str, Finished]:
