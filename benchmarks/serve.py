@@ -1,22 +1,21 @@
 """Claim: an engine computes with the NVFP4 casts what it computes with the BF16 twin. Needs a GPU and vLLM.
 
-    python benchmarks/serve.py [--only NAME ...] [--tensor-parallel 2] [--graphs] [--make] [--json FILE]
+    python benchmarks/serve.py [--only NAME ...] [--tensor-parallel 2] [--graphs] [--rates] [--make] [--json FILE]
 
 Makes random models, casts them with fp4cast, serves each through vLLM's real kernels (Marlin for NVFP4) with the plugin
 `fp4cast.vllm`, and compares the log-probabilities of 3 x 63 prompt tokens and 16 greedy tokens with those of the same
-model in BF16. Every variant runs in a process of its own with a time limit; one that fails is a row with the end of
-its error, and the others go on. A gpt-oss that is wrong is followed by three that say which bias it was.
-`--make` only makes the models.
+model in BF16: the MXFP4 source as vLLM chooses and through Marlin, the casts as W4A16 and labelled W4A4 (which a GPU
+without FP4 units computes as W4A16), and the source cast while it is loaded. A row also has the loader's seconds and
+memory, and with --rates the tokens a second.
+
+Every variant runs in a process of its own with a time limit; one that fails is a row with the end of its error, and the
+others go on. A gpt-oss that is wrong is followed by three that say which bias it was. `--make` only makes the models.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,96 +25,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import fp4cast
+from serve_engine import apart, entry_point
 from serve_models import DIAGNOSES, MODELS, make
 
 LIMIT = 0.1  # of |log-probability - the twin's|, for models whose routing cannot flip; BF16 alone gives 0.02
 MEAN_LIMIT = 0.05  # of its mean, for those whose routing can
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 Row = dict[str, Any]
 
 
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
-
-
-def serve(path: Path, out: Path, options: dict[str, Any]) -> None:
-    """In a process of its own: load, and write log-probabilities and greedy tokens."""
-    import torch
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    from fp4cast.vllm import register
-
-    register()
-    defaults = {
-        "max_model_len": 256, "gpu_memory_utilization": 0.3, "enable_prefix_caching": False, "disable_log_stats": True,
-    }  # fmt: skip
-    start = time.perf_counter()
-    llm = LLM(str(path), skip_tokenizer_init=True, **(defaults | options))
-    loaded = time.perf_counter()
-    torch.manual_seed(0)
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in torch.randint(2, 500, (3, 64)).tolist()]
-    sampling = SamplingParams(
-        max_tokens=16, temperature=0, prompt_logprobs=0, logprobs=5, detokenize=False, ignore_eos=True
-    )
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    found = {
-        "logprobs": [[next(iter(step.values())).logprob for step in each.prompt_logprobs[1:]] for each in outputs],
-        "greedy": [list(each.outputs[0].token_ids) for each in outputs],
-        "load_seconds": loaded - start,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    out.write_text(json.dumps(found))
-
-
-def apart(
-    path: Path, label: str, options: dict[str, Any], seconds: float, plugin: Path
-) -> tuple[dict[str, Any] | None, str]:
-    """(what `serve` found, or None, and the end of what it printed)."""
-    slug = "".join(c if c.isalnum() else "-" for c in label)
-    out, log = path.with_name(f"{slug}.json"), path.with_name(f"{slug}.log")
-    out.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(path), str(out), json.dumps(options)]
-    source = str(Path(fp4cast.__file__).parent.parent)
-    paths = os.pathsep.join(filter(None, (source, str(plugin), os.environ.get("PYTHONPATH"))))
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths},
-        )  # fmt: skip
-        try:
-            status: object = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = f"none: no end after {seconds:.0f} s"
-        with contextlib.suppress(ProcessLookupError):  # an engine's workers keep the GPU's memory
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    text = log.read_text(errors="replace")
-    if out.exists():
-        return json.loads(out.read_text()), text
-    return None, f"exit status {status}\n{tail(text)}"
-
-
-def tail(text: str) -> str:
-    """The lines that say why: the last ones that name an error, and the last ones."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line][-4:]
-    return "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
-
-
-def entry_point(path: Path) -> Path:
-    """A folder that makes vLLM's own processes find the plugin where fp4cast runs from its source."""
-    if not any(each.name == "fp4cast" for each in metadata.entry_points(group="vllm.general_plugins")):
-        info = path / f"fp4cast-{fp4cast.__version__ if hasattr(fp4cast, '__version__') else '0'}.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fp4cast\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfp4cast = fp4cast.vllm:register\n")
-    return path
 
 
 def compare(name: str, found: dict[str, Any], twin: dict[str, Any]) -> Row:
@@ -129,21 +48,21 @@ def compare(name: str, found: dict[str, Any], twin: dict[str, Any]) -> Row:
         "mean_delta": mean,
         "greedy_equal": sum(a == b for a, b in zip(found["greedy"], twin["greedy"], strict=True)),
         "kept": mean <= MEAN_LIMIT if routed else largest <= LIMIT,
-        "load_seconds": found["load_seconds"],
-        "device": found["device"],
     }
 
 
 def variants(name: str, paths: dict[str, Path], ranks: int) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """(label, checkpoint, options), the twin first."""
+    """(label, checkpoint, options), what the others are compared with first."""
     for label, path in paths.items():
         yield label, path, {}
-    if name.startswith("gpt-oss"):
-        yield "cast on load", paths["mxfp4"], {"quantization": "fp4cast"}
-    if ranks > 1 and "modelopt" in paths:
+    if name != "llama":
+        yield "mxfp4, Marlin", paths["mxfp4"], {"moe_backend": "marlin"}
+    yield "cast on load", paths["mxfp4"], {"quantization": "fp4cast"}
+    if ranks > 1:
         split = {"tensor_parallel_size": ranks}
         yield f"modelopt, TP {ranks}", paths["modelopt"], split
-        yield f"modelopt, EP {ranks}", paths["modelopt"], split | {"enable_expert_parallel": True}
+        if name != "llama":
+            yield f"modelopt, EP {ranks}", paths["modelopt"], split | {"enable_expert_parallel": True}
 
 
 def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
@@ -160,8 +79,8 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
         options["attention_backend"] = args.attention
     for label, path, more in variants(name, paths, args.tensor_parallel) if not args.make else ():
         say(f"{name}: {label}")
-        found, text = apart(path, label, options | more, args.seconds, work / "plugin")
-        row: Row = {"model": name, "variant": label}
+        found, text = apart(path, label, options | more, work / "plugin", seconds=args.seconds, rates=args.rates)
+        row: Row = {"model": name, "variant": label, "graphs": args.graphs}
         lines = [
             line.partition("] ")[2] or line
             for line in text.splitlines()
@@ -172,11 +91,12 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
             row["error"] = text
         elif label == "bf16":
             twin = found
-            row |= {"load_seconds": found["load_seconds"], "device": found["device"]}
         elif twin is None:
             row["error"] = "runs, but its BF16 twin did not: nothing to compare with"
         else:
             row |= compare(name, found, twin)
+        if found is not None:
+            row |= {key: found[key] for key in ("load_seconds", "loader", "rates", "device") if key in found}
         rows.append(row)
         say(describe(row))
     return rows
@@ -187,11 +107,19 @@ def describe(row: Row) -> str:
     if "error" in row:
         return f"{head} FAILED: " + row["error"].replace("\n", "\n      ")
     if "max_delta" not in row:
-        return f"{head} the twin"
+        return f"{head} the twin{speed(row)}"
     verdict = "kept" if row["kept"] else "MISSED"
     return (
         f"{head} max {row['max_delta']:.5f}  mean {row['mean_delta']:.6f}  greedy {row['greedy_equal']} of 3  {verdict}"
+        f"{speed(row)}"
     )
+
+
+def speed(row: Row) -> str:
+    loader, rates = row.get("loader", {}), row.get("rates", {})
+    peak = f", peak {loader['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in loader else ""
+    load = f"  loaded in {loader['seconds']:.1f} s{peak}" if loader else ""
+    return load + "".join(f"  {name} {value:,.0f} tokens/s" for name, value in rates.items())
 
 
 def is_wrong(row: Row) -> bool:
@@ -225,6 +153,7 @@ def main() -> int:
     parser.add_argument("--tensor-parallel", type=int, default=1, help="also on this many GPUs, as TP and as EP")
     parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention_backend, or auto")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs and torch.compile, not eagerly")
+    parser.add_argument("--rates", action="store_true", help="measure prefill and decode, too")
     parser.add_argument("--make", action="store_true", help="only make the models, in --dir")
     parser.add_argument("--seconds", type=float, default=150, help="the limit for one variant")
     parser.add_argument("--budget", type=float, default=3000, help="start no further model after so many seconds")
@@ -250,7 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -187,20 +187,26 @@ DIAGNOSES = {
 
 
 def make(name: str, path: Path) -> dict[str, Path]:
-    """Make a model's checkpoints; by variant: "bf16", "mxfp4", and one for each layout."""
+    """Make a model's checkpoints; by variant: "bf16", "mxfp4", and one for each cast."""
+    if path.exists():  # of an earlier run
+        shutil.rmtree(path)
     fill, center, layouts = (MODELS | DIAGNOSES)[name]
     pair = Pair(np.random.default_rng(0), center)
     config = fill(pair)
     found = {"bf16": path / "bf16", "mxfp4": path / "mxfp4"}
-    for stale in (*found.values(), *(path / layout for layout in layouts)):
-        if stale.exists():  # of an earlier run
-            shutil.rmtree(stale)
     write_checkpoint(found["mxfp4"], {"model-00001-of-00001.safetensors": pair.source}, config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     write_checkpoint(found["bf16"], {"model-00001-of-00001.safetensors": pair.twin}, plain)
     for layout in layouts:
-        found[layout] = path / layout
-        report = fp4cast.convert(found["mxfp4"], found[layout], layout=layout)
-        if not report.exact:
-            raise SystemExit(f"{found[layout]}: the cast is not exact: {json.dumps(report.to_json())[:500]}")
+        found[layout] = cast(found["mxfp4"], path / layout, layout=layout)
+    w4a4 = {"activations": "w4a4", "input_scales": 1.0}
+    found["modelopt, W4A4"] = cast(found["mxfp4"], path / "modelopt-w4a4", **w4a4)
     return found
+
+
+def cast(source: Path, destination: Path, **options: Any) -> Path:
+    """Convert, and stop where the result is not exact."""
+    report = fp4cast.convert(source, destination, **options)
+    if not report.exact:
+        raise SystemExit(f"{destination}: the cast is not exact: {json.dumps(report.to_json())[:500]}")
+    return destination

@@ -129,27 +129,50 @@ def test_what_marlin_would_compute_for_gpt_oss_has_transformers_logits(tmp_path)
 
 
 def test_casting_while_loading_leaves_what_a_converted_checkpoint_does(miniatures, tmp_path):
-    """The miniature has half-blocks that need a shift, and padding."""
-    for source in (ROOT / "tests" / "fixtures" / "gpt-oss-tiny", miniatures["gpt-oss"]):
-        done = engine("vllm_gpt_oss", "on-load", source, cast(source, tmp_path / source.name))
-        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    """The miniatures have half-blocks that need a shift, and gpt-oss's padding."""
+    kinds = {"gpt-oss": "modelopt", "dense": "compressed-tensors", "moe": "compressed-tensors"}
+    sources = {ROOT / "tests" / "fixtures" / "gpt-oss-tiny": "modelopt"} | {miniatures[k]: v for k, v in kinds.items()}
+    for source, layout in sources.items():
+        done = engine("vllm_gpt_oss", "on-load", source, cast(source, tmp_path / source.name, layout))
+        assert done.returncode == 0 and re.search(r"\d\d parameters equal, 0 differ", done.stdout), (
+            done.stdout + done.stderr[-3000:]
+        )
 
 
 def test_casting_while_loading_refuses_what_it_cannot_keep(miniatures, tmp_path):
-    sources = [Path(shutil.copytree(miniatures["gpt-oss"], tmp_path / name)) for name in ("far", "lost")]
-    module = "model.layers.0.mlp.experts.down_proj"
-    edit(sources[0], f"{module}_scales", lambda scales: np.put(scales, 10, 85))
-    edit(sources[0], f"{module}_blocks", lambda codes: np.put(codes, range(160, 176), 0x61))  # .5 beside 4
-    drop(sources[1], f"{module}_bias")
+    """An inexact domain, a tensor that a shard lacks, a family whose classes are its own: each by its name."""
+    kinds = {"far": "gpt-oss", "lost": "gpt-oss", "far-moe": "moe", "lost-moe": "moe", "lost-dense": "dense"}
+    far, lost, far_moe, lost_moe, lost_dense = sources = [
+        Path(shutil.copytree(miniatures[kind], tmp_path / name)) for name, kind in kinds.items()
+    ]
+    module, expert = "model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.2.down_proj"
+    for source, codes, scales in (
+        (far, f"{module}_blocks", f"{module}_scales"),
+        (far_moe, f"{expert}.weight_packed", f"{expert}.weight_scale"),
+    ):
+        edit(source, scales, lambda scales: np.put(scales, 10, 85))
+        edit(source, codes, lambda codes: np.put(codes, range(160, 176), 0x61))  # .5 beside 4
+    drop(lost, f"{module}_bias")
+    drop(lost_moe, "model.layers.1.mlp.experts.3.up_proj.weight_scale")
+    drop(lost_dense, "model.layers.1.self_attn.v_proj.weight_packed")
     options = ["--plugin", "--only-load", "--quantization", "fp4cast"]
-    done = engine("vllm_loader", *options, *sources, miniatures["dense"])
-    far, lost, dense = done.stdout.splitlines()
-    place = r"model.layers.0.mlp.experts.*w2"
-    assert re.search(rf"^far: not loaded: InexactError: {place}: exponents -?\d+ to -?\d+ span \d\d binades", far), done
-    assert re.search(rf"^lost: not loaded: CheckpointError: {place}_bias: nothing in the checkpoint filled", lost), done
-    assert re.search(r"^dense: not loaded: .*--quantization fp4cast casts MXFP4 gpt-oss while it is loaded", dense), (
-        done
+    done = engine("vllm_loader", *options, *sources, miniatures["deepseek-v4"])
+    inexact, missing = (
+        r"InexactError: .*{}: exponents -?\d+ to -?\d+ span \d\d binades",
+        "CheckpointError: .*{}: nothing",
     )
+    said = (
+        inexact.format("layers.0.mlp.experts.*w2"),
+        missing.format("layers.0.mlp.experts.*w2_bias"),
+        inexact.format(r"layers.1.mlp.experts.*w2\[2\]"),
+        missing.format("layers.1.mlp.experts.*w13_weight_scale"),
+        missing.format("layers.1.self_attn.qkv_proj_weight"),
+        ".*--quantization fp4cast casts MXFP4 gpt-oss and .* while it is loaded; this is 'deepseek_v4'",
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(said), done.stdout + done.stderr[-3000:]
+    for line, words in zip(lines, said, strict=True):
+        assert re.search(f": not loaded: {words}", line), line
 
 
 def test_two_ranks_hold_gpt_oss_together(miniatures, tmp_path):
