@@ -35,8 +35,8 @@ def test_a_cast_has_the_logits_of_its_twin(tmp_path, name):
 def run(monkeypatch, tmp_path, found):
     """Measure a model with what `found` says of each checkpoint instead of serving it."""
     monkeypatch.setattr(serve, "make", lambda _, path: {v: path / v for v in ("bf16", "mxfp4", "modelopt")})
-    monkeypatch.setattr(serve, "apart", lambda _, label, *__: found[label])
-    args = argparse.Namespace(make=False, graphs=False, attention="auto", seconds=1, tensor_parallel=1)
+    monkeypatch.setattr(serve, "apart", lambda _, label, *__, **___: found[label])
+    args = argparse.Namespace(make=False, graphs=False, attention="auto", seconds=1, tensor_parallel=1, rates=False)
     return {row["variant"]: row for row in serve.measure("gpt-oss-256", args, tmp_path)}
 
 
@@ -49,13 +49,17 @@ def served(shift, greedy=0):
     }
 
 
+MEASURED = {"loader": {"seconds": 2.0, "peak_bytes": 3 << 20}, "rates": {"decode": 4000.0}}
+
+
 def test_rows_are_compared_with_the_twin_and_failures_are_rows(monkeypatch, tmp_path):
     rows = run(
         monkeypatch,
         tmp_path,
         {
             "bf16": (served(0), ""),
-            "mxfp4": (served(0.05), "INFO] fp4cast: 12 scales are loaded"),
+            "mxfp4": (served(0.05) | MEASURED, "INFO] fp4cast: 12 scales are loaded"),
+            "mxfp4, Marlin": (served(0.04), ""),
             "modelopt": (served(0.7, greedy=1), ""),
             "cast on load": (None, "exit status 1\nKeyError: 'w2_bias'"),
         },
@@ -65,10 +69,11 @@ def test_rows_are_compared_with_the_twin_and_failures_are_rows(monkeypatch, tmp_
     assert rows["modelopt"]["max_delta"] == pytest.approx(0.7)
     assert "w2_bias" in rows["cast on load"]["error"]
     assert all(serve.describe(row) for row in rows.values())
+    assert "loaded in 2.0 s, peak 3 MiB  decode 4,000 tokens/s" in serve.describe(rows["mxfp4"])
 
 
 def test_without_a_twin_nothing_passes(monkeypatch, tmp_path):
-    labels = ("bf16", "mxfp4", "modelopt", "cast on load")
+    labels = ("bf16", "mxfp4", "mxfp4, Marlin", "modelopt", "cast on load")
     rows = run(monkeypatch, tmp_path, dict.fromkeys(labels, (served(0), "")) | {"bf16": (None, "no memory")})
     assert all("error" in row for row in rows.values())
 
@@ -79,10 +84,10 @@ def test_a_process_that_fails_or_hangs_says_so(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "wait").write_text("0")
-    found, text = serve.apart(tmp_path / "model", "a label", {}, 60, tmp_path)
+    found, text = serve.apart(tmp_path / "model", "a label", {}, tmp_path, seconds=60, rates=False)
     assert found is None and "exit status 1" in text and "ImportError: cannot import name 'LLM'" in text
     (tmp_path / "wait").write_text("60")
-    assert "no end after 5 s" in serve.apart(tmp_path / "model", "a label", {}, 5, tmp_path)[1]
+    assert "no end after 5 s" in serve.apart(tmp_path / "model", "a label", {}, tmp_path, seconds=5, rates=True)[1]
 
 
 def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path):
