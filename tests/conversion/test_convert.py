@@ -144,6 +144,13 @@ def test_an_inexact_domain_fails_before_a_byte_is_written(miniatures, tmp_path):
     assert "block 0 of" in message
     assert "block 1 of" in message
     assert "--inexact nearest" in message
+    (tensor,) = fp4cast.convert(source, tmp_path / "dst", inexact="nearest").inexact
+    shutil.rmtree(tmp_path / "dst")
+    assert tensor.rounded_half_blocks == 2  # both of one block
+    cost = re.search(r"nearest would round 1 of its 192 blocks: SNR of these (\S+) dB, largest error (\S+)", message)
+    assert cost and float(cost[2]) == pytest.approx(tensor.max_abs_error, rel=0.01)
+    assert 0 < float(cost[1]) < tensor.snr_db  # of the rounded block alone
+    assert "1 of the 4,608 blocks that are cast would change" in message
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 

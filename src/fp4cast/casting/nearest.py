@@ -8,6 +8,7 @@ the continuous S = max|v| / (6 * 448) of the standard recipe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,7 +29,19 @@ from fp4cast.casting.tight_rule import (
     shift_bounds,
     shift_codes,
 )
-from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK_BYTES, TENSOR_TOP, Bytes, Float64s, pack, unpack
+from fp4cast.formats import (
+    E2M1,
+    E4M3,
+    E8M0_BIAS,
+    MX_BLOCK_BYTES,
+    TENSOR_TOP,
+    Bytes,
+    Float64s,
+    mxfp4_values,
+    nvfp4_values,
+    pack,
+    unpack,
+)
 
 _MAGNITUDES = E2M1.values[:8]
 _MIDPOINTS = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
@@ -237,3 +250,41 @@ def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
     if squared_error(domain, continuous, None, least) < least:
         best = replace(scaling, tensor_scale=continuous, m=None, verbatim=False)
     return best
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `nearest` does to a domain that no tensor scale keeps exact.
+
+    Attributes:
+        blocks: blocks of 32 in the domain.
+        rounded: those of which some value changes.
+        snr_db: 10 log10(energy / squared error) of the rounded blocks alone.
+        max_error: largest absolute error.
+    """
+
+    blocks: int
+    rounded: int
+    snr_db: float
+    max_error: float
+
+
+def cost_of_nearest(domain: Sequence[BlockSource]) -> Cost:
+    """Round a domain without writing it; reads the codes of the blocks outside of the window alone."""
+    scaling = choose_nearest(domain)
+    count = rounded = 0
+    energy = error = largest = 0.0
+    for source, blocks, k in _chunks(domain):
+        count += len(blocks)
+        odd = scaling.undecided(k)
+        if not odd.size:
+            continue
+        codes, exponents = source.codes(blocks[odd]), (k[odd] + source.bias).astype(np.uint8)
+        written = encode(codes, exponents, scaling, source.bias)
+        before = mxfp4_values(codes, exponents[:, None], source.bias)
+        difference = nvfp4_values(written.codes, written.block_scales, scaling.tensor_scale) - before
+        changed = (difference != 0).any(axis=1)
+        rounded += int(changed.sum())
+        energy, error = energy + float((before[changed] ** 2).sum()), error + float((difference**2).sum())
+        largest = max(largest, float(np.abs(difference).max()))
+    return Cost(count, rounded, 10 * math.log10(energy / error) if error else math.inf, largest)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fp4cast.casting.nearest import choose_nearest
+from fp4cast.casting.nearest import choose_nearest, cost_of_nearest
 from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
@@ -159,12 +159,16 @@ def find_domains(
         sized = ((group, sum(pair.scales.nbytes for pair in group[1])) for group in groups)
         domains = [domain for part in pool.map(work, grouped(sized, _SLICE_BYTES, _SLICE)) for domain in part]
     if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
-        raise InexactError(f"{pairs[0].codes.path.parent}: {_explain(bad, len(domains))}")
+        with Files() as files:
+            raise InexactError(f"{pairs[0].codes.path.parent}: {_explain(bad, domains, files)}")
     return domains
 
 
-def _explain(bad: Sequence[Domain], total: int) -> str:
-    lines = [f"{len(bad)} of {total} scale domains cannot be represented exactly in NVFP4; nothing was written."]
+def _explain(bad: Sequence[Domain], domains: Sequence[Domain], files: Files) -> str:
+    """Name the first inexact domains, what decides them, and what rounding would cost them, as measured."""
+    total = sum(pair.blocks for domain in domains for pair in domain.pairs)
+    lines = [f"{len(bad)} of {len(domains)} scale domains cannot be represented exactly in NVFP4; nothing was written."]
+    rounded = 0
     for domain in bad[:_SHOWN]:
         scaling, search = domain.scaling, domain.search
         lines.append(f"  {domain.name}: exponents {scaling.k_min} to {scaling.k_max}, a spread of {domain.spread}")
@@ -172,7 +176,17 @@ def _explain(bad: Sequence[Domain], total: int) -> str:
             (top, top_block), (low, low_block) = search.lo_block, search.hi_block
             lines.append(f"    block {top_block} of {top} needs a tensor scale of at least 2^{search.lo},")
             lines.append(f"    block {low_block} of {low} one of at most 2^{search.hi}")
+        cost = cost_of_nearest([FileBlocks(pair, files) for pair in domain.pairs])
+        rounded += cost.rounded
+        lines.append(
+            f"    nearest would round {cost.rounded:,} of its {cost.blocks:,} blocks: "
+            f"SNR of these {cost.snr_db:.1f} dB, largest error {cost.max_error:.3g}"
+        )
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN} more")
+    lines.append(
+        f"In {'these' if len(bad) <= _SHOWN else f'the first {_SHOWN}'}, {rounded:,} of the {total:,} blocks that are "
+        "cast would change. (gpt-oss-120b is reported to have 1,214 of 3.58 billion, in 5 of its 72 tensors.)"
+    )
     lines.append("To write the nearest values instead, with the error measured and reported: --inexact nearest")
     return "\n".join(lines)
