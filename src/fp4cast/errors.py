@@ -68,8 +68,8 @@ class PartnerError(CheckpointError):
     """Codes without scales, or scales without codes."""
 
 
-class ShapeError(CheckpointError):
-    """Codes and scales whose shapes or dtypes do not fit together."""
+class ShapeError(CheckpointError, ValueError):
+    """Codes and scales whose shapes or dtypes do not fit together; a `ValueError` too, as the original raises."""
 
 
 class ScaleError(CheckpointError):

@@ -5,9 +5,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import numpy as np
+
 import fp4cast
-from fp4cast.errors import InexactError, QuantizerError, ScaleError, ShapeError, UnsupportedError
-from fp4cast.kernels import quantize_nvfp4
+from fp4cast.errors import InexactError, QuantizerError, ScaleError, ShapeError, UnsupportedError, UsageError
+from fp4cast.formats import mxfp4_values
+from fp4cast.kernels import quantize_nvfp4, static_blockwise_fp4_fake_quant
 from fp4cast.miniatures import make
 from fp4cast.ptq import (
     QFORMATS,
@@ -15,6 +18,7 @@ from fp4cast.ptq import (
     apply_to_model,
     attach,
     build_amax_map,
+    compute_amax_for_mxfp4,
     compute_global_amax_for_scales,
     compute_per_block_amax_for_mxfp4,
     max_calibrate,
@@ -110,7 +114,8 @@ def test_the_map_says_what_the_checkpoint_is(source):
     assert set(found) == set(domains) and len(found) == 4
     for name, facts in found.items():
         assert set(facts) == {
-            "global_amax", "k_min", "k_max", "m", "n_total_blocks", "n_lossless_blocks", "pct_lossless"
+            "global_amax", "k_min", "k_max", "m", "n_total_blocks", "n_lossless_blocks", "n_zero_blocks",
+            "n_out_of_range_blocks", "pct_lossless",
         }  # fmt: skip
         assert facts["global_amax"] == 2688 * 2.0 ** facts["m"]
         scaling = domains[name]
@@ -193,19 +198,24 @@ def test_names():
 
 def test_the_closed_forms():
     scales = torch.tensor([[120, 110, 103]], dtype=torch.uint8)
-    assert compute_global_amax_for_scales(scales) == 2688 * 2.0 ** (120 - 127 - 8)
+    top, info = compute_global_amax_for_scales(scales)
+    assert top == 2688 * 2.0 ** (120 - 127 - 8)
+    assert (info["k_min"], info["k_max"], info["m"]) == (-24, -7, -15)
+    assert info["n_total_blocks"] == info["n_lossless_blocks"] == 3 and info["n_out_of_range_blocks"] == 0
     blocks = torch.full((1, 3, 16), 0x77, dtype=torch.uint8)
     amax = compute_per_block_amax_for_mxfp4(blocks, scales)
-    assert amax.shape == (6, 1)
-    assert amax[:, 0].tolist() == [6 * 2.0 ** (b - 127) for b in (120, 120, 110, 110, 103, 103)]
+    assert amax.shape == (1, 6)
+    assert amax[0].tolist() == [6 * 2.0 ** (b - 127) for b in (120, 120, 110, 110, 103, 103)]
     # A block of 4 only, 18 binades down: its codes are halved, under twice the scale.
     poor = torch.tensor([0x77, 0x66], dtype=torch.uint8)[:, None].repeat(1, 16)
     shifted = compute_per_block_amax_for_mxfp4(poor, torch.tensor([120, 102], dtype=torch.uint8))
-    assert shifted[:, 0].tolist() == [6 * 2.0**-7] * 2 + [6 * 2.0**-24] * 2
+    assert shifted.tolist() == [6 * 2.0**-7] * 2 + [6 * 2.0**-24] * 2
     with pytest.raises(ShapeError, match="expected a last axis of 16 bytes"):
         compute_per_block_amax_for_mxfp4(torch.zeros(1, 3, 8, dtype=torch.uint8), scales)
-    with pytest.raises(ShapeError, match="leading dimensions differ"):
+    with pytest.raises(ValueError, match="leading dimensions differ"):
         compute_per_block_amax_for_mxfp4(blocks[:, :2], scales)
+    with pytest.raises(ShapeError, match="empty"):
+        compute_per_block_amax_for_mxfp4(blocks[:, :0], scales[:, :0])
     with pytest.raises(ShapeError, match="expected uint8"):
         compute_global_amax_for_scales(scales.float())
     with pytest.raises(ScaleError, match="255"):
@@ -214,3 +224,63 @@ def test_the_closed_forms():
         compute_global_amax_for_scales(torch.tensor([254], dtype=torch.uint8))
     with pytest.raises(ShapeError, match="empty"):
         compute_global_amax_for_scales(torch.zeros(0, dtype=torch.uint8))
+    with pytest.raises(UsageError, match="exponents -25 to -7 span 18 binades, so that codes decide"):
+        compute_global_amax_for_scales(torch.tensor([120, 102], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["zeros on top", "poor on top", "poor below", "inside"])
+def test_both_amax_of_one_call_belong_together(kind):
+    """Exact tensors, half of which scales alone would decide wrongly: the quantizer gives back every value."""
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        scales = rng.integers(104, 121, (2, 3, 4), dtype=np.uint8)
+        codes = rng.integers(0, 256, (2, 3, 4, 16), dtype=np.uint8)
+        place = tuple(rng.integers(0, size) for size in scales.shape)
+        other = {"zeros on top": (0x08, 130), "poor on top": (0x11, 122), "poor below": (0x66, 102)}.get(kind)
+        if other:
+            codes[place], scales[place] = other
+        made = compute_amax_for_mxfp4(torch.from_numpy(codes), torch.from_numpy(scales))
+        assert made.per_block.shape == (2, 3, 8) and made.global_amax.shape == ()
+        assert made.info["n_lossless_blocks"] == made.info["n_total_blocks"] == 24
+        weights = torch.from_numpy(mxfp4_values(codes.reshape(2, 3, -1), scales)).float()
+        quantized = static_blockwise_fp4_fake_quant(weights, made.per_block, made.global_amax)
+        assert torch.equal(quantized, weights)
+
+
+def test_the_scales_alone_would_round_most_of_these():
+    """The original's two functions, the first of which takes the largest scale byte for the largest block."""
+    rng, rounded = np.random.default_rng(2), 0
+    for number in range(100):
+        scales, codes = rng.integers(104, 121, (4, 4), dtype=np.uint8), rng.integers(0, 256, (4, 4, 16), dtype=np.uint8)
+        codes[1, 2], scales[1, 2] = ((0x08, 130), (0x11, 122))[number % 2]  # zeros; 0.5 alone
+        made = compute_amax_for_mxfp4(torch.from_numpy(codes), torch.from_numpy(scales))
+        assert made.info["n_lossless_blocks"] == 16
+        k, top = scales.astype(np.float64) - 127, float(scales.max()) - 127
+        largest = np.abs(mxfp4_values(codes, scales[..., None])).max(-1)
+        theirs = np.where(k >= top - 17, 6 * 2.0**k, largest).repeat(2, axis=-1)
+        weights = torch.from_numpy(mxfp4_values(codes.reshape(4, -1), scales)).float()
+        amax, whole = torch.from_numpy(theirs).float(), torch.tensor(2688 * 2.0 ** (top - 8))
+        rounded += not torch.equal(static_blockwise_fp4_fake_quant(weights, amax, whole), weights)
+    assert rounded > 60
+
+
+def test_the_facts_count_what_is_lost():
+    scales = torch.tensor([120, 0, 100, 101], dtype=torch.uint8)
+    codes = torch.full((4, 16), 0x71, dtype=torch.uint8)  # 0.5 beside 6: no room for a shift
+    codes[1] = 0
+    info = compute_amax_for_mxfp4(codes, scales).info
+    assert (info["n_total_blocks"], info["n_zero_blocks"]) == (4, 1)
+    assert info["n_lossless_blocks"] < 4 and info["n_out_of_range_blocks"] >= 4 - info["n_lossless_blocks"]
+    assert info["pct_lossless"] == 25.0 * info["n_lossless_blocks"]
+
+
+def test_a_quantizer_outside_of_known_modules_is_refused(source):
+    """Promoted and of the right size, but nothing quantizes a weight with it."""
+    model = quantized(source)
+    experts = model.model.layers[0].mlp.experts
+    bank = torch.nn.Module()
+    bank.down_proj_weight_quantizer = experts.down_proj_weight_quantizer
+    bank.gate_up_proj_weight_quantizer = experts.gate_up_proj_weight_quantizer
+    model.model.layers[0].mlp.experts = bank
+    with pytest.raises(QuantizerError, match=r"layers.0.mlp.experts.*no known module quantizes a weight with it"):
+        apply_to_model(model, source)

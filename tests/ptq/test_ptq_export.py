@@ -1,7 +1,10 @@
 """Export of models: against what `convert` writes, against ModelOpt's own export, and by loading it again."""
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import fp4cast
+from fp4cast.checkpoints.checksums import checksum_of_path
+from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.conversion.destination import foreign_files
 from fp4cast.errors import (
     CheckpointError,
@@ -23,10 +28,12 @@ from fp4cast.miniatures import make
 from fp4cast.ptq import QFORMATS, apply_to_model, attach, export, max_calibrate
 from fp4cast.ptq.model_weights import input_amax
 from fp4cast.ptq.modules import quantized_weights
-from fp4cast.verification.receipt import Receipt
-from helpers import contents
+from fp4cast.verification.opened import open_both
+from fp4cast.verification.receipt import Receipt, weight_digest
+from helpers import contents, edit
 from models import (
     load_gpt_oss,
+    spoil,
     static,
     tensors,
 )
@@ -75,8 +82,59 @@ def test_what_is_not_cast_is_measured(source, tmp_path):
     exported = export(quantized(source, "nvfp4_mlp_only"), tmp_path / "uncast", source)
     assert exported.tensors == {"quantized": 4, "exact": 0, "inexact": 4, "copied": 33}
     assert all(10 < tensor.snr_db < 40 for tensor in exported.inexact)
-    assert not fp4cast.verify(source, tmp_path / "uncast").ok
+    report = fp4cast.verify(source, tmp_path / "uncast")
+    assert report.ok and not report.exact and report.tensors["inexact"] == 4
+    assert any("4 of 4 MXFP4 tensors are no casts but quantized from values" in note for note in report.notes)
     assert json.loads(json.dumps(exported.to_json()))["tensors"]["inexact"] == 4
+
+
+def test_what_is_said_to_be_no_cast_is_still_what_was_written(source, tmp_path):
+    """Another byte is found by the digest; weights of another model by their error, whatever the receipt says."""
+    export(quantized(source, "nvfp4_mlp_only"), tmp_path / "dst", source)
+    name = "model.layers.1.mlp.experts.down_proj"
+    shutil.copytree(tmp_path / "dst", tmp_path / "byte")
+    edit(tmp_path / "byte", name, lambda codes: codes.__setitem__(5, codes[5] ^ 1))
+    report = fp4cast.verify(source, tmp_path / "byte")
+    assert name in {difference.name for difference in report.wrong("weights")}
+    edit(tmp_path / "dst", name, lambda codes: np.random.default_rng(0).shuffle(codes))
+    forge(source, tmp_path / "dst", name)
+    report = fp4cast.verify(source, tmp_path / "dst")
+    assert [each.detail for each in report.wrong("weights")] == [
+        "is said to be quantized from the source's values, but they are less than 10 dB above its error"
+    ]
+
+
+def test_a_quantized_weight_of_something_else_is_found(source, tmp_path):
+    """Attention that the source holds in BF16."""
+    export(quantized(source, "nvfp4"), tmp_path / "dst", source)
+    assert fp4cast.verify(source, tmp_path / "dst").ok
+    name = "model.layers.1.self_attn.v_proj.weight"
+    edit(tmp_path / "dst", name, lambda codes: np.random.default_rng(0).shuffle(codes))
+    wrong = fp4cast.verify(source, tmp_path / "dst").wrong("weights")
+    assert [(each.name, "less than 10 dB" in each.detail) for each in wrong] == [(name, True)]
+
+
+def forge(source, destination, name):
+    """A receipt that calls the weights of a module those that were written."""
+    receipt = Receipt.read(destination)
+    target = open_both(source, destination, "config.json").target
+    written = open_checkpoint(destination).tensors
+    inexact = [each.to_json() for each in fp4cast.verify(source, destination).inexact]
+    digests = {**receipt.digests, name: weight_digest(target.names(name), written)}
+    facts = {**receipt.facts, "inexact": inexact}
+    files = {each: checksum_of_path(destination / each) for each in receipt.files}
+    (destination / "fp4cast.json").write_bytes(replace(receipt, facts=facts, digests=digests, files=files).to_bytes())
+
+
+def test_a_nearest_cast_passes_as_that_of_convert_does(source, tmp_path):
+    """The rounded tensor is a cast, held against the least error, and no exception."""
+    path = Path(shutil.copytree(source, tmp_path / "src"))
+    spoil(path, "model.layers.0.mlp.experts.down_proj", spread=20)
+    model = quantized(path, "nvfp4_mlp_only")
+    cast = [name.removesuffix("_weight_quantizer") for name in apply_to_model(model, path, inexact="nearest")]
+    export(model, tmp_path / "dst", path, cast=cast)
+    report = fp4cast.verify(path, tmp_path / "dst")
+    assert report.ok and report.tensors["inexact"] == 1 and not any("no casts" in note for note in report.notes)
 
 
 def test_attention_is_quantized_beside_cast_experts(source, tmp_path):
@@ -84,6 +142,9 @@ def test_attention_is_quantized_beside_cast_experts(source, tmp_path):
     apply_to_model(model, source)
     exported = export(model, tmp_path / "all", source)
     assert exported.tensors["quantized"] == 4 + 8 and exported.tensors["inexact"] == 0
+    report = fp4cast.verify(source, tmp_path / "all")
+    assert report.ok and not report.exact and report.tensors == {"cast": 4, "exact": 4, "inexact": 0, "copied": 25}
+    assert any("8 weights that the source does not hold in MXFP4 are quantized by" in note for note in report.notes)
     written = tensors(tmp_path / "all")
     for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
         name = f"model.layers.0.self_attn.{leaf}"

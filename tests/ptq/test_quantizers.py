@@ -248,16 +248,17 @@ def test_promotion_happens_on_every_way_out():
 def test_experts_without_tokens_take_the_amax_of_the_group():
     layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
     attach(layers, QFORMATS["nvfp4"])
-    assert set_expert_quantizer_amax([]) is None
+    assert set_expert_quantizer_amax([]) == []
     layers[1].input_quantizer.amax = torch.tensor([[1.0], [5.0]])  # by block: reduced first
     layers[2].input_quantizer.amax = torch.tensor(3.0)
     layers[3].input_quantizer._amax = torch.empty((), device="meta")
-    assert set_expert_quantizer_amax(layers) == 5
+    assert set_expert_quantizer_amax(layers) == [layers[0], layers[3]]
     assert [float(layer.input_quantizer.amax.max()) for layer in layers] == [5, 5, 3, 5]
     for layer in layers:
         layer.input_quantizer.reset_amax()
     largest = max(layer.weight.abs().max() for layer in layers)
-    assert set_expert_quantizer_amax(layers) == largest
+    assert set_expert_quantizer_amax(layers) == list(layers)
+    assert set_expert_quantizer_amax(layers) == []
     assert all(layer.input_quantizer.amax == largest for layer in layers)
 
 

@@ -167,6 +167,8 @@ def _weights_sentence(report: Report) -> str:
     how = "measured on what was written" if report.verified else "while writing; not read back (--no-verify)"
     if report.exact:
         return f"[green]exact[/]: every value equals the source's, bit for bit ({how})"
+    if not report.tensors["inexact"]:
+        return f"[yellow]not exact[/]: every cast is, but other weights were quantized, too ({how})"
     return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"
 
 

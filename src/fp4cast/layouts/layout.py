@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.directory import Checkpoint
-from fp4cast.checkpoints.header import Tensor
+from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
 from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.families.family import Family, Pair, Source
 from fp4cast.formats import NV_BLOCK, Activations
@@ -170,16 +170,31 @@ class Selection:
         cast: the pairs that become NVFP4.
         replaced: the names of their tensors.
         untouched: the other tensors, which stay as they are.
+        quantized: by module, weights that are unquantized in the source and NVFP4 in the destination; only `ptq` does
+            that.
     """
 
     cast: Sequence[Pair]
     replaced: Collection[str]
     untouched: Sequence[Tensor]
+    quantized: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> list[str]:
-        """The names of the pairs."""
-        return [pair.module for pair in self.cast]
+        """The names of all that is NVFP4."""
+        return [*(pair.module for pair in self.cast), *self.quantized]
+
+    def with_quantized(self, modules: Collection[str]) -> Selection:
+        """The same, with those of the modules quantized whose weight is an untouched matrix."""
+        names = {f"{module}.weight": module for module in modules}
+        found = {
+            names[tensor.name]: tensor
+            for tensor in self.untouched
+            if tensor.name in names and tensor.dtype in UNQUANTIZED and len(tensor.shape) == 2
+        }
+        gone = {tensor.name for tensor in found.values()}
+        rest = [tensor for tensor in self.untouched if tensor.name not in gone]
+        return replace(self, replaced={*self.replaced, *gone}, untouched=rest, quantized=found)
 
 
 def select(source: Source, target: Target) -> Selection:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fp4cast import _require_torch  # noqa: F401
 from fp4cast.ptq.amax import (
+    Amax,
+    AmaxFacts,
+    compute_amax_for_mxfp4,
     compute_global_amax_for_scales,
     compute_per_block_amax_for_mxfp4,
     quantizer_name_from_blocks_key,
@@ -22,6 +25,8 @@ from fp4cast.ptq.quantizer import (
 
 __all__ = [
     "QFORMATS",
+    "Amax",
+    "AmaxFacts",
     "Exported",
     "NVFP4StaticQuantizer",
     "Options",
@@ -31,6 +36,7 @@ __all__ = [
     "apply_to_model",
     "attach",
     "build_amax_map",
+    "compute_amax_for_mxfp4",
     "compute_global_amax_for_scales",
     "compute_per_block_amax_for_mxfp4",
     "export",

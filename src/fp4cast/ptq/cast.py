@@ -7,17 +7,17 @@ function names are ModelOpt's; the numerics are `fp4cast.casting.tight_rule` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fp4cast.casting.inexact import check_inexact
-from fp4cast.casting.nearest import block_scale_bytes, encode
+from fp4cast.casting.nearest import block_scale_bytes
 from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.directory import open_checkpoint
@@ -25,18 +25,11 @@ from fp4cast.conversion.domains import find_domains
 from fp4cast.errors import QuantizerError
 from fp4cast.families.family import Pair, Source
 from fp4cast.families.recognise import read_source
-from fp4cast.formats import (
-    MX_BLOCK,
-    MX_BLOCK_BYTES,
-    TENSOR_TOP,
-    Bytes,
-    mxfp4_values,
-    nvfp4_values,
-)
+from fp4cast.formats import MX_BLOCK, MX_BLOCK_BYTES, Bytes
 from fp4cast.kernels.reference import round_e2m1
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import Target, castable
-from fp4cast.ptq.amax import block_amax, global_amax
+from fp4cast.ptq.amax import AmaxFacts, amax_facts, block_amax, global_amax
 from fp4cast.ptq.modules import quantized_weights
 from fp4cast.ptq.quantizer import NVFP4StaticQuantizer
 
@@ -49,30 +42,6 @@ def _exponents(pair: Pair, files: Files) -> Bytes:
 
 def _codes(pair: Pair, files: Files, blocks: Any) -> Bytes:
     return files[pair.codes.path].gather(pair.codes.start, blocks, MX_BLOCK_BYTES)
-
-
-def _lossless(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> int:
-    """How many blocks keep every value; those outside of the window are measured."""
-    if scaling.exact:
-        return pair.blocks
-    odd = scaling.undecided(exponents.astype(np.int64) - pair.bias)
-    codes = _codes(pair, files, odd)
-    written = encode(codes, exponents[odd], scaling, pair.bias)
-    before = mxfp4_values(codes, exponents[odd, None], pair.bias)
-    after = nvfp4_values(written.codes, written.block_scales, scaling.tensor_scale)
-    return pair.blocks - int((before != after).any(axis=1).sum())
-
-
-class AmaxFacts(TypedDict):
-    """What the cast sets for one tensor; see `build_amax_map`."""
-
-    global_amax: float
-    k_min: int | None
-    k_max: int | None
-    m: int | None
-    n_total_blocks: int
-    n_lossless_blocks: int
-    pct_lossless: float
 
 
 class Scaled(NamedTuple):
@@ -110,16 +79,7 @@ def _domains_of(directory: str | Path, inexact: str) -> list[Scaled]:
 
 
 def _facts(pair: Pair, scaling: Scaling, exponents: Bytes, files: Files) -> AmaxFacts:
-    lossless = _lossless(pair, scaling, exponents, files)
-    return {
-        "global_amax": TENSOR_TOP * scaling.tensor_scale,
-        "k_min": scaling.k_min,
-        "k_max": scaling.k_max,
-        "m": scaling.m,
-        "n_total_blocks": pair.blocks,
-        "n_lossless_blocks": lossless,
-        "pct_lossless": 100.0 * lossless / pair.blocks,
-    }
+    return amax_facts(scaling, exponents, pair.bias, partial(_codes, pair, files))
 
 
 def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict[str, AmaxFacts]:
@@ -130,8 +90,7 @@ def build_amax_map(checkpoint_dir: str | Path, inexact: str = "nearest") -> dict
         inexact: "fail" or "nearest", where no tensor scale is exact.
 
     Returns:
-        global_amax, k_min, k_max and m (None for a tensor scale that is not a power of two) of the tensor's domain, and
-        n_total_blocks, n_lossless_blocks and pct_lossless of its MXFP4 blocks, measured where they are not exact.
+        `AmaxFacts` of each tensor.
     """
     with Files() as files:
         return {
@@ -163,6 +122,11 @@ def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFa
     quantizers = {each.quantizer: _find(model, each.quantizer, each.pair) for each in found}
     weights = {id(quantizer): rows for _, quantizer, rows in quantized_weights(model)}
     applied = {}
+    for name in quantizers:
+        if id(quantizers[name]) not in weights:
+            raise QuantizerError(
+                f"{name}: no known module quantizes a weight with it; expected one that `attach` has made"
+            )
     with Files() as files, torch.no_grad():
         for each in found:
             _check_weight(each.quantizer, each.pair, weights[id(quantizers[each.quantizer])], files)
@@ -173,6 +137,12 @@ def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFa
             _set(quantizers[each.quantizer], scales, scaling)
             applied[each.quantizer] = _facts(pair, scaling, exponents, files)
     return applied
+
+
+def lossless_modules(found: Sequence[Scaled], applied: Mapping[str, AmaxFacts]) -> list[str]:
+    """Modules whose every value the cast keeps."""
+    facts = ((each.module, applied[each.quantizer]) for each in found)
+    return [module for module, fact in facts if fact["n_lossless_blocks"] == fact["n_total_blocks"]]
 
 
 def _set(quantizer: NVFP4StaticQuantizer, block_scales: Bytes, scaling: Scaling) -> None:

@@ -16,7 +16,8 @@ from typing import Any, TypedDict
 
 from torch import nn
 
-from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps, companion_sizes
+from fp4cast.checkpoints.checksums import Checksum
+from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps, companion_sizes, open_checkpoint
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.conversion.execute import Finished, execute
@@ -31,7 +32,7 @@ from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
-from fp4cast.verification.receipt import Receipt
+from fp4cast.verification.receipt import Receipt, weight_digest
 from fp4cast.verification.report import ByteCounts, InexactTensor
 
 
@@ -92,6 +93,7 @@ def export(
     *,
     layout: str = "modelopt",
     lossless: Collection[str] = (),
+    cast: Collection[str] = (),
     overwrite: bool = False,
     jobs: int | None = None,
     progress: Progress = ignore,
@@ -104,6 +106,8 @@ def export(
         source: the checkpoint that the model was loaded from: a directory or a model id.
         layout: "modelopt", or "compressed-tensors" for models without batched experts.
         lossless: modules whose written weights must equal the source's MXFP4 ones.
+        cast: modules that `apply_to_model` has set, which may be rounded to the nearest; all other inexact ones are
+            no casts, and `verify` says so.
         overwrite: replace an existing `destination`, once the new one is complete.
         jobs: threads; None for one a core.
         progress: called, from worker threads, with (phase, bytes just done, bytes in all).
@@ -118,7 +122,15 @@ def export(
     check_destination(opened.checkpoint.path, real_path(destination), overwrite=overwrite)
     target = model_target(opened, model, layout)
     return write_model(
-        model, destination, opened, target, lossless=lossless, overwrite=overwrite, jobs=jobs, progress=progress
+        model,
+        destination,
+        opened,
+        target,
+        lossless=lossless,
+        cast=cast,
+        overwrite=overwrite,
+        jobs=jobs,
+        progress=progress,
     )
 
 
@@ -129,6 +141,7 @@ def write_model(
     target: Target,
     *,
     lossless: Collection[str],
+    cast: Collection[str],
     overwrite: bool,
     jobs: int | None,
     progress: Progress,
@@ -146,13 +159,11 @@ def write_model(
         check_stamps(checkpoint, opened.stamps, "export")
         noted = stage.write_documents(files, companions, checkpoint)
         noted |= {name: shard.checksum for name, shard in written.items()}
-        # What was quantized, no digest can tell.
-        facts = {"layout": target.layout.name, "activations": target.activations}
-        stage.write_receipt(RECEIPT, Receipt(facts=facts, files=noted).to_bytes())
         inexact = read_back(weights, target, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
+        stage.write_receipt(RECEIPT, _receipt(weights, target, stage, inexact, cast, noted).to_bytes())
         stage.publish(checkpoint.path, overwrite=overwrite)
-    cast = sum(weight.pair is not None for weight in weights)
+    pairs = sum(weight.pair is not None for weight in weights)
     return Exported(
         source=str(checkpoint.path),
         destination=str(destination),
@@ -160,7 +171,7 @@ def write_model(
         activations=target.activations,
         tensors={
             "quantized": len(weights),
-            "exact": cast - len(inexact),
+            "exact": pairs - len(inexact),
             "inexact": len(inexact),
             "copied": len(checkpoint.tensors) - len(replaced),
         },
@@ -205,6 +216,30 @@ def _documents(
     modules, bank = [weight.module for weight in weights], any(weight.bank for weight in weights)
     files = documents(checkpoint, target, modules, replaced, bank=bank)
     return index(shards) | {name: json_bytes(document) for name, document in files.items()}
+
+
+def _receipt(
+    weights: Sequence[Weight],
+    target: Target,
+    stage: Staging,
+    inexact: Sequence[InexactTensor],
+    cast: Collection[str],
+    noted: Mapping[str, Checksum],
+) -> Receipt:
+    """The receipt: what is no cast, and digests of what the source does not determine."""
+    written = open_checkpoint(stage.out, stage.config).tensors
+    facts = {
+        "layout": target.layout.name,
+        "activations": target.activations,
+        "inexact": [tensor.to_json() for tensor in inexact],
+    }
+    return Receipt(
+        facts,
+        digests={tensor.name: weight_digest(target.names(tensor.name), written) for tensor in inexact},
+        files=noted,
+        quantized=frozenset(weight.module for weight in weights if weight.pair is None)
+        | {tensor.name for tensor in inexact if tensor.name not in cast},
+    )
 
 
 def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str], destination: str | Path) -> None:

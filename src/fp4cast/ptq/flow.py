@@ -21,7 +21,7 @@ from fp4cast.extras import require
 from fp4cast.layouts.choose import choose_target, find_layout
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
-from fp4cast.ptq.cast import AmaxFacts, Scaled, apply_domains, cast_domains
+from fp4cast.ptq.cast import Scaled, apply_domains, cast_domains, lossless_modules
 from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, write_model
 from fp4cast.ptq.load import (
@@ -153,7 +153,8 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
             options.export_path,
             job.opened,
             job.target,
-            lossless=_lossless(job.domains, applied or {}),
+            lossless=lossless_modules(job.domains, applied or {}),
+            cast=[each.module for each in job.domains] if applied else [],
             overwrite=options.overwrite,
             jobs=options.jobs,
             progress=progress,
@@ -167,12 +168,6 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
         seconds=clock,
         peak_memory=_peaks(job.device),
     )
-
-
-def _lossless(domains: Sequence[Scaled], applied: Mapping[str, AmaxFacts]) -> list[str]:
-    """Modules whose every value the cast keeps."""
-    facts = ((each.module, applied[each.quantizer]) for each in domains)
-    return [module for module, fact in facts if fact["n_lossless_blocks"] == fact["n_total_blocks"]]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -137,32 +138,38 @@ def _fill_idle_experts(model: nn.Module) -> None:
         set_expert_quantizer_amax(experts)
 
 
-def set_expert_quantizer_amax(experts: Iterable[nn.Module], quantizer: str = "input_quantizer") -> Tensor | None:
-    """Give experts that saw no token the amax of their group.
+def set_expert_quantizer_amax(
+    modules: nn.Module | Iterable[nn.Module], quantizer_attrs: str | Sequence[str] = "input_quantizer"
+) -> list[nn.Module]:
+    """Give quantizers of experts that saw no token the amax of their group.
 
     Args:
-        experts: modules of one kind, such as the up projections of one layer's experts.
-        quantizer: name of their quantizer.
+        modules: modules of one kind, such as the up projections of one layer's experts, or a bank of experts.
+        quantizer_attrs: names of their quantizers, which are one group: those of one bank's projections, for example.
 
     Returns:
-        The amax that they were given: the largest of the group, or of its weights where no expert saw a token; None if
-        there is neither. Tensors on the meta device hold no values and are skipped.
+        The modules of which some enabled quantizer had no amax. It was given the largest of the group, or of the
+        weights where no expert saw a token; none where there is neither (the meta device holds no values).
     """
-    modules = [module for module in experts if getattr(getattr(module, quantizer, None), "is_enabled", False)]
-    seen = [getattr(module, quantizer).amax for module in modules]
-    known = [amax.amax().cpu() for amax in seen if amax is not None and not amax.is_meta and amax.numel()]
+    modules = [modules] if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList) else list(modules)
+    names = [quantizer_attrs] if isinstance(quantizer_attrs, str) else list(quantizer_attrs)
+    pairs: list[tuple[nn.Module, Any]] = [(module, getattr(module, name, None)) for module in modules for name in names]
+    group = [(module, quantizer) for module, quantizer in pairs if getattr(quantizer, "is_enabled", False)]
+    missing = [(module, quantizer) for module, quantizer in group if not _is_known(quantizer.amax)]
+    known = [quantizer.amax.amax().cpu() for _, quantizer in group if _is_known(quantizer.amax)]
     if not known:
         known = [
             weight.abs().amax().float().cpu()
-            for module in modules
+            for module in dict.fromkeys(module for module, _ in group)
             for _, _, weight in weight_quantizers(module)
             if not weight.is_meta
         ]
-    if not known:
-        return None
-    largest = torch.stack(known).amax()
-    for module, amax in zip(modules, seen, strict=True):
-        if amax is None or amax.is_meta or not amax.numel():
-            device = next((p.device for p in module.parameters() if not p.is_meta), largest.device)
-            getattr(module, quantizer).amax = largest.to(device)
-    return largest
+    for module, quantizer in missing if known else ():
+        largest = torch.stack(known).amax()
+        device = next((p.device for p in module.parameters() if not p.is_meta), largest.device)
+        quantizer.amax = largest.to(device)
+    return list(dict.fromkeys(module for module, _ in missing))
+
+
+def _is_known(amax: Tensor | None) -> bool:
+    return amax is not None and not amax.is_meta and bool(amax.numel())

@@ -164,10 +164,15 @@ class NVFP4StaticQuantizer(TensorQuantizer):
         return found
 
     @global_amax.setter
-    def global_amax(self, value: Tensor) -> None:
-        if value.numel() != 1:
-            raise ShapeError(f"global_amax {tuple(value.shape)}: expected one number")
-        self._global_amax = value.detach().float().reshape(())
+    def global_amax(self, value: Tensor | float | None) -> None:
+        if value is None:
+            self._buffers["_global_amax"] = None
+            return
+        where = None if self._amax is None else self._amax.device
+        given = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device=where)
+        if given.numel() != 1:
+            raise ShapeError(f"global_amax {tuple(given.shape)}: expected one number")
+        self._global_amax = given.float().reshape(())
 
     def reset_amax(self) -> None:
         """Forget block amax and global amax."""

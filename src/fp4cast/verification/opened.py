@@ -52,4 +52,6 @@ def open_both(source: Path, destination: Path, config: str) -> Opened:
         target = choose_target(found.family, claims.layout, claims.activations)
     except UsageError as error:
         raise CheckpointError(f"{destination}: claims to be {claims.layout} {claims.activations}: {error}") from error
-    return Opened(found, opened, config, target, claims, select(found, target), Receipt.read(destination))
+    receipt = Receipt.read(destination)
+    selection = select(found, target).with_quantized(receipt.quantized)
+    return Opened(found, opened, config, target, claims, selection, receipt)

@@ -35,6 +35,7 @@ class Receipt:
         digests: digests of those modules' tensors.
         input_scales: digest of all input scales; None where there are none.
         files: the checksum of every file of the destination but the receipt, by its path there.
+        quantized: the modules that `ptq` quantized from values; no casts, so that the source does not determine them.
         intact: its digest of itself holds.
         found: there is a receipt.
         problem: why the one that is there cannot be read; empty if it can.
@@ -45,6 +46,7 @@ class Receipt:
     digests: Mapping[str, str] = field(default_factory=dict)
     input_scales: str | None = None
     files: Mapping[str, Checksum] = field(default_factory=dict)
+    quantized: frozenset[str] = frozenset()
     intact: bool = True
     found: bool = True
     problem: str = ""
@@ -89,6 +91,7 @@ class Receipt:
             digests=_texts(document.get("digests")),
             input_scales=None if scales is None else str(scales),
             files=_checksums(document.get("files")),
+            quantized=_names(document.get("quantized")),
             intact=is_sealed(document) or not found,
             found=found,
         )
@@ -98,6 +101,8 @@ class Receipt:
         document: dict[str, Any] = {"fp4cast": __version__, **self.facts, "digests": dict(self.digests)}
         if self.input_scales is not None:
             document["input_scales"] = self.input_scales
+        if self.quantized:
+            document["quantized"] = sorted(self.quantized)
         document["files"] = {name: self.files[name]._asdict() for name in sorted(self.files)}
         return json_bytes(sealed(document))
 
@@ -109,7 +114,7 @@ class Receipt:
                 yield f"says {key} is {str(said)[:200]}, measured {str(value)[:200]}"
 
 
-_OWN = {"fp4cast", "digests", "input_scales", "files", "digest"}  # keys of the receipt that are no facts
+_OWN = {"fp4cast", "digests", "input_scales", "files", "quantized", "digest"}  # keys of the receipt that are no facts
 
 
 def _alike(said: object, measured: list[dict[str, Any]]) -> bool:
@@ -177,6 +182,10 @@ _DIGITS = 32  # hexadecimal ones of 128 bits
 
 def _texts(value: object) -> dict[str, str]:
     return {str(name): str(text) for name, text in value.items()} if isinstance(value, dict) else {}
+
+
+def _names(value: object) -> frozenset[str]:
+    return frozenset(map(str, value)) if isinstance(value, list) else frozenset()
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -132,7 +132,7 @@ class Report:
         family: the source's.
         layout: the destination's.
         activations: "w4a16" or "w4a4".
-        exact: every value of every cast tensor equals the source's.
+        exact: every value of every cast tensor equals the source's, and nothing else was quantized.
         tensors: counts of MXFP4 tensors "cast", "exact", "inexact", and of tensors "copied".
         half_blocks: counts "verbatim", "shifted", "rounded".
         inexact: the tensors that are not exact.
@@ -208,7 +208,7 @@ class Report:
             family=source.family.name,
             layout=target.layout.name,
             activations=target.activations,
-            exact=not lost and not any(each.area == "weights" for each in differences),
+            exact=not lost and not selection.quantized and not any(each.area == "weights" for each in differences),
             tensors={"cast": cast, "exact": cast - lost, "inexact": lost, "copied": len(selection.untouched)},
             half_blocks=half_blocks,
             inexact=inexact,

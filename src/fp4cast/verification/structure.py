@@ -22,6 +22,8 @@ def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
     table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in opened.selection.untouched}
     for pair in opened.selection.cast:
         table |= opened.target.form.tensors(pair.module, pair.shape, opened.target.activations)
+    for module, tensor in opened.selection.quantized.items():
+        table |= opened.target.layout.projection.tensors(module, tensor.shape, opened.target.activations)
     return table
 
 

@@ -20,6 +20,7 @@ from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.verification.fast_path import Converted
 from fp4cast.verification.opened import Opened, open_both
+from fp4cast.verification.quantized import LEAST_SNR, TOO_FAR, judge_quantized
 from fp4cast.verification.receipt import input_scales_digest, weight_digest
 from fp4cast.verification.report import Difference, HalfBlockCounts, Report, inexact_tensor
 from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredScales, check_shard
@@ -78,6 +79,8 @@ def verify_checkpoint(
     todo = _work(opened, wrong)
     for work, findings in zip(todo, engine.map(check_shard, todo, lambda n: progress(n, total)), strict=True):
         found.add(_judge_shard(opened, work, findings))
+    far, found.noise = judge_quantized(opened.selection, opened.target.layout.projection, opened.destination, wrong)
+    found.differences += far
     found.differences += [*_shared_scales(opened, wrong, found.scales), *_input_scales(opened, wrong)]
     return _check_receipt(opened, _report(opened, destination, found, strict, time.monotonic() - begin))
 
@@ -98,11 +101,13 @@ class _Found:
         differences: what is wrong.
         measured: by module, for the tensors that could be compared.
         scales: by module, as stored.
+        noise: by module, the SNR in dB of weights that were quantized and are no casts of MXFP4.
     """
 
     differences: list[Difference] = field(default_factory=list)
     measured: dict[str, Comparison] = field(default_factory=dict)
     scales: dict[str, StoredScales] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: _Found) -> None:
         """Add what was found in another shard."""
@@ -117,7 +122,7 @@ def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
     tensors, target = opened.destination.tensors, opened.target
     for pair in opened.selection.cast:
         if not wrong.intersection(target.names(pair.module)):
-            rounded = pair.module in opened.receipt.rounded
+            rounded = pair.module in opened.receipt.rounded.keys() - opened.receipt.quantized
             converted = Converted.of(pair, target.form, target.activations, tensors, rounded=rounded)
             table[converted.codes.path].converted.append(converted)
     for tensor in opened.selection.untouched:
@@ -156,7 +161,11 @@ def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference
         yield Difference(names.codes, "values", f"{seen} half-blocks were compared, expected {2 * pair.blocks}")
     if found.invalid:
         yield Difference(names.block_scale, "scale", f"{found.invalid} block scales are NaN or negative")
-    if found.stray:
+    announced = _announced(opened, pair, found)
+    quantized = announced and pair.module in opened.receipt.quantized
+    if quantized and found.energy < found.squared_error * 10 ** (LEAST_SNR / 10):
+        yield Difference(names.codes, "values", TOO_FAR)
+    if found.stray and not quantized:
         detail = f"{found.stray} half-blocks of zeros have a scale that their exponent does not give (no value changes)"
         yield Difference(names.block_scale, "scale", detail)
     if found.nearness is not None and found.nearness.where is not None:
@@ -167,7 +176,7 @@ def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference
             f"{found.nearness.far} rounded half-blocks are not those of least error; the first is half {half} of block "
             f"{block}: expected a squared error of {least:g} with the codes nearest to the source, got {error:g}",
         )
-    if found.rounded and not _announced(opened, pair, found):
+    if found.rounded and not announced:
         block, element, expected, actual = found.where or (0, 0, math.nan, math.nan)
         yield Difference(
             names.codes,
@@ -188,7 +197,8 @@ def _announced(opened: Opened, pair: Pair, found: Comparison) -> bool:
 
 def _input_scales(opened: Opened, wrong: set[str]) -> Iterator[Difference]:
     """Check that the input scales are those that were written: the source does not determine them."""
-    announced, form, modules = opened.receipt.input_scales, opened.target.form, opened.selection.modules
+    announced, form = opened.receipt.input_scales, opened.target.form
+    modules = [pair.module for pair in opened.selection.cast]
     if opened.target.activations == "w4a16" or announced is None:
         return
     if wrong.intersection(form.names(module).input_scale for module in modules):
@@ -215,21 +225,36 @@ def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScal
                 )
 
 
-def _notes(opened: Opened, measured: dict[str, Comparison]) -> Iterator[str]:
+def _notes(opened: Opened, found: _Found) -> Iterator[str]:
     """What could not be judged."""
-    if free := _zeros(measured):
+    if free := _zeros(found.measured):
         names = [opened.target.names(module).tensor_scale for module in free]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         hold, its = (
             ("tensors hold", "their tensor scales are") if len(names) > 1 else ("tensor holds", "its tensor scale is")
         )
-        yield f"{len(names)} {hold} only zeros, so {its} free: {', '.join(names[:_NAMED])}{more}"
+        yield f"{len(names)} {hold} only zeros, so {its} free: {_list(names)}"
+    yield from _not_cast(opened, found)
     if not opened.receipt.found:
         scales = " and of input scales" if opened.target.activations == "w4a4" else ""
         yield (
             f"{RECEIPT} is missing: configs were judged by what they must say; whether every byte of them{scales} is "
             "what a conversion wrote could not be checked"
         )
+
+
+def _not_cast(opened: Opened, found: _Found) -> Iterator[str]:
+    """What the receipt calls quantized from values, where an export of `ptq` is no cast."""
+    pairs, others = sorted(found.measured.keys() & opened.receipt.quantized), sorted(found.noise)
+    if pairs:
+        what = "quantized from values by `fp4cast ptq`: their errors were measured"
+        yield f"{len(pairs)} of {len(opened.selection.cast)} MXFP4 tensors are no casts but {what}: {_list(pairs)}"
+    if others:
+        what = f"quantized by `fp4cast ptq`, too, with an SNR of {min(found.noise.values()):.1f} dB and more"
+        yield f"{len(others)} weights that the source does not hold in MXFP4 are {what}: {_list(others)}"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _zeros(measured: dict[str, Comparison]) -> list[str]:
@@ -262,7 +287,7 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
-        notes=tuple(_notes(opened, measured)),
+        notes=tuple(_notes(opened, found)),
         seconds=seconds,
         verified=True,
     )
