@@ -21,4 +21,9 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"{module} is not installed: pip install 'fp4cast[{extra}]' ({error})") from error
+        raise MissingExtraError(f"{module} is not installed: {install_line(extra)} ({error})") from error
+
+
+def install_line(extra: str) -> str:
+    """How to install an extra: of a release, and in a checkout, where there may be no release yet."""
+    return f"pip install 'fp4cast[{extra}]', or in a checkout pip install '.[{extra}]'"

@@ -116,7 +116,10 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path):
     [
         (["model.gguf", "config.json"], "GGUF"),
         (["model.bin"], "metal/ format"),
-        (["pytorch_model.bin", "config.json"], "expected a Hugging Face checkpoint"),
+        (["pytorch_model.bin", "config.json"], "holds pytorch_model.bin, a pickle.*reads safetensors alone"),
+        (["config.json"], "holds config.json but no weights. Finish the download: hf download"),
+        (["model-00001-of-00002.safetensors", "config.json"], "no model.safetensors.index.json; download the index"),
+        (["README.md"], "expected a Hugging Face checkpoint"),
     ],
 )
 def test_other_formats_are_named(tmp_path, files, message):

@@ -131,7 +131,8 @@ def test_errors_keep_their_message_and_their_exit_status(miniatures, converted, 
     code, err = into("full", "inspect", tmp_path / "nothing", "--json")
     assert code == 1
     assert "is not a directory" in err and err.endswith(REASON["full"] + "\n")
-    assert into("full", "inspect", tmp_path / "nothing") == (1, f"error: {tmp_path / 'nothing'}: is not a directory\n")
+    words = f"error: {tmp_path / 'nothing'}: is not a directory; nothing is there. Check the path\n"
+    assert into("full", "inspect", tmp_path / "nothing") == (1, words)
     assert into("full", "convert", miniatures["moe"], tmp_path / "d", "--activations", "w4a4")[0] == 2
     assert into("pipe", "verify", miniatures["moe"], converted["dense"]) == (1, "")
 

@@ -423,3 +423,25 @@ def test_two_ranks_end_with_the_same_amax(tmp_path, backend):
         assert torch.allclose(amax, torch.maximum(alone[0][name], alone[1][name]), rtol=1e-5)
         differ += not torch.equal(alone[0][name], alone[1][name])
     assert differ > 0
+
+
+def test_global_amax_is_a_number_a_tensor_or_nothing():
+    quantizer = NVFP4StaticQuantizer()
+    quantizer.amax = torch.ones(4, 1)
+    for given in (3, 3.0, torch.tensor(3.0), torch.tensor([[3.0]], dtype=torch.float64)):
+        quantizer.global_amax = given
+        assert quantizer.global_amax.shape == () and quantizer.global_amax.dtype == torch.float32
+        assert quantizer.global_amax == 3 and "_global_amax" in quantizer.state_dict()
+    quantizer.global_amax = None
+    assert quantizer.global_amax is None and "_global_amax" not in quantizer.state_dict()
+    with pytest.raises(ValueError, match=r"global_amax \(2,\): expected one number"):
+        quantizer.global_amax = torch.ones(2)
+
+
+def test_the_projections_of_one_bank_are_one_group():
+    bank = nn.Module()
+    bank.first, bank.second = (TensorQuantizer() for _ in range(2))
+    bank.second.amax = torch.tensor(2.0)
+    assert set_expert_quantizer_amax(bank, quantizer_attrs=["first", "second"]) == [bank]
+    assert bank.first.amax == 2
+    assert set_expert_quantizer_amax([bank], quantizer_attrs="first") == []

@@ -301,7 +301,9 @@ def test_scenarios_that_need_more_say_so(monkeypatch):
     from fp4cast.study.survey import _left_out
 
     real = next(scenario for scenario in ADDED if scenario.extra)
-    assert _left_out(real, quick=False) == "wordllama and gfloat not installed: pip install 'fp4cast[study]'"
+    assert _left_out(real, quick=False) == (
+        "wordllama and gfloat not installed: pip install 'fp4cast[study]', or in a checkout pip install '.[study]'"
+    )
 
 
 def test_a_claim_that_fails_is_refuted():

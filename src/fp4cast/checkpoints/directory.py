@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp4cast.checkpoints.header import Shard, Tensor, read_header
+from fp4cast.checkpoints.instead import refuse_path, refuse_without_weights
 from fp4cast.checkpoints.json_files import read_json
-from fp4cast.errors import CheckpointError, IndexFileError, UnsupportedError
+from fp4cast.errors import CheckpointError, IndexFileError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -214,21 +215,6 @@ def _check_index(path: Path, weights: Mapping[str, str], shards: Mapping[str, Sh
                 )
 
 
-def _refuse_without_weights(path: Path) -> UnsupportedError:
-    """The error for a directory without safetensors weights, which says what it holds instead."""
-    files = {file.name for file in path.iterdir()}
-    if any(name.endswith(".gguf") for name in files):
-        return UnsupportedError(
-            f"{path}: holds GGUF files; fp4cast reads safetensors. Convert the original checkpoint."
-        )
-    if "model.bin" in files and CONFIG not in files:
-        return UnsupportedError(
-            f"{path}: looks like gpt-oss's metal/ format (model.bin), a layout of its own; "
-            "pass the directory above it, which holds the Hugging Face layout."
-        )
-    return UnsupportedError(f"{path}: no {INDEX} and no {SINGLE}; expected a Hugging Face checkpoint in safetensors")
-
-
 @contextmanager
 def gc_paused() -> Iterator[None]:
     """Pause the garbage collector while millions of small objects are built; also a decorator.
@@ -274,7 +260,7 @@ def open_checkpoint(path: Path, config: str = CONFIG) -> Checkpoint:
 
 def _open(path: Path, config: str) -> Checkpoint:
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is not a directory")
+        raise refuse_path(path)
     for name in (INDEX, config):
         if (path / name).exists():
             resolve_link(path, path / name)
@@ -284,7 +270,7 @@ def _open(path: Path, config: str) -> Checkpoint:
     elif (path / SINGLE).exists():
         weights, files = {}, [SINGLE]
     else:
-        raise _refuse_without_weights(path)
+        raise refuse_without_weights(path, {file.name for file in path.iterdir()})
     document = read_json(path / config)
     if missing := [file for file in files if not (path / file).is_file()]:
         raise IndexFileError(

@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fp4cast.checkpoints.instead import LFS_POINTER
 from fp4cast.checkpoints.json_files import Bounds
 from fp4cast.errors import CheckpointError, HeaderError
 
@@ -87,6 +88,11 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file")
+            if LFS_POINTER.startswith(prefix):
+                raise HeaderError(
+                    f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull` there, or download "
+                    "the model again with `hf download`."
+                )
             length = int.from_bytes(prefix, "little")
             if length > min(HEADER.nbytes, size - 8):
                 raise HeaderError(

@@ -12,7 +12,12 @@ from fp4cast.formats import Activations
 from fp4cast.layouts.choose import LayoutName
 from fp4cast.parallel.engines import EngineName
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="A directory, or a Hugging Face model id.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="A directory, or a Hugging Face model: ORG/NAME, ORG/NAME@REVISION or its page."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Jobs = Annotated[
     int | None,

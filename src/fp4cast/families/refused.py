@@ -58,7 +58,7 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], titles: S
     return (
         f"no MXFP4 weights: the checkpoint is {_main_dtype(tensors)}"
         + (f" (quant_method {method!r})" if method else ""),
-        "fp4cast casts MXFP4 checkpoints; to quantize another one use a quantization tool.",
+        "`fp4cast convert` casts MXFP4 checkpoints; one in BF16 can be quantized: fp4cast ptq --help",
     )
 
 

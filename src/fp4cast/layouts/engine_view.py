@@ -69,6 +69,11 @@ def read_claims(config: Mapping[str, Any], path: Path = Path(CONFIG)) -> Claims:
     for clause in _CLAUSES:
         if (claims := clause(section)) is not None:
             return replace(claims, path=path)
+    if not section:
+        raise UnsupportedError(
+            f"{path}: the config describes no quantization, so this is no NVFP4 checkpoint. `fp4cast verify SRC DST` "
+            "compares an MXFP4 source with what `fp4cast convert` made of it"
+        )
     raise UnsupportedError(
         f"{path}: the config describes no NVFP4 checkpoint that fp4cast writes: quant_method "
         f"{section.get('quant_method')!r}, quant_algo {section.get('quant_algo')!r}, format {section.get('format')!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from fp4cast.extras import install_line
 from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.study.added import ADDED
 from fp4cast.study.brute_force import disagreements, exactness_map
@@ -26,7 +27,7 @@ def _left_out(scenario: Scenario, quick: bool) -> str | None:
     """Why a scenario is not run, or None."""
     missing = [module for module in scenario.extra if importlib.util.find_spec(module) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed: pip install 'fp4cast[study]'"
+        return f"{' and '.join(missing)} not installed: {install_line('study')}"
     return f"{scenario.elements:,} weights; run without --quick" if quick and scenario.elements > LARGE else None
 
 
