@@ -1,12 +1,18 @@
 """The cast into a model: real transformers models of real (small) checkpoints, against what `convert` writes."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
 import numpy as np
 
+import checkpoints
 import fp4cast
 from fp4cast.errors import InexactError, QuantizerError, ScaleError, ShapeError, UnsupportedError, UsageError
 from fp4cast.formats import mxfp4_values
@@ -24,6 +30,7 @@ from fp4cast.ptq import (
     max_calibrate,
     quantizer_name_from_blocks_key,
 )
+from fp4cast.ptq.cast import count_lossless
 from fp4cast.ptq.modules import quantized_weights
 from models import (
     load_gpt_oss,
@@ -120,6 +127,14 @@ def test_the_map_says_what_the_checkpoint_is(source):
         assert facts["global_amax"] == 2688 * 2.0 ** facts["m"]
         scaling = domains[name]
         assert (facts["k_min"], facts["k_max"], facts["m"]) == (scaling.k_min, scaling.k_max, scaling.m)
+
+
+def test_the_counts_of_gpt_oss_20b_are_those_of_the_original(tmp_path):
+    """Its true shapes, as files with holes: the scales are read, the codes never."""
+    checkpoints.write(tmp_path / "src", checkpoints.CASES["gpt-oss-20b"](24, 1.0), sparse=True)
+    assert count_lossless(build_amax_map(tmp_path / "src")) == {
+        "tensors": 48, "of_tensors": 48, "blocks": 597_196_800, "of_blocks": 597_196_800
+    }  # fmt: skip
 
 
 def test_codes_are_not_read_where_scales_are_enough(tmp_path, monkeypatch):

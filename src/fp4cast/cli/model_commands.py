@@ -175,6 +175,11 @@ def _show(console: Console, done: Quantized) -> None:
         ("tensors", f"{t['quantized']} quantized, {t['copied']} copied byte for byte"),
         ("weights", _weights(done)),
     ]
+    if kept := done.lossless:
+        counts = (
+            f"{kept['tensors']} of {kept['of_tensors']} tensors, {kept['blocks']:,} of {kept['of_blocks']:,} blocks"
+        )
+        rows.append(("lossless", counts))
     if calibration["samples"]:
         text = (
             f"{calibration['samples']} samples, {calibration['tokens']:,} tokens; {calibration['batch_size']} together"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -137,6 +137,26 @@ def apply_domains(model: nn.Module, found: Sequence[Scaled]) -> dict[str, AmaxFa
             _set(quantizers[each.quantizer], scales, scaling)
             applied[each.quantizer] = _facts(pair, scaling, exponents, files)
     return applied
+
+
+class LosslessCounts(TypedDict):
+    """How much a cast keeps: tensors and MXFP4 blocks of which every value is kept, of how many."""
+
+    tensors: int
+    of_tensors: int
+    blocks: int
+    of_blocks: int
+
+
+def count_lossless(applied: Mapping[str, AmaxFacts]) -> LosslessCounts:
+    """The counts over what `apply_to_model` or `build_amax_map` returns."""
+    facts = applied.values()
+    return {
+        "tensors": sum(fact["n_lossless_blocks"] == fact["n_total_blocks"] for fact in facts),
+        "of_tensors": len(facts),
+        "blocks": sum(fact["n_lossless_blocks"] for fact in facts),
+        "of_blocks": sum(fact["n_total_blocks"] for fact in facts),
+    }
 
 
 def lossless_modules(found: Sequence[Scaled], applied: Mapping[str, AmaxFacts]) -> list[str]:

@@ -21,7 +21,7 @@ from fp4cast.extras import require
 from fp4cast.layouts.choose import choose_target, find_layout
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
-from fp4cast.ptq.cast import Scaled, apply_domains, cast_domains, lossless_modules
+from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains, count_lossless, lossless_modules
 from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
 from fp4cast.ptq.export import Exported, write_model
 from fp4cast.ptq.load import (
@@ -50,6 +50,7 @@ class Quantized:
     Attributes:
         qformat: the format's name.
         cast: the number of weights cast from the MXFP4 checkpoint in closed form; None without the cast.
+        lossless: tensors and blocks of which the cast keeps every value; None without the cast.
         calibration: counts "samples" and "tokens", and the "batch_size".
         exported: what was written.
         seconds: wall time of "load", "calibrate", "cast" and "export".
@@ -58,6 +59,7 @@ class Quantized:
 
     qformat: str
     cast: int | None
+    lossless: LosslessCounts | None
     calibration: Mapping[str, int]
     exported: Exported
     seconds: Mapping[str, float]
@@ -74,6 +76,7 @@ class Quantized:
             **self.exported.to_json(),
             "qformat": self.qformat,
             "cast": self.cast,
+            "lossless": None if self.lossless is None else dict(self.lossless),
             "exact": self.exact,
             "calibration": dict(self.calibration),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -163,6 +166,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     return Quantized(
         qformat=options.qformat,
         cast=None if applied is None else len(applied),
+        lossless=None if applied is None else count_lossless(applied),
         calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
         exported=exported,
         seconds=clock,
