@@ -254,3 +254,15 @@ def test_progress_is_plain_lines_where_there_is_no_terminal():
     with Meter(console, every=0.0) as meter:
         meter("write", 500_000_000, 2_000_000_000)
     assert re.search(r"writing: 500 MB of 2 GB, .*/s, \d+ s left", console.export_text())
+
+
+def test_summaries_end_with_the_command_that_serves_and_count_what_marlin_loses(miniatures, tmp_path):
+    """The miniature has a spread of 18: eight half-blocks lie below Marlin's window."""
+    done = call("convert", miniatures["gpt-oss"], tmp_path / "dst")
+    assert done.stdout.splitlines()[-1] == (
+        f"next  vllm serve {tmp_path / 'dst'}   # vLLM 0.26.0, with fp4cast installed beside it (run)"
+    )
+    document = json.loads(call("verify", miniatures["gpt-oss"], tmp_path / "dst", "--json").stdout)
+    assert document["marlin_zeroed"] == 8 and document["serve"].startswith("vllm serve ")
+    assert f"computes {document['marlin_zeroed']} half-blocks" in done.stdout
+    assert "serve vllm serve DST   # vLLM 0.26.0" in call("inspect", miniatures["gpt-oss"]).stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp4cast.families.recognise import FAMILIES
-from fp4cast.families.served import ANY_BANKS, SERVICES, best_of_each_engine, rows_of, served_by
+from fp4cast.families.served import ANY_BANKS, SERVICES, best_of_each_engine, rows_of, served_by, serving_command
 from fp4cast.layouts.choose import targets_of
 
 ROOT = Path(__file__).parents[2]
@@ -63,3 +63,16 @@ def test_a_sentence_takes_the_best_of_each_engine_and_never_what_is_open():
     assert "not transformers 5.23.0 (experts)" in dense
     assert served_by("nothing", "modelopt", "w4a4") == "no engine that we ran or read"
     assert [row.engine for row in best_of_each_engine("deepseek-v4")] == ["vLLM", "SGLang"]
+
+
+def test_the_next_command_is_a_server_s_or_says_that_there_is_none():
+    """In the engine of which most is known; transformers is no server."""
+    assert serving_command("gpt-oss", "modelopt", "w4a16", "my dst") == (
+        "vllm serve 'my dst'   # vLLM 0.26.0, with fp4cast installed beside it (run)"
+    )
+    assert serving_command("deepseek-v4", "modelopt", "w4a4", "d") == "vllm serve d   # vLLM 0.33.0 (read)"
+    none = "no server that we ran or read serves this"
+    assert serving_command(ANY_BANKS, "modelopt", "w4a4", "d").startswith(
+        f"{none}; transformers 5.23.0 + fp4cast.hf loads"
+    )
+    assert serving_command("nothing", "modelopt", "w4a4", "d").startswith(f"{none}. ")

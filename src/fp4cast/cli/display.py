@@ -56,6 +56,8 @@ def show_inspection(console: Console, info: Inspection) -> None:
         layouts.setdefault((target.layout.name, target.served), []).append(target.activations.upper())
     rows += [("layout", f"{name} as {', '.join(kinds)}: {served}") for (name, served), kinds in layouts.items()]
     show_facts(console, info.source, rows)
+    if info.targets:
+        console.print(f"[bold]serve[/] {escape(info.targets[0].serving_command('DST'))}", soft_wrap=True)
     console.print()
     console.print(_spreads(info))
     if inexact:
@@ -112,11 +114,8 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         rows.append(("companions", f"[yellow]{len(wrong)} files differ[/]; --strict counts them as wrong"))
     if report.activations == "w4a4":
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
-    marlin = (
-        "[green]exact too[/]" if report.marlin_exact else "[yellow]loses blocks that lie 15 or more binades down[/]"
-    )
     rows += [
-        ("Marlin", f"{marlin} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
+        ("Marlin", f"{_marlin_sentence(report)} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
         ("served by", report.served),
         (
             "time",
@@ -132,6 +131,21 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
     _show_differences(console, report.differences)
+    if report.ok:
+        console.print(f"[bold]next[/]  {escape(printable(report.serve))}", soft_wrap=True)
+
+
+def _marlin_sentence(report: Report) -> str:
+    if report.marlin_exact:
+        return "[green]exact too[/]"
+    if not report.marlin_zeroed:
+        return "[yellow]may lose half-blocks that lie 15 or more binades down[/]"
+    half_blocks = report.half_blocks
+    part = report.marlin_zeroed / (half_blocks["verbatim"] + half_blocks["shifted"] + half_blocks["rounded"])
+    return (
+        f"[yellow]computes {report.marlin_zeroed:,} half-blocks ({part:.2g} of all) as zeros[/]: they lie 15 or more "
+        "binades below the largest"
+    )
 
 
 def show_files(console: Console, report: FilesReport) -> None:

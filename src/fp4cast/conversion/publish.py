@@ -79,7 +79,13 @@ def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progre
             f"{report.destination}: the result differs from {source} in {len(found.differences)} places; "
             f"nothing was published:\n{shown}"
         )
-    return replace(found, destination=report.destination, bytes=report.bytes, notes=(*report.notes, *found.notes))
+    return replace(
+        found,
+        destination=report.destination,
+        serve=report.serve,
+        bytes=report.bytes,
+        notes=(*report.notes, *found.notes),
+    )
 
 
 def _report(plan: Plan, destination: str, shards: Mapping[str, Finished]) -> Report:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tiling
-from fp4cast.families.served import served_by
+from fp4cast.families.served import served_by, serving_command
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, Activations
 
 
@@ -70,6 +70,10 @@ class Family:
     def served(self, layout: str, activations: Activations) -> str:
         """Which engines read a result, for people."""
         return served_by(self.known_as or self.name, layout, activations)
+
+    def serving_command(self, layout: str, activations: Activations, path: str) -> str:
+        """The command that serves the result, for people."""
+        return serving_command(self.known_as or self.name, layout, activations, path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ A source is a file and the lines (a name where the stored copy has none) of the 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,35 @@ def served_by(family: str, layout: str, activations: Activations) -> str:
     said = ", ".join(f"{row.release} ({_kind(row)}{KNOWN[row.verdict]})" for row in _first_of_each_engine(_good(rows)))
     fails = ", ".join(f"{row.release}{f' ({row.models})' * bool(row.models)}" for row in _first_of_each_engine(bad))
     return (said or "no engine that we ran or read") + (f"; not {fails}" if fails else "")
+
+
+# How a server of each engine is started; transformers is none.
+_SERVERS = {
+    "vLLM": "vllm serve {}",
+    "vLLM + fp4cast.vllm": "vllm serve {}",
+    "SGLang": "python -m sglang.launch_server --model-path {}",
+    "TensorRT-LLM": "trtllm-serve {}",
+}
+
+
+def serving_command(family: str, layout: str, activations: Activations, path: str) -> str:
+    """The command that serves a result, in the engine of which most is known; or that there is none yet.
+
+    Args:
+        family: the name of a `Family`.
+        layout: the name of a layout.
+        activations: of the result.
+        path: the result.
+    """
+    good = _good(rows_of(family, layout, activations))
+    for row in good:
+        if row.engine in _SERVERS:
+            plugin = ", with fp4cast installed beside it" * ("fp4cast" in row.engine)
+            kind = f", {row.models} models" * bool(row.models)
+            command = _SERVERS[row.engine].format(shlex.quote(path))
+            return f"{command}   # {row.engine.partition(' + ')[0]} {row.version}{plugin} ({KNOWN[row.verdict]}{kind})"
+    others = f"; {good[0].release} loads it" if good else ""
+    return f"no server that we ran or read serves this{others}. docs/engines.md says which others do what"
 
 
 def best_of_each_engine(family: str) -> list[Service]:

@@ -151,6 +151,10 @@ class Target:
         """Which engines read the result, for people."""
         return self.family.served(self.layout.name, self.activations)
 
+    def serving_command(self, path: str) -> str:
+        """The command that serves the result at a path, for people."""
+        return self.family.serving_command(self.layout.name, self.activations, path)
+
     def names(self, module: str) -> Names:
         """The names of the four tensors of a module of the family."""
         return self.form.names(module)

@@ -141,6 +141,8 @@ class Report:
         seconds: wall time.
         verified: the figures were measured on what was written.
         served: where the result is served, for people.
+        serve: the command that does it, or that there is none.
+        marlin_zeroed: half-blocks that vLLM's Marlin kernels zero; None where that was not measured.
         differences: what verification found wrong; empty when all is well.
         strict: a companion that differs counts as wrong, too.
         notes: what else people should know, in sentences.
@@ -160,6 +162,8 @@ class Report:
     seconds: float
     verified: bool
     served: str
+    serve: str = ""
+    marlin_zeroed: int | None = None
     differences: Sequence[Difference] = field(default=())
     strict: bool = False
     notes: Sequence[str] = ()
@@ -175,6 +179,7 @@ class Report:
         half_blocks: HalfBlockCounts,
         inexact: Sequence[InexactTensor],
         marlin_exact: bool,
+        marlin_zeroed: int | None = None,
         bytes: ByteCounts,  # noqa: A002
         unmeasured: int = 0,
         differences: Sequence[Difference] = (),
@@ -193,6 +198,7 @@ class Report:
             half_blocks: measured.
             inexact: the tensors that are not exact.
             marlin_exact: measured.
+            marlin_zeroed: measured, or None.
             bytes: measured.
             unmeasured: the number of tensors that could not be compared, which count as inexact.
             differences: what is wrong.
@@ -217,6 +223,8 @@ class Report:
             seconds=seconds,
             verified=verified,
             served=target.served,
+            serve=target.serving_command(destination),
+            marlin_zeroed=marlin_zeroed,
             differences=tuple(differences),
             strict=strict,
             notes=tuple(notes),
@@ -254,6 +262,8 @@ class Report:
             "seconds": round(self.seconds, 3),
             "verified": self.verified,
             "served": self.served,
+            "serve": self.serve,
+            "marlin_zeroed": self.marlin_zeroed,
             "ok": self.ok,
             "notes": list(self.notes),
             "verdicts": verdicts(self.differences),

@@ -284,6 +284,7 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         ],
         unmeasured=len(pairs) - len(measured),
         marlin_exact=not any(c.marlin_zeroed for c in measured.values()),
+        marlin_zeroed=sum(c.marlin_zeroed for c in measured.values()),
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
