@@ -110,7 +110,8 @@ def _introduction(document: Document) -> str:
 When is a cast exact, and what is lost when it is not? Six algorithms, {len(document["scenarios"])} tensors, every error
 measured on the codes and scales that would be written, in exact arithmetic: a tie is a tie. The first 27 tensors
 follow an [experiment](https://github.com/NVIDIA/Model-Optimizer/pull/1364) by NVIDIA's Model-Optimizer team; the others
-are what it lacks. [The proof](../exactness.md) of the rule behind Algorithm 4 is a page of its own.
+are what it lacks. [The proof](../exactness.md) of the rule behind Algorithm 4 is a page of its own, and so is
+[what we do with each of the original's functions](../ptq.md#the-original-and-what-we-do).
 
 {_summary(document)}
 A tensor is one scale domain: all of it shares S. *Spread* is the number of binades between its smallest and its largest
