@@ -64,7 +64,9 @@ def test_a_model_in_another_dtype(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UnsupportedError, match=r"no MXFP4 weights.*can be quantized: fp4cast ptq --help"):
         read_source(checkpoint)
-    with pytest.raises(UnsupportedError, match=r"no quantization, so this is no NVFP4 checkpoint. `fp4cast verify SRC"):
+    with pytest.raises(
+        UnsupportedError, match=r"describes no NVFP4 checkpoint, and no quantization at all. `fp4cast verify SRC"
+    ):
         read_claims(checkpoint.config, tmp_path / "config.json")
 
 

@@ -266,3 +266,30 @@ def test_summaries_end_with_the_command_that_serves_and_count_what_marlin_loses(
     assert document["marlin_zeroed"] == 8 and document["serve"].startswith("vllm serve ")
     assert f"computes {document['marlin_zeroed']} half-blocks" in done.stdout
     assert "serve vllm serve DST   # vLLM 0.26.0" in call("inspect", miniatures["gpt-oss"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert",), "Missing argument 'SRC'"),
+        (("inspect", "x", "--bogus"), "No such option: --bogus"),
+        (("convert", "a", "b", "--layout", "x"), "'x' is not one of 'modelopt', 'compressed-tensors'"),
+        (("convert", "a", "b", "--jobs", "0"), "Invalid value for '--jobs'"),
+        (("nothing",), "No such command 'nothing'"),
+        (("ptq", "--bogus"), "No such option: --bogus"),
+    ],
+)
+def test_wrong_usage_is_one_document_too(words, message):
+    result = call(*words, "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["type"] == "UsageError" and message in error["message"]
+    assert message in result.stderr
+    plain = call(*words)
+    assert plain.exit_code == 2 and not plain.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("convert",), ("ptq",)])
+def test_help_has_a_short_name(words):
+    assert call(*words, "-h").stdout == call(*words, "--help").stdout
+    assert "Usage:" in call(*words, "-h").stdout

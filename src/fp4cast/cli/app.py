@@ -37,6 +37,7 @@ from fp4cast.cli.options import (
 )
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import open_streams
+from fp4cast.cli.usage import Commands, refuse_together
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
@@ -61,7 +62,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def root(
     context: typer.Context,
     version: Annotated[  # noqa: ARG001 # its callback acts
@@ -164,26 +165,6 @@ def convert_part(
         print_json(part.to_json())
     else:
         show_part(people_console(as_json), part)
-
-
-def refuse_together(
-    shards: str | None, *, finish: bool, alone: bool, no_verify: bool, engine: EngineName, as_json: bool
-) -> None:
-    """Exit with 2 for options that cannot go together."""
-    if shards is not None and no_verify:
-        exit_with(UsageError("--shards verifies nothing; pass --no-verify with --finish"), as_json, 2)
-    if shards is not None and finish:
-        exit_with(
-            UsageError("--shards writes a part, --finish publishes when all parts are written: pass one"), as_json, 2
-        )
-    if alone and (shards is not None or finish):
-        exit_with(
-            UsageError("a part resumes by itself; --resume and --restart are for a conversion in one process"),
-            as_json,
-            2,
-        )
-    if shards is not None and engine == "ray":
-        exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
 
 
 @app.command()

@@ -71,7 +71,7 @@ def read_claims(config: Mapping[str, Any], path: Path = Path(CONFIG)) -> Claims:
             return replace(claims, path=path)
     if not section:
         raise UnsupportedError(
-            f"{path}: the config describes no quantization, so this is no NVFP4 checkpoint. `fp4cast verify SRC DST` "
+            f"{path}: the config describes no NVFP4 checkpoint, and no quantization at all. `fp4cast verify SRC DST` "
             "compares an MXFP4 source with what `fp4cast convert` made of it"
         )
     raise UnsupportedError(

@@ -1,0 +1,55 @@
+"""Wrong usage: for people as typer shows it, for scripts as the one JSON document that `--json` asks for."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fp4cast.cli.console import exit_with
+from fp4cast.errors import UsageError
+from fp4cast.parallel.engines import EngineName
+
+_WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy that typer has of it
+
+
+class Commands(TyperGroup):
+    """The group of all commands."""
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        """Run the command line."""
+        if "--json" not in (named.get("args") or sys.argv[1:]):
+            return super().main(*args, **named)
+        try:
+            code = super().main(*args, **(named | {"standalone_mode": False}))
+        except _WRONG_USAGE as error:
+            message = getattr(error, "format_message", error.__str__)()
+            try:
+                exit_with(UsageError(message), True, 2)
+            except typer.Exit as end:
+                code = end.exit_code
+        except typer.Abort:
+            code = 1
+        sys.exit(code or 0)
+
+
+def refuse_together(
+    shards: str | None, *, finish: bool, alone: bool, no_verify: bool, engine: EngineName, as_json: bool
+) -> None:
+    """Exit with 2 for options that cannot go together."""
+    if shards is not None and no_verify:
+        exit_with(UsageError("--shards verifies nothing; pass --no-verify with --finish"), as_json, 2)
+    if shards is not None and finish:
+        exit_with(
+            UsageError("--shards writes a part, --finish publishes when all parts are written: pass one"), as_json, 2
+        )
+    if alone and (shards is not None or finish):
+        exit_with(
+            UsageError("a part resumes by itself; --resume and --restart are for a conversion in one process"),
+            as_json,
+            2,
+        )
+    if shards is not None and engine == "ray":
+        exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
