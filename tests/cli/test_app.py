@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ import typer
 import fp4cast
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.directory import open_checkpoint
+from fp4cast.checkpoints.transpose import compiled
 from fp4cast.cli.app import app
+from fp4cast.cli.environment import CORE, EXTRAS
 from helpers import call, flip, lossy, plain
 
 COMMANDS = typer.main.get_command(app).commands
@@ -32,7 +36,7 @@ def test_every_command_and_option_has_a_help_text(command):
 
 
 def test_the_commands_are_these():
-    assert set(COMMANDS) == {"inspect", "convert", "verify", "calibrate", "ptq", "study", "demo"}
+    assert set(COMMANDS) == {"inspect", "convert", "verify", "calibrate", "ptq", "study", "demo", "env"}
     assert {"--shards", "--finish", "--engine"} <= {opt for p in COMMANDS["convert"].params for opt in p.opts}
 
 
@@ -293,3 +297,17 @@ def test_wrong_usage_is_one_document_too(words, message):
 def test_help_has_a_short_name(words):
     assert call(*words, "-h").stdout == call(*words, "--help").stdout
     assert "Usage:" in call(*words, "-h").stdout
+
+
+def test_env_says_what_a_bug_report_needs():
+    found = json.loads(call("env", "--json").stdout)
+    assert found["fp4cast"] == fp4cast.__version__ and found["core"]["numpy"] == np.__version__
+    assert found["compiled_transpose"] is compiled() and found["cpus"] >= 1
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {extra: {re.split("[>=]", each)[0] for each in needs} for extra, needs in
+             declared["optional-dependencies"].items()}  # fmt: skip
+    assert {extra: set(each) for extra, each in EXTRAS.items()} == names
+    assert set(CORE) == {re.split("[>=]", each)[0] for each in declared["dependencies"]}
+    assert found["extras"].keys() == names.keys()
+    shown = call("env").stdout
+    assert shown.startswith(f"fp4cast {fp4cast.__version__}") and "transpose" in shown and "gpus" in shown

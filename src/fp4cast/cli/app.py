@@ -16,7 +16,8 @@ import fp4cast
 from fp4cast.cli import model_commands
 from fp4cast.cli.console import DONE, exit_with, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
-from fp4cast.cli.display import show_demo, show_files, show_inspection, show_part, show_report
+from fp4cast.cli.display import show_demo, show_facts, show_files, show_inspection, show_part, show_report
+from fp4cast.cli.environment import environment, rows
 from fp4cast.cli.options import (
     Destination,
     Finish,
@@ -266,6 +267,16 @@ def study(
         print_json(document)
     else:
         show.show(people_console(as_json), document, out)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Say what a bug report should: versions, the compiled kernel, extras, engines, GPUs."""
+    found = environment()
+    if as_json:
+        print_json(found)
+    else:
+        show_facts(people_console(as_json), f"fp4cast {found['fp4cast']}", rows(found))
 
 
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
