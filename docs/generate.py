@@ -11,18 +11,20 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from imports import MODULES, SOURCE, imports_of, room
 
+from fp4cast.cli.modelopt_options import ROWS, Row
 from fp4cast.families.family import Family
 from fp4cast.families.recognise import FAMILIES
 from fp4cast.families.served import KNOWN, SERVICES, Service, best_of_each_engine, served_by
 from fp4cast.layouts.choose import targets_of
 
 ROOT = Path(__file__).parent.parent
-END = "<!-- end -->"
+MARK, END = "<!-- docs/generate.py: {} -->", "<!-- end -->"
 
 
 def families_table() -> str:
@@ -188,11 +190,45 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {
+def options_table() -> str:
+    """Every option of ModelOpt's two entries, and what becomes of it."""
+    lines = ["| `hf_ptq.py` | `huggingface_example.sh` | here |", "|---|---|---|"]
+    for row in ROWS:
+        names = (", ".join(f"`{name}`" for name in each.split(", ") if name) for each in row.names)
+        refused = f"**Refused**{' with another value' * bool(row.only)}: {row.refusal}" if row.refusal else ""
+        here = " ".join(filter(None, (row.meaning, refused))).replace("|", r"\|")
+        lines.append(f"| {' | '.join(names)} | {here} |")
+    return "\n".join(lines)
+
+
+def _shell_rows(accepted: bool) -> list[Row]:
+    return [row for row in ROWS if row.names[1] and bool(row.meaning) is accepted]
+
+
+def shell_usage() -> str:
+    """The lines of the shell entry's help for options that the original has, too."""
+    lines = [f"  {f'{row.names[1]} {row.value}':<26} {row.meaning}" for row in _shell_rows(accepted=True)]
+    return "\n".join(["usage_of_options() {", "  cat <<'EOF'", *lines, "EOF", "}"])
+
+
+def shell_refusals() -> str:
+    """What the shell entry says of options, or of values, that it refuses."""
+    lines = ["refusal() {", '  case "$1" in']
+    lines += [f'    {row.names[1]}) echo "{row.names[1]}: {row.refusal}" ;;' for row in _shell_rows(accepted=False)]
+    for row in _shell_rows(accepted=True):
+        if row.only:
+            lines.append(f"    {row.names[1]}={row.only}) ;;")
+            lines.append(f'    {row.names[1]}=*) echo "${{1/=/ }}: {row.refusal}" ;;')
+    return "\n".join([*lines, "  esac", "}"])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"families": families_summary},
+    "docs/ptq.md": {"options": options_table},
     "docs/targets.md": {"families": families_table},
     "docs/engines.md": {"gpu": gpu_table, "matrix": matrix},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
+    "scripts/parser.sh": {"usage": shell_usage, "refusals": shell_refusals},
     "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},
 }
 
@@ -206,9 +242,9 @@ def main() -> int:
         text = (ROOT / page).read_text()
         new = text
         for name, make in parts.items():
-            begin = f"<!-- docs/generate.py: {name} -->"
+            begin, end = (f"# docs/generate.py: {name}", "# end") if page.endswith(".sh") else (MARK.format(name), END)
             before, rest = new.split(begin)
-            new = f"{before}{begin}\n{make()}\n{END}{rest.split(END, 1)[1]}"
+            new = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}"
         if new != text and check:
             print(f"{page} is not what docs/generate.py writes")
             stale += 1

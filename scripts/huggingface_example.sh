@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Quantize a Hugging Face model to NVFP4: a thin entry to `fp4cast ptq`, for those who know ModelOpt's script of this name.
 #
-#   scripts/huggingface_example.sh --model openai/gpt-oss-20b --quant nvfp4_mlp_only --cast_mxfp4_to_nvfp4 --dataset text.jsonl
+#   scripts/huggingface_example.sh --model openai/gpt-oss-20b --quant nvfp4_mlp_only --cast_mxfp4_to_nvfp4 --calib_dataset text.jsonl
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/parser.sh"
 

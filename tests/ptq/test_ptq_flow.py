@@ -76,6 +76,20 @@ def test_modern_spellings_and_words_for_people(tmp_path):
     assert (tmp_path / "dst/config.json").exists() and (tmp_path / "dst/tokenizer.json").exists()
 
 
+def test_lists_on_the_command_line(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flow, "load_model", lambda *args: seen.append(load_model(*args)) or seen[0])
+    args = ["--model", FIXTURE, "--qformat", "nvfp4_experts_only", "--export_path", tmp_path / "dst", "--no-verbose"]
+    args += ["--dataset", f"{TEXT},{TEXT}", "--calib_seq", "16", "--attn_implementation", "eager", "--skip_generate"]
+    args += ["--export_fmt", "hf", "--inference_tensor_parallel", "8", "--sparsity_fmt=dense", "--device", "cpu"]
+    wrong = call("ptq", *args, "--calib_size", "2,x")
+    assert wrong.exit_code == 2 and "got '2,x'" in plain(wrong.stderr) and not seen
+    result = call("ptq", *args, "--calib_size", "2,3", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["calibration"] == {"samples": 5, "tokens": 80, "batch_size": 5}
+    assert seen[0].config._attn_implementation == "eager"
+
+
 def test_without_the_cast_the_loss_is_told(tmp_path):
     args = ["--pyt_ckpt_path", FIXTURE, "--qformat", "nvfp4_experts_only", "--export_path", tmp_path / "dst"]
     result = call("ptq", *args, *FEW, "--batch_size", "2")
@@ -85,11 +99,29 @@ def test_without_the_cast_the_loss_is_told(tmp_path):
     assert "SNR" in text
 
 
+def run_shell(*args, cwd, **env):
+    """The shell entry, with this Python."""
+    env = os.environ | {"PYTHON": sys.executable} | env
+    command = [ROOT / "scripts/huggingface_example.sh", *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_shell_entry_as_modelopts_users_call_it(tmp_path):
+    spaced = tmp_path / "gpt-oss 0.1"
+    spaced.symlink_to(FIXTURE)
+    args = ["--model", spaced, "--quant", "nvfp4_experts_only", "--cast_mxfp4_to_nvfp4", "--calib_dataset", TEXT]
+    args += ["--calib=2", "--calib_seq", "16", "--tp", "8", "--pp", "2", "--tasks", "quant", "--sparsity", "dense"]
+    args += ["--no-verbose", "--inexact", "nearest", "--device", "cpu", "--attn_implementation", "eager"]
+    done = run_shell(*args, cwd=ROOT, ROOT_SAVE_PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "saved_models_gpt-oss_0_1_nvfp4_experts_only"
+    assert " ".join(done.stdout.split()) == f"wrote {made}"
+    assert fp4cast.verify(FIXTURE, made).exact
+
+
 def test_the_shell_entry(tmp_path):
-    script = [ROOT / "scripts/huggingface_example.sh", "--model", FIXTURE, "--quant=nvfp4_mlp_only"]
-    args = ["--cast_mxfp4_to_nvfp4", "--dataset", TEXT, "--calib", "3", "--calib_seq", "32", "--calib_batch_size", "3"]
-    env = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run([*script, *args, "--device", "cpu"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    args = ["--model", FIXTURE, "--quant=nvfp4_mlp_only", "--cast_mxfp4_to_nvfp4", "--dataset", TEXT, "--calib", "3"]
+    done = run_shell(*args, "--calib_seq", "32", "--calib_batch_size", "3", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert fp4cast.verify(FIXTURE, tmp_path / "saved_models_gpt-oss-tiny_nvfp4_mlp_only").exact
 
@@ -101,7 +133,10 @@ def test_the_shell_entry(tmp_path):
         (["--model", "x"], "--quant is missing"),
         (["--model", "x", "--quant"], "--quant needs a value"),
         (["--model", "x", "--quant", "nvfp4", "--dataset", "--cast_mxfp4_to_nvfp4"], "--dataset needs a value"),
-        (["--model", "x", "--quant", "nvfp4", "--tp", "8"], "unknown option: --tp"),
+        (["--model", "x", "--quant", "nvfp4", "--nosuch", "8"], "unknown option: --nosuch"),
+        (["--model", "x", "--quant", "nvfp4", "--nosuch"], "unknown option: --nosuch"),
+        (["--tasks", "quant,mmlu"], "--tasks quant,mmlu: nothing is evaluated here"),
+        (["--sparsity=sparsegpt"], "--sparsity sparsegpt: weights are not made sparse"),
         (["x"], "unexpected argument: x"),
     ],
 )
@@ -142,9 +177,13 @@ W4A4, W4A16 = {"qformat": "nvfp4_mlp_only", "dataset": TEXT}, {"qformat": "w4a16
         ({**W4A4, "qformat": "int4_awq", "cast_mxfp4_to_nvfp4": True}, "'int4_awq' with --cast_mxfp4_to_nvfp4"),
         ({**W4A4, "qformat": "nvfp4,fp8", "cast_mxfp4_to_nvfp4": True}, "expected one qformat with --cast_.*, got 2"),
         ({**W4A4, "dataset": None}, "quantizes activations, which needs text .* Pass --dataset FILE"),
+        ({**W4A4, "dataset": []}, "quantizes activations, which needs text"),
         ({**W4A16, "dataset": TEXT}, "nothing is calibrated, so drop --dataset"),
         ({**W4A16, "calib_size": 3, "calib_seq": 4}, "so drop --calib_size, --calib_seq"),
         ({**W4A4, "calib_size": 0}, "--calib_size: expected at least 1, got 0"),
+        ({**W4A4, "calib_size": [3, 0]}, "--calib_size: expected at least 1, got 0"),
+        ({**W4A4, "calib_size": [3, 4]}, "expected one size for each of 1 datasets, got 2"),
+        ({**W4A4, "calib_size": []}, "expected one size for each of 1 datasets, got 0"),
         ({**W4A4, "batch_size": -1}, "--batch_size: expected at least 0, got -1"),
         ({**W4A4, "inexact": "nearest"}, "--inexact nearest belongs to --cast_mxfp4_to_nvfp4"),
         ({**W4A4, "inexact": "maybe"}, "inexact must be 'fail' or 'nearest'"),
@@ -159,6 +198,12 @@ def test_options_that_do_not_fit(tmp_path, options, words):
     with pytest.raises(UsageError, match=words):
         quantize(Options(FIXTURE, tmp_path / "dst", **options))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_attention_that_transformers_lacks(tmp_path):
+    with pytest.raises(CheckpointError, match=r"attn_implementation=.nosuch.+ is not supported"):
+        quantize(Options(FIXTURE, tmp_path / "dst", "w4a16_nvfp4", attn_implementation="nosuch"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -293,6 +338,23 @@ def test_a_text_is_cut_and_no_token_is_lost(tokenizer):
     assert {sample.shape for sample in samples[:-1]} == {(1, 100)} and 0 < samples[-1].shape[1] <= 100
     assert tokenizer.decode(torch.cat(samples, dim=1)[0]) == Path(TEXT).read_text()
     assert len(data.tokenize(data.open_dataset(TEXT), tokenizer, 3, 100)) == 3
+
+
+def test_several_datasets_with_one_size_each(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "d,e"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(f"{name[0]}{i} ") + "\n" for i in range(5)))
+
+    def taken(names, sizes):
+        samples = data.tokenize_all(data.open_datasets(names, sizes), tokenizer, 20)
+        return "".join(tokenizer.decode(sample[0]) for sample in samples).split()
+
+    assert taken("a.jsonl,b.jsonl", [1, 2]) == ["a0", "b0", "b1"]
+    assert taken(["a.jsonl", "b.jsonl", "c.jsonl"], [2, 1]) == ["a0", "a1", "b0", "c0"], "the last size holds on"
+    assert taken("a.jsonl,b.jsonl", 1) == ["a0", "b0"]
+    assert taken("d,e.jsonl", 1) == ["d0"], "a file, whatever its name"
+    with pytest.raises(DatasetError, match=r"none\.jsonl: no such file"):
+        taken("a.jsonl,none.jsonl", 1)
 
 
 def test_lines_are_samples(tokenizer, tmp_path):

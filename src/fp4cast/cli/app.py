@@ -280,7 +280,7 @@ def env(as_json: Json = False) -> None:
 
 
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
-app.command(**model_commands.ANY_SPELLING)(model_commands.ptq)
+app.command(**model_commands.LIKE_MODELOPT)(model_commands.ptq)
 
 
 def main() -> None:

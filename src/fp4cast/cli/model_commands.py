@@ -11,8 +11,10 @@ from rich.console import Console
 from fp4cast.casting.inexact import Inexact
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_inexact
+from fp4cast.cli.modelopt_options import PtqCommand, meaning
 from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
 from fp4cast.cli.progress import format_bytes
+from fp4cast.errors import UsageError
 from fp4cast.layouts.choose import LAYOUTS
 
 if TYPE_CHECKING:
@@ -22,40 +24,53 @@ if TYPE_CHECKING:
 
 def _underscores(word: str) -> str:
     """Accept `--calib-size` for `--calib_size`, ModelOpt's spelling, which the help shows; values stay as they are."""
-    return word if word in {layout.name for layout in LAYOUTS} else word.replace("-", "_")
+    kept = {layout.name for layout in LAYOUTS} | {"no-verbose", "--no-verbose"}
+    return word if word in kept else word.replace("-", "_")
+
+
+def _sizes(text: str | None) -> list[int] | None:
+    """The numbers of a list such as "256,128"; raise UsageError for one that is none."""
+    try:
+        return None if text is None else [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--calib_size: expected an integer, or several with commas between, got {text!r}") from error
 
 
 ANY_SPELLING: dict[str, Any] = {"context_settings": {"token_normalize_func": _underscores}}
+LIKE_MODELOPT: dict[str, Any] = {"cls": PtqCommand, **ANY_SPELLING}
 
-Checkpoint = Annotated[
-    str, typer.Option("--pyt_ckpt_path", metavar="SRC", help="A directory, or a Hugging Face model id.")
-]
-Format = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; w4a16_nvfp4: weights only.",
-    ),
-]
-ExportPath = Annotated[Path, typer.Option("--export_path", metavar="DST", help="The directory to make.")]
-CastWeights = Annotated[
-    bool, typer.Option("--cast_mxfp4_to_nvfp4", help="Keep the weights of an MXFP4 checkpoint, bit for bit.")
-]
-Dataset = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|ID", help="A text file, a .jsonl file or a Hub dataset, to calibrate activations on."),
-]
+Checkpoint = Annotated[str, typer.Option("--pyt_ckpt_path", "--model", metavar="SRC", help=meaning("--pyt_ckpt_path"))]
+Format = Annotated[str, typer.Option(metavar="NAME", help=meaning("--qformat"))]
+ExportPath = Annotated[Path, typer.Option("--export_path", metavar="DST", help=meaning("--export_path"))]
+CastWeights = Annotated[bool, typer.Option("--cast_mxfp4_to_nvfp4", help=meaning("--cast_mxfp4_to_nvfp4"))]
+Dataset = Annotated[str | None, typer.Option(metavar="FILE|ID,...", help=meaning("--dataset"))]
 Samples = Annotated[
-    int | None,
-    typer.Option("--calib_size", min=1, metavar="N", show_default="512", help="At most N samples."),
+    str | None,
+    typer.Option("--calib_size", metavar="N,...", show_default="512", help=meaning("--calib_size")),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option("--calib_seq", min=1, metavar="N", show_default="512", help="At most N tokens of a sample."),
+    typer.Option("--calib_seq", min=1, metavar="N", show_default="512", help=meaning("--calib_seq")),
 ]
-Batch = Annotated[int, typer.Option("--batch_size", min=0, metavar="N", help="Samples of a batch; 0: as many as fit.")]
-Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")]
-Remote = Annotated[bool, typer.Option("--trust_remote_code", help="Run the model code in the checkpoint.")]
+Batch = Annotated[int, typer.Option("--batch_size", min=0, metavar="N", help=meaning("--batch_size"))]
+Device = Annotated[str, typer.Option(metavar="NAME", help=meaning("--device"))]
+Remote = Annotated[bool, typer.Option("--trust_remote_code", help=meaning("--trust_remote_code"))]
+Attention = Annotated[
+    str | None, typer.Option("--attn_implementation", metavar="NAME", help=meaning("--attn_implementation"))
+]
+Verbose = Annotated[bool, typer.Option("--verbose/--no-verbose", help=meaning("--verbose"))]
+SkipGenerate = Annotated[bool, typer.Option("--skip_generate", help=meaning("--skip_generate"))]
+ExportFmt = Annotated[str, typer.Option("--export_fmt", metavar="hf", help=meaning("--export_fmt"))]
+Sparsity = Annotated[str, typer.Option("--sparsity_fmt", metavar="dense", help=meaning("--sparsity_fmt"))]
+ServingGpus = Annotated[
+    int,
+    typer.Option(
+        "--inference_tensor_parallel",
+        "--inference_pipeline_parallel",
+        metavar="N",
+        help=meaning("--inference_tensor_parallel"),
+    ),
+]
 Nearest = Annotated[
     Inexact, typer.Option(help="With the cast, where no tensor scale is exact: stop, or write the nearest values.")
 ]
@@ -74,6 +89,12 @@ def ptq(
     layout: LayoutOption = "modelopt",
     inexact: Nearest = "fail",
     trust_remote_code: Remote = False,
+    attn_implementation: Attention = None,
+    verbose: Verbose = True,
+    skip_generate: SkipGenerate = False,  # noqa: ARG001, nothing depends on it
+    export_fmt: ExportFmt = "hf",  # noqa: ARG001, accepted as ModelOpt's, and checked by PtqCommand
+    sparsity_fmt: Sparsity = "dense",  # noqa: ARG001, accepted as ModelOpt's, and checked by PtqCommand
+    inference_parallel: ServingGpus = 1,  # noqa: ARG001, nothing depends on it
     jobs: Jobs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -86,36 +107,35 @@ def ptq(
     def work(meter: Any) -> Quantized:
         from fp4cast.ptq.flow import Options, quantize
 
-        options = Options(
-            pyt_ckpt_path,
-            export_path,
-            qformat,
-            cast_mxfp4_to_nvfp4,
-            dataset=dataset,
-            calib_size=calib_size,
-            calib_seq=calib_seq,
-            batch_size=batch_size,
-            device=device,
-            layout=layout,
-            inexact=inexact,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            jobs=jobs,
+        return quantize(
+            Options(
+                pyt_ckpt_path,
+                export_path,
+                qformat,
+                cast_mxfp4_to_nvfp4,
+                dataset=dataset,
+                calib_size=_sizes(calib_size),
+                calib_seq=calib_seq,
+                batch_size=batch_size,
+                device=device,
+                layout=layout,
+                inexact=inexact,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                jobs=jobs,
+                attn_implementation=attn_implementation,
+            ),
+            meter,
         )
-        return quantize(options, meter)
 
-    done = run_or_exit(as_json, work)
-    if as_json:
-        print_json(done.to_json())
-    else:
-        _show(people_console(as_json), done)
+    _tell(run_or_exit(as_json, work), as_json, verbose)
 
 
 def calibrate(
     source: Source,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .json or .safetensors file: module -> amax.")],
-    dataset: Annotated[str, typer.Option(metavar="FILE|ID", help="A text file, a .jsonl file or a Hub dataset.")],
-    calib_size: Samples = 512,
+    dataset: Annotated[str, typer.Option(metavar="FILE|ID,...", help=meaning("--dataset"))],
+    calib_size: Samples = "512",
     calib_seq: Tokens = 512,
     batch_size: Annotated[
         int, typer.Option("--batch_size", min=0, metavar="N", help="Samples of a batch; 0: 4 on a CPU, 16 on a GPU.")
@@ -137,7 +157,7 @@ def calibrate(
             source,
             out,
             dataset=dataset,
-            calib_size=calib_size or 0,
+            calib_size=_sizes(calib_size) or (),
             calib_seq=calib_seq or 0,
             batch_size=batch_size,
             device=device,
@@ -167,7 +187,14 @@ def _show_amax(console: Console, done: Calibrated) -> None:
     show_facts(console, f"wrote {done.out}", rows)
 
 
-def _show(console: Console, done: Quantized) -> None:
+def _tell(done: Quantized, as_json: bool, verbose: bool) -> None:
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _show(people_console(as_json), done, verbose)
+
+
+def _show(console: Console, done: Quantized, verbose: bool) -> None:
     exported = done.exported
     t, calibration = exported.tensors, done.calibration
     rows = [
@@ -191,7 +218,7 @@ def _show(console: Console, done: Quantized) -> None:
         ("time", ", ".join(f"{name} {value:.1f} s" for name, value in done.seconds.items())),
         ("memory", ", ".join(f"{name} {format_bytes(size)}" for name, size in done.peak_memory.items() if size)),
     ]
-    show_facts(console, f"wrote {exported.destination}", rows)
+    show_facts(console, f"wrote {exported.destination}", rows if verbose else [])
     if exported.inexact:
         console.print(show_inexact(exported.inexact))
 

@@ -13,9 +13,10 @@ from fp4cast.ptq.amax import (
 )
 from fp4cast.ptq.cast import apply_to_model, build_amax_map
 from fp4cast.ptq.export import Exported, export
-from fp4cast.ptq.flow import Options, Quantized, quantize
+from fp4cast.ptq.flow import Quantized, quantize
 from fp4cast.ptq.max_calibration import max_calibrate, set_expert_quantizer_amax
 from fp4cast.ptq.modules import attach
+from fp4cast.ptq.options import Options
 from fp4cast.ptq.qformats import QFORMATS, QFormat, find_qformat
 from fp4cast.ptq.quantizer import (
     NVFP4StaticQuantizer,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,19 +58,40 @@ class Dataset:
         return self.path is not None and self.path.suffix not in _LINES
 
 
-def check_counts(calib_size: int | None, calib_seq: int | None, batch_size: int) -> None:
+def check_counts(calib_size: int | Sequence[int] | None, calib_seq: int | None, batch_size: int) -> None:
     """Check that samples and tokens are positive or None, and the batch size positive, 0 (automatic) or None.
 
     Raises:
         UsageError: one of them is not.
     """
+    sizes = [calib_size] if calib_size is None or isinstance(calib_size, int) else [*calib_size]
     for name, number, least in (
-        ("calib_size", calib_size, 1),
+        *(("calib_size", size, 1) for size in sizes),
         ("calib_seq", calib_seq, 1),
         ("batch_size", batch_size, 0),
     ):
         if number is not None and number < least:
             raise UsageError(f"--{name}: expected at least {least}, got {number}")
+
+
+def open_datasets(names: str | Sequence[str], sizes: int | Sequence[int]) -> list[tuple[Dataset, int]]:
+    """Open datasets, each with the number of samples to take of it.
+
+    Args:
+        names: a list, or one string with commas between (a file whose name has a comma is one dataset).
+        sizes: one for each dataset; the last holds for those left, too.
+
+    Raises:
+        UsageError: there are more sizes than datasets, or none.
+        DatasetError, MissingExtraError: see `open_dataset`.
+    """
+    if isinstance(names, str):
+        names = [names] if Path(names).is_file() else names.split(",")
+    counts = [sizes] if isinstance(sizes, int) else [*sizes]
+    if names and not 1 <= len(counts) <= len(names):
+        raise UsageError(f"--calib_size: expected one size for each of {len(names)} datasets, got {len(counts)}")
+    counts += counts[-1:] * (len(names) - len(counts))
+    return [(open_dataset(name), count) for name, count in zip(names, counts, strict=False)]
 
 
 def open_dataset(name: str) -> Dataset:
@@ -148,6 +169,11 @@ def tokenize(dataset: Dataset, tokenizer: Any, count: int, length: int) -> list[
     if not samples:
         raise DatasetError(f"{dataset.name}: holds no text to calibrate on")
     return samples
+
+
+def tokenize_all(datasets: Iterable[tuple[Dataset, int]], tokenizer: Any, length: int) -> list[Tensor]:
+    """Tokenize the first samples of several datasets, one dataset after the other; see `tokenize`."""
+    return [sample for data, count in datasets for sample in tokenize(data, tokenizer, count, length)]
 
 
 def _samples(dataset: Dataset, tokenizer: Any, length: int) -> Iterator[Tensor]:

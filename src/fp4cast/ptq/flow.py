@@ -7,22 +7,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fp4cast.casting.inexact import check_inexact
 from fp4cast.checkpoints.directory import check_stamps
 from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
-from fp4cast.layouts.choose import choose_target, find_layout
+from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains, count_lossless, lossless_modules
-from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
+from fp4cast.ptq.data import open_datasets, split, tokenize_all
 from fp4cast.ptq.export import Exported, write_model
 from fp4cast.ptq.load import (
     choose_device,
@@ -36,11 +34,13 @@ from fp4cast.ptq.max_calibration import max_calibrate
 from fp4cast.ptq.model_weights import matching_weights
 from fp4cast.ptq.modules import attach
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
-from fp4cast.ptq.qformats import QFORMATS, find_qformat
+from fp4cast.ptq.options import Options, check_options
+from fp4cast.ptq.qformats import QFORMATS
+
+__all__ = ["Options", "Quantized", "quantize"]
 
 CALIB_SIZE, CALIB_SEQ = 512, 512
 _FIRST_BATCH = {"cpu": 8, "cuda": 64}  # halved until one fits
-_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
 
 
 @dataclass(frozen=True)
@@ -84,43 +84,6 @@ class Quantized:
         }
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of `quantize`, under the names of ModelOpt's script.
-
-    Attributes:
-        pyt_ckpt_path: the model: a directory, or a Hugging Face model id.
-        export_path: the directory to make.
-        qformat: a name in `QFORMATS`.
-        cast_mxfp4_to_nvfp4: keep the weights of an MXFP4 checkpoint bit for bit instead of requantizing them.
-        dataset: for W4A4: a text or .jsonl file, or a Hub dataset, to calibrate activations on.
-        calib_size: samples at most; None for 512.
-        calib_seq: tokens of a sample at most; None for 512.
-        batch_size: samples that run together; 0 for as many as fit.
-        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
-        layout: "modelopt", or "compressed-tensors" for models without batched experts.
-        inexact: "fail" or "nearest", for weights that no tensor scale keeps exact.
-        overwrite: replace an existing `export_path`, once the new one is complete.
-        trust_remote_code: run the model code in the checkpoint.
-        jobs: threads that write; None for one a core.
-    """
-
-    pyt_ckpt_path: str | Path
-    export_path: str | Path
-    qformat: str
-    cast_mxfp4_to_nvfp4: bool = False
-    dataset: str | None = None
-    calib_size: int | None = None
-    calib_seq: int | None = None
-    batch_size: int = 0
-    device: str = "auto"
-    layout: str = "modelopt"
-    inexact: str = "fail"
-    overwrite: bool = False
-    trust_remote_code: bool = False
-    jobs: int | None = None
-
-
 def quantize(options: Options, progress: Progress = ignore) -> Quantized:
     """Load a checkpoint's model, quantize and calibrate it, cast its weights if asked to, and export it.
 
@@ -141,7 +104,7 @@ def quantize(options: Options, progress: Progress = ignore) -> Quantized:
 def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     checkpoint, samples, clock = job.opened.checkpoint, job.samples, dict[str, float]()
     with _timed(clock, "load"):
-        model = load_model(checkpoint, job.device, options.trust_remote_code)
+        model = load_model(checkpoint, job.device, options.trust_remote_code, options.attn_implementation)
     loop = _Loop(samples, options.batch_size, job.device, progress)
     with _timed(clock, "calibrate"):
         loop.fit(model)  # before there are quantizers: trial runs must leave no trace
@@ -195,33 +158,19 @@ class _Job:
 
 def _check(options: Options) -> _Job:
     """Check everything that can be checked before the model is loaded."""
-    _check_words(options)
+    check_options(options)
     device = choose_device(options.device)
-    data = None if options.dataset is None else open_dataset(options.dataset)
+    sizes = CALIB_SIZE if options.calib_size is None else options.calib_size
+    data = open_datasets(options.dataset or (), sizes)
     require("transformers", "ptq")
     opened = open_model(options.pyt_ckpt_path)
     target, domains = _check_source(opened, options)
     check_destination(opened.checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
     samples: list[Tensor] = []
-    if data is not None:
+    if data:
         tokenizer = load_tokenizer(opened.checkpoint, options.trust_remote_code)
-        samples = tokenize(data, tokenizer, options.calib_size or CALIB_SIZE, options.calib_seq or CALIB_SEQ)
+        samples = tokenize_all(data, tokenizer, options.calib_seq or CALIB_SEQ)
     return _Job(opened, target, domains, samples, device)
-
-
-def _check_words(options: Options) -> None:
-    """Raise for options that contradict each other with any checkpoint."""
-    qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
-    find_layout(options.layout)
-    check_inexact(options.inexact)
-    if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
-        raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
-    check_counts(options.calib_size, options.calib_seq, options.batch_size)
-    if qformat.activations == "w4a4" and options.dataset is None:
-        raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
-    given = [f"--{name}" for name in ("dataset", "calib_size", "calib_seq", "batch_size") if getattr(options, name)]
-    if qformat.activations == "w4a16" and given:
-        raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")
 
 
 def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[Scaled]]:
@@ -241,7 +190,7 @@ def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[S
         target = choose_target(opened.source.family, options.layout, activations, opened.checkpoint.path)
         if options.cast_mxfp4_to_nvfp4:
             domains = cast_domains(opened.source, target, options.inexact)
-    model = empty_model(opened.checkpoint, options.trust_remote_code)
+    model = empty_model(opened.checkpoint, options.trust_remote_code, options.attn_implementation)
     attach(model, QFORMATS[options.qformat])
     target = target or model_target(opened, model, options.layout)
     matching_weights(model, opened, target)

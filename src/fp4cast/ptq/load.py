@@ -77,7 +77,14 @@ def quantization_options(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.Module:
+def _attention(name: str | None) -> dict[str, str]:
+    """The argument that asks transformers for an attention; none leaves it to the model."""
+    return {} if name is None else {"attn_implementation": name}
+
+
+def empty_model(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> nn.Module:
     """A checkpoint's model with parameters on the meta device, in the dtypes that `load_model` gives them.
 
     Raises:
@@ -89,7 +96,11 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.M
         dtype = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else torch.bfloat16
         with accelerate.init_empty_weights(include_buffers=False):
             model: Any = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                experts_implementation="eager",
+                **_attention(attn_implementation),
             )
     strict = "|".join(rf"((^|\.){name}($|\.))" for name in model._keep_in_fp32_modules_strict or ())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -98,7 +109,9 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> nn.M
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    checkpoint: Checkpoint, device: str, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> nn.Module:
     """Load a causal language model for inference, with its weights in BF16 (or the checkpoint's own dtype).
 
     Raises:
@@ -112,6 +125,7 @@ def load_model(checkpoint: Checkpoint, device: str, trust_remote_code: bool = Fa
             dtype="auto",
             device_map=device,
             trust_remote_code=trust_remote_code,
+            **_attention(attn_implementation),
             **quantization_options(checkpoint),
         )
     return model.eval().requires_grad_(False)

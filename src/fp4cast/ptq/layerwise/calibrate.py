@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import castable
 from fp4cast.parallel.progress import Progress, ignore
-from fp4cast.ptq.data import check_counts, open_dataset, split, tokenize
+from fp4cast.ptq.data import check_counts, open_datasets, split, tokenize_all
 from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.layerwise.run import find_decoder, run_layers
@@ -73,8 +73,8 @@ def calibrate(
     source: str | Path,
     out: str | Path,
     *,
-    dataset: str,
-    calib_size: int = 512,
+    dataset: str | Sequence[str],
+    calib_size: int | Sequence[int] = 512,
     calib_seq: int = 512,
     batch_size: int = 0,
     device: str = "auto",
@@ -89,8 +89,8 @@ def calibrate(
     Args:
         source: an MXFP4 checkpoint: a directory, or a Hugging Face model id.
         out: a .json or .safetensors file: module -> amax, as `convert(input_scales=...)` takes it.
-        dataset: a text or .jsonl file, or a Hub dataset.
-        calib_size: samples at most.
+        dataset: text or .jsonl files, or Hub datasets: a list, or commas between.
+        calib_size: samples at most, one number for each dataset (the last holds for those left).
         calib_seq: tokens of a sample at most.
         batch_size: samples that run together; 0 for 4 on a CPU and 16 on a GPU.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
@@ -104,11 +104,11 @@ def calibrate(
     """
     begin = time.monotonic()
     check_counts(calib_size, calib_seq, batch_size)
-    path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_dataset(dataset)
+    path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_datasets(dataset, calib_size)
     checkpoint = open_checkpoint(resolve(source))
     found = read_source(checkpoint)
     pairs = castable(found, targets_of(found.family)[0]).cast
-    samples = tokenize(data, load_tokenizer(checkpoint, trust_remote_code), calib_size, calib_seq)
+    samples = tokenize_all(data, load_tokenizer(checkpoint, trust_remote_code), calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer()
     with naming(checkpoint.path), Weights(checkpoint, found.pairs, model, chosen) as weights:

@@ -1,0 +1,69 @@
+"""The options of `quantize`, and which of them contradict each other with any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4cast.casting.inexact import check_inexact
+from fp4cast.errors import UsageError
+from fp4cast.layouts.choose import find_layout
+from fp4cast.ptq.data import check_counts
+from fp4cast.ptq.qformats import find_qformat
+
+_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `quantize`, under the names of ModelOpt's script.
+
+    Attributes:
+        pyt_ckpt_path: the model: a directory, or a Hugging Face model id.
+        export_path: the directory to make.
+        qformat: a name in `QFORMATS`.
+        cast_mxfp4_to_nvfp4: keep the weights of an MXFP4 checkpoint bit for bit instead of requantizing them.
+        dataset: for W4A4: text or .jsonl files, or Hub datasets, to calibrate activations on; a list, or with commas.
+        calib_size: samples at most, one number for each dataset (the last holds for those left); None for 512.
+        calib_seq: tokens of a sample at most; None for 512.
+        batch_size: samples that run together; 0 for as many as fit.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+        layout: "modelopt", or "compressed-tensors" for models without batched experts.
+        inexact: "fail" or "nearest", for weights that no tensor scale keeps exact.
+        overwrite: replace an existing `export_path`, once the new one is complete.
+        trust_remote_code: run the model code in the checkpoint.
+        jobs: threads that write; None for one a core.
+        attn_implementation: the attention that transformers runs; None for the model's own.
+    """
+
+    pyt_ckpt_path: str | Path
+    export_path: str | Path
+    qformat: str
+    cast_mxfp4_to_nvfp4: bool = False
+    dataset: str | Sequence[str] | None = None
+    calib_size: int | Sequence[int] | None = None
+    calib_seq: int | None = None
+    batch_size: int = 0
+    device: str = "auto"
+    layout: str = "modelopt"
+    inexact: str = "fail"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    jobs: int | None = None
+    attn_implementation: str | None = None
+
+
+def check_options(options: Options) -> None:
+    """Raise for options that contradict each other with any checkpoint."""
+    qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
+    find_layout(options.layout)
+    check_inexact(options.inexact)
+    if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
+        raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
+    check_counts(options.calib_size, options.calib_seq, options.batch_size)
+    if qformat.activations == "w4a4" and not options.dataset:
+        raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
+    given = [f"--{name}" for name in ("dataset", "calib_size", "calib_seq", "batch_size") if getattr(options, name)]
+    if qformat.activations == "w4a16" and given:
+        raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")
