@@ -252,6 +252,8 @@ def test_the_command_and_what_it_says_to_do_next(tmp_path):
     assert call(*args).exit_code == 1
     document = json.loads(call(*args, "--overwrite", "--json").stdout)
     assert document["modules"] == 8 and document["idle"] == 0 and document["tokens"] == 96
+    twice = ["--dataset", f"{TEXT},{TEXT}", "--calib_size", "2,3", "--overwrite", "--json"]
+    assert json.loads(call(*args[:4], *twice, "--calib_seq", 16).stdout)["tokens"] == (2 + 3) * 16
     options = ["--activations", "w4a4", "--input-scales", tmp_path / "amax.json"]
     assert call("convert", FIXTURE, tmp_path / "dst", *options).exit_code == 0
 
@@ -262,6 +264,7 @@ def test_the_command_and_what_it_says_to_do_next(tmp_path):
         ({"out": "amax.txt"}, UsageError, "expected a .json or .safetensors file"),
         ({"out": "none/amax.json"}, DestinationError, "is not a directory"),
         ({"calib_size": 0}, UsageError, "calib_size: expected at least 1, got 0"),
+        ({"calib_size": [3, 4]}, UsageError, "expected one size for each of 1 datasets, got 2"),
         ({"dataset": "nothing.txt"}, DatasetError, "no such file"),
         ({"device": "tpu"}, UsageError, "expected cpu, cuda"),
     ],
