@@ -344,6 +344,8 @@ def test_experts_that_would_silently_stay_are_refused():
         num_experts=4, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     model = transformers.Qwen3MoeForCausalLM(config)
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj_bias = torch.nn.Parameter(torch.zeros(4, 32))  # which a list of experts would lose
     words = "layers.0.mlp.experts.gate_up_proj: nvfp4 quantizes it, but Qwen3MoeExperts is not supported"
     with pytest.raises(UnsupportedError, match=words):
         attach(model, QFORMATS["nvfp4"])

@@ -1,7 +1,8 @@
 """Quantized modules: linear layers and batched experts whose inputs and weights pass through quantizers.
 
 A module is quantized in place, by exchanging its class, so that parameters, hooks and names stay. Experts in one tensor
-[E, K, N] are multiplied along K, which is therefore the axis of their blocks.
+[E, K, N] are multiplied along K, which is therefore the axis of their blocks. Experts in one tensor [E, N, K] become a
+list of experts, whose names are those of their checkpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,61 @@ _EXPERTS = {
 }
 
 
+class QuantExperts(nn.Module):
+    """Experts that transformers 5 holds as [E, 2 I, H] and [E, H, I], as a list of experts of three projections each.
+
+    The inputs of all experts share a quantizer, as in ModelOpt: experts that saw no token have the scale of the others.
+    """
+
+    fused: type[Any]  # the class that it was, which knows the activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Transformers' eager experts, with every product's input and weight quantized."""
+        result = torch.zeros_like(hidden_states)
+        for expert in sorted(set(top_k_index.flatten().tolist())):
+            if str(expert) not in self._modules:
+                continue  # no expert: transformers masks tokens so
+            slot, token = torch.where(expert == top_k_index.T)  # in transformers' order: rows that round alike
+            gate, up, down = (cast(QuantLinear, each) for each in self.get_submodule(str(expert)).children())
+            states = gate.input_quantizer(hidden_states[token])
+            # In one product, as transformers does: sums in another order would round differently.
+            weight = torch.cat([each.weight_quantizer(each.weight) for each in (gate, up)])
+            gated = self.fused._apply_gate(self, functional.linear(states, weight))
+            out = down(gated) * top_k_weights[token, slot, None]
+            result.index_add_(0, token, out.to(result.dtype))
+        return result
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds gated experts [E, 2 I, H] and [E, H, I] without biases, as transformers marks them."""
+    shapes = {name: value.shape for name, value in module.named_parameters(recurse=False)}
+    if shapes.keys() != set(_BATCHED) or any(len(shape) != 3 for shape in shapes.values()):
+        return False
+    marks = [getattr(module, mark, None) for mark in ("has_gate", "is_transposed", "has_bias")]
+    (experts, both, hidden), down = shapes["gate_up_proj"], shapes["down_proj"]
+    fits = both % 2 == 0 and tuple(down) == (experts, hidden, both // 2)
+    return fits and marks == [True, False, False] and hasattr(type(module), "_apply_gate")
+
+
+def _split(module: Any, quantizers: dict[str, TensorQuantizer], static: bool) -> None:
+    """Make fused experts a list in place; the new weights are views of the old ones."""
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    module.fused, module.__class__ = type(module), QuantExperts
+    del module.gate_up_proj, module.down_proj
+    for expert in range(len(down)):
+        gate, up = gate_up[expert].chunk(2)
+        split = nn.Module()
+        for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down[expert])):
+            linear = QuantLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            key = "down_proj" if name == "down_proj" else "gate_up_proj"
+            on = quantizers[f"{key}_weight_quantizer"].is_enabled
+            linear.weight_quantizer = TensorQuantizer(static=static, enabled=on).to(weight.device)
+            linear.input_quantizer = quantizers[f"{key}_input_quantizer"]
+            split.add_module(name, linear)
+        module.add_module(str(expert), split)
+
+
 # Each class of experts gets one quantized class, made when it is first met, since transformers' classes are not
 # imported before. `torch.save` pickles a module's class by name, so `__getattr__` makes it again in a process that has
 # not met it yet.
@@ -125,6 +181,8 @@ def _change(module: nn.Module, name: str, qformat: QFormat, static: bool) -> _Ch
         prefixes: tuple[str, ...] = ("",)
     elif experts is not None:
         kind, prefixes = experts, tuple(f"{each}_" for each in _BATCHED)
+    elif _is_fused(module):
+        kind, prefixes = QuantExperts, tuple(f"{each}_" for each in _BATCHED)
     else:
         _refuse_experts(module, name, qformat)
         return None
@@ -135,6 +193,8 @@ def _change(module: nn.Module, name: str, qformat: QFormat, static: bool) -> _Ch
             key = f"{prefix}{side}_quantizer"
             on = qformat.enables(f"{name}.{key}")
             quantizers[key] = TensorQuantizer(static=static and side == "weight", enabled=on).to(device)
+    if kind is QuantExperts and not any(quantizer.is_enabled for quantizer in quantizers.values()):
+        return None
     return _Change(module, kind, quantizers)
 
 
@@ -145,7 +205,8 @@ def _refuse_experts(module: nn.Module, name: str, qformat: QFormat) -> None:
             known = ", ".join(cls for _, cls in _EXPERTS)
             raise UnsupportedError(
                 f"{name}.{parameter}: {qformat.name} quantizes it, but {type(module).__name__} is not supported, "
-                f"only {known}. For an MXFP4 checkpoint, use fp4cast convert (and fp4cast calibrate)."
+                f"only {known}, and gated experts [E, N, K] without biases. For an MXFP4 checkpoint, use fp4cast "
+                "convert (and fp4cast calibrate)."
             )
 
 
@@ -175,6 +236,9 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
             f"no quantizer of {type(model).__name__} matches {qformat.name}: nothing would be quantized"
         )
     for change in changes:
+        if change.kind is QuantExperts:
+            _split(change.module, change.quantizers, static)
+            continue
         change.module.__class__ = change.kind
         for key, quantizer in change.quantizers.items():
             setattr(change.module, key, quantizer)
