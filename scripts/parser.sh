@@ -31,7 +31,7 @@ EOF
 usage_of_options() {
   cat <<'EOF'
   --model SRC                A directory, or a Hugging Face model id.
-  --quant NAME               nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; w4a16_nvfp4: weights only.
+  --quant NAME               nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; nvfp4_mlp_weight_only, w4a16_nvfp4: weights only.
   --cast_mxfp4_to_nvfp4      Keep the weights of an MXFP4 checkpoint, bit for bit.
   --calib_dataset FILE|ID,... Text files, .jsonl files or Hub datasets, to calibrate activations on; commas between several.
   --calib N,...              At most N samples: one N, or one a dataset with commas between; the last holds for those left.

@@ -131,6 +131,8 @@ EXPERTS = {
     ("nvfp4_mlp_only", "mlp.experts.down_proj_input", "self_attn"),
     ("nvfp4_experts_only", "mlp.experts.gate_up_proj_weight", "self_attn"),
     ("nvfp4_omlp_only", "self_attn.o_proj.weight", "q_proj"),
+    ("nvfp4_mlp_weight_only", "mlp.experts.down_proj_weight", "input_quantizer"),
+    ("nvfp4_mlp_weight_only", "mlp.experts.gate_up_proj_weight", "self_attn"),
     ("w4a16_nvfp4", "self_attn.k_proj.weight", "input_quantizer"),
 ])  # fmt: skip
 def test_formats_on_gpt_oss(name, some, none):

@@ -48,7 +48,8 @@ ROWS = (
     Row(
         ("--qformat", "--quant"),
         "NAME",
-        "nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; w4a16_nvfp4: weights only.",
+        "nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; nvfp4_mlp_weight_only, w4a16_nvfp4: "
+        "weights only.",
     ),
     Row(("--export_path", ""), "DST", "The directory to make."),
     Row(

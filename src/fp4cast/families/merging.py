@@ -14,7 +14,7 @@ _MERGED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
-ENGINE_MERGED = tuple(name for name, _ in _MERGED if name)
+_ENGINE_NAME = {leaf: name for name, group in _MERGED if name for leaf in group}
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.+)")
 
 _GROUP = {leaf: group for _, group in _MERGED for leaf in group}
@@ -32,6 +32,17 @@ def shared_scale_group(module: str) -> tuple[str, tuple[str, ...]]:
         return module, (module,)
     prefix = f"{parent}." if parent else ""
     return prefix + "+".join(group), tuple(prefix + member for member in group)
+
+
+def merged_module(module: str) -> str | None:
+    """The module that an engine makes of a projection and those that it merges with; None for others.
+
+    >>> merged_module("layers.0.self_attn.q_proj")
+    'layers.0.self_attn.qkv_proj'
+    """
+    parent, _, leaf = module.rpartition(".")
+    name = _ENGINE_NAME.get(leaf)
+    return None if name is None else f"{parent}.{name}"
 
 
 def expert_projection(module: str) -> tuple[str, str] | None:

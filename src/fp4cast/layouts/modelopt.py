@@ -20,7 +20,7 @@ from fp4cast.checkpoints.quantization_config import (
     set_quantization_config,
 )
 from fp4cast.errors import UsageError
-from fp4cast.families.merging import ENGINE_MERGED, expert_projection
+from fp4cast.families.merging import expert_projection, merged_module
 from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
 
@@ -175,7 +175,7 @@ def _is_plain(modules: Sequence[str], ignore: Collection[str]) -> bool:
     if any(_bank_of(module) for module in modules) or len(modules) * len(ignore) > _PAIRS:
         return False
     text = "\n".join(modules)
-    merged = {f"{name.rpartition('.')[0]}.{leaf}" for name in modules for leaf in ENGINE_MERGED}
+    merged = {name for name in map(merged_module, modules) if name is not None}
     return not any(name in text or any(name in other for other in merged) for name in ignore)
 
 

@@ -16,7 +16,7 @@ _OFF: tuple[Rule, ...] = tuple(
     (pattern, False)
     for pattern in (
         "*lm_head*", "*embed*", "*router*", "*.gate.*", "*shared_expert_gate*", "*vision*", "*visual*", "*image*",
-        "*audio*", "*multi_modal_projector*", "mtp.*", "*.mtp.*",
+        "*audio*", "*multi_modal_projector*", "mtp.*", "*.mtp.*", "*linear_attn.in_proj_a*", "*linear_attn.in_proj_b*",
     )
 )  # fmt: skip
 
@@ -56,6 +56,7 @@ QFORMATS: dict[str, QFormat] = {
         QFormat("nvfp4_mlp_only", _MLP),
         QFormat("nvfp4_experts_only", _both("*mlp.experts*", "*feed_forward.experts*", "*block_sparse_moe.experts*")),
         QFormat("nvfp4_omlp_only", (*_MLP, *_both("*o_proj*"))),
+        QFormat("nvfp4_mlp_weight_only", tuple(rule for rule in _MLP if "weight" in rule[0]), "w4a16"),
         QFormat("w4a16_nvfp4", (("*weight_quantizer", True),), "w4a16"),
     )
 }
