@@ -252,6 +252,15 @@ def choose_nearest(domain: Sequence[BlockSource]) -> Scaling:
     return best
 
 
+def before_and_after(
+    codes: Bytes, exponents: Bytes, scaling: Scaling, bias: int = E8M0_BIAS
+) -> tuple[Float64s, Float64s]:
+    """Values float64 [n, 32] of blocks, and those that `encode` writes for them; arguments as there."""
+    written = encode(codes, exponents, scaling, bias)
+    before = mxfp4_values(codes, exponents[:, None], bias)
+    return before, nvfp4_values(written.codes, written.block_scales, scaling.tensor_scale)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What `nearest` does to a domain that no tensor scale keeps exact.
@@ -279,10 +288,9 @@ def cost_of_nearest(domain: Sequence[BlockSource]) -> Cost:
         odd = scaling.undecided(k)
         if not odd.size:
             continue
-        codes, exponents = source.codes(blocks[odd]), (k[odd] + source.bias).astype(np.uint8)
-        written = encode(codes, exponents, scaling, source.bias)
-        before = mxfp4_values(codes, exponents[:, None], source.bias)
-        difference = nvfp4_values(written.codes, written.block_scales, scaling.tensor_scale) - before
+        exponents = (k[odd] + source.bias).astype(np.uint8)
+        before, after = before_and_after(source.codes(blocks[odd]), exponents, scaling, source.bias)
+        difference = after - before
         changed = (difference != 0).any(axis=1)
         rounded += int(changed.sum())
         energy, error = energy + float((before[changed] ** 2).sum()), error + float((difference**2).sum())

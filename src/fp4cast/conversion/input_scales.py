@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.checkpoints.byte_ranges import File
-from fp4cast.checkpoints.header import Tensor, read_header
+from fp4cast.checkpoints.header import UNQUANTIZED, Tensor, read_header
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import InputScaleError, UsageError
-from fp4cast.formats import TENSOR_TOP
+from fp4cast.formats import TENSOR_TOP, float_values
 
 # An input_scale and its reciprocal must be normal FP32 numbers: a GPU flushes others to zero.
 _LEAST = float(np.finfo(np.float32).tiny)
@@ -79,17 +79,10 @@ def _check(origin: str, name: str, number: float, unit: float) -> None:
         raise InputScaleError(f"{origin}: {name}: expected a number from {limits}, got {number!r}. {_WAYS_OUT}")
 
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-
-
 def _scalar(file: File, tensor: Tensor) -> float:
-    dtype = _FLOATS.get(tensor.dtype)
-    if dtype is None or math.prod(tensor.shape) != 1:
+    if tensor.dtype not in UNQUANTIZED or math.prod(tensor.shape) != 1:
         raise InputScaleError(f"{tensor.path}: {tensor}: expected one floating-point number")
-    raw = file.read(tensor.start, tensor.nbytes)
-    if tensor.dtype == "BF16":
-        return float((raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
-    return float(raw.view(dtype)[0])
+    return float(float_values(file.read(tensor.start, tensor.nbytes), tensor.dtype)[0])
 
 
 def _read_file(path: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fp4cast.casting.nearest import block_scale_bytes, choose_nearest, encode
+from fp4cast.casting.nearest import before_and_after, block_scale_bytes, choose_nearest
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, Scaling, choose, closed_form
 from fp4cast.errors import ScaleError, ShapeError, UnsupportedError, UsageError
 from fp4cast.formats import (
@@ -19,8 +19,6 @@ from fp4cast.formats import (
     MX_BLOCK_BYTES,
     TENSOR_TOP,
     Bytes,
-    mxfp4_values,
-    nvfp4_values,
 )
 
 
@@ -94,11 +92,8 @@ def amax_facts(
     odd = scaling.undecided(exponents.astype(np.int64) - bias)
     lost = 0
     if codes and not scaling.exact and odd.size:
-        before = codes(odd)
-        written = encode(before, exponents[odd], scaling, bias)
-        kept = mxfp4_values(before, exponents[odd, None], bias)
-        found = nvfp4_values(written.codes, written.block_scales, scaling.tensor_scale)
-        lost = int((kept != found).any(axis=1).sum())
+        before, after = before_and_after(codes(odd), exponents[odd], scaling, bias)
+        lost = int((before != after).any(axis=1).sum())
     return {
         "global_amax": TENSOR_TOP * scaling.tensor_scale,
         "k_min": scaling.k_min,

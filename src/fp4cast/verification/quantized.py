@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-import numpy as np
-
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import Tensor
-from fp4cast.formats import NV_BLOCK, Bytes, Float64s, nvfp4_values, usable_scale
+from fp4cast.formats import NV_BLOCK, Bytes, Float64s, float_values, nvfp4_values, usable_scale
 from fp4cast.layouts.layout import Form, Selection
 from fp4cast.parallel.ranges import spans
 from fp4cast.verification.report import Difference
@@ -22,7 +20,6 @@ from fp4cast.verification.report import Difference
 LEAST_SNR = 10.0  # dB
 TOO_FAR = f"is said to be quantized from the source's values, but they are less than {LEAST_SNR:g} dB above its error"
 _CHUNK = 1 << 20  # weights compared together
-_FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 def judge_quantized(
@@ -87,10 +84,4 @@ def _rows(
             size = tensor.nbytes // rows
             parts.append(files[tensor.path].read(tensor.start + first * size, (last - first) * size))
         packed, block_scales = parts[1].reshape(-1, width // 2), parts[2].reshape(-1, width // NV_BLOCK)
-        yield _floats(parts[0], source.dtype).reshape(-1, width), (packed, block_scales)
-
-
-def _floats(data: Bytes, dtype: str) -> Float64s:
-    if dtype == "BF16":
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return data.view(_FLOATS[dtype]).astype(np.float64)
+        yield float_values(parts[0], source.dtype).reshape(-1, width), (packed, block_scales)
