@@ -190,6 +190,8 @@ class Selection:
 
     def with_quantized(self, modules: Collection[str]) -> Selection:
         """The same, with those of the modules quantized whose weight is an untouched matrix."""
+        if not modules:
+            return self
         names = {f"{module}.weight": module for module in modules}
         found = {
             names[tensor.name]: tensor

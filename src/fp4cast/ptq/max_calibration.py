@@ -164,10 +164,11 @@ def set_expert_quantizer_amax(
             for _, _, weight in weight_quantizers(module)
             if not weight.is_meta
         ]
-    for module, quantizer in missing if known else ():
+    if known:
         largest = torch.stack(known).amax()
-        device = next((p.device for p in module.parameters() if not p.is_meta), largest.device)
-        quantizer.amax = largest.to(device)
+        for module, quantizer in missing:
+            device = next((p.device for p in module.parameters() if not p.is_meta), largest.device)
+            quantizer.amax = largest.to(device)
     return list(dict.fromkeys(module for module, _ in missing))
 
 

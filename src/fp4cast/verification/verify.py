@@ -122,7 +122,7 @@ def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
     tensors, target = opened.destination.tensors, opened.target
     for pair in opened.selection.cast:
         if not wrong.intersection(target.names(pair.module)):
-            rounded = pair.module in opened.receipt.rounded.keys() - opened.receipt.quantized
+            rounded = pair.module in opened.receipt.rounded and pair.module not in opened.receipt.quantized
             converted = Converted.of(pair, target.form, target.activations, tensors, rounded=rounded)
             table[converted.codes.path].converted.append(converted)
     for tensor in opened.selection.untouched:
@@ -266,6 +266,7 @@ def _zeros(measured: dict[str, Comparison]) -> list[str]:
 
 def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seconds: float) -> Report:
     pairs, measured = {pair.module: pair for pair in opened.selection.cast}, found.measured
+    zeroed = sum(comparison.marlin_zeroed for comparison in measured.values())
     counts: HalfBlockCounts = {
         "verbatim": sum(c.verbatim for c in measured.values()),
         "shifted": sum(c.shifted for c in measured.values()),
@@ -283,8 +284,8 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
             if (c := measured.get(name)) is not None and c.rounded
         ],
         unmeasured=len(pairs) - len(measured),
-        marlin_exact=not any(c.marlin_zeroed for c in measured.values()),
-        marlin_zeroed=sum(c.marlin_zeroed for c in measured.values()),
+        marlin_exact=not zeroed,
+        marlin_zeroed=zeroed,
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
