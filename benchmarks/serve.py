@@ -1,6 +1,7 @@
 """Claim: an engine computes with the NVFP4 casts what it computes with the BF16 twin. Needs a GPU and vLLM.
 
-    python benchmarks/serve.py [--only NAME ...] [--tensor-parallel 2] [--graphs] [--rates] [--make] [--json FILE]
+    python benchmarks/serve.py [--only NAME ...] [--variants WORD ...] [--tensor-parallel 2] [--graphs] [--rates]
+        [--make] [--dir DIR] [--json FILE]
 
 Makes random models, casts them with fp4cast, serves each through vLLM's real kernels (Marlin for NVFP4) with the plugin
 `fp4cast.vllm`, and compares the log-probabilities of 3 x 63 prompt tokens and 16 greedy tokens with those of the same
@@ -65,11 +66,16 @@ def variants(name: str, paths: dict[str, Path], ranks: int) -> Iterator[tuple[st
             yield f"modelopt, EP {ranks}", paths["modelopt"], split | {"enable_expert_parallel": True}
 
 
+def wanted(label: str, words: list[str] | None) -> bool:
+    """Whether to run a variant: all, or those that hold one of the words, and the twin."""
+    return not words or label == "bf16" or any(word in label for word in words)
+
+
 def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
     """Every variant of a model."""
     say(f"{name}: making it")
     try:
-        paths = make(name, work / name)
+        paths = make(name, work / name, keep=args.dir is not None)
     except Exception as error:  # one model's failure is a row
         return [{"model": name, "variant": "all", "error": f"{type(error).__name__}: {error}"}]
     rows: list[Row] = []
@@ -77,7 +83,8 @@ def measure(name: str, args: argparse.Namespace, work: Path) -> list[Row]:
     options = {"enforce_eager": not args.graphs}
     if args.attention != "auto":
         options["attention_backend"] = args.attention
-    for label, path, more in variants(name, paths, args.tensor_parallel) if not args.make else ():
+    chosen = [each for each in variants(name, paths, args.tensor_parallel) if wanted(each[0], args.variants)]
+    for label, path, more in chosen if not args.make else ():
         say(f"{name}: {label}")
         found, text = apart(path, label, options | more, work / "plugin", seconds=args.seconds, rates=args.rates)
         row: Row = {"model": name, "variant": label, "graphs": args.graphs}
@@ -150,6 +157,7 @@ def write(rows: list[Row], args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*MODELS, *DIAGNOSES], help="these models; default: all")
+    parser.add_argument("--variants", nargs="+", metavar="WORD", help="only these, by a part of their names")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="also on this many GPUs, as TP and as EP")
     parser.add_argument("--attention", default="TRITON_ATTN", help="vLLM's attention_backend, or auto")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs and torch.compile, not eagerly")
@@ -157,7 +165,7 @@ def main() -> int:
     parser.add_argument("--make", action="store_true", help="only make the models, in --dir")
     parser.add_argument("--seconds", type=float, default=150, help="the limit for one variant")
     parser.add_argument("--budget", type=float, default=3000, help="start no further model after so many seconds")
-    parser.add_argument("--dir", type=Path, help="where to work; kept")
+    parser.add_argument("--dir", type=Path, help="where to work; kept, and what is there is used")
     parser.add_argument("--json", type=Path, help="write the rows there")
     args = parser.parse_args()
     start, rows = time.monotonic(), list[Row]()

@@ -24,7 +24,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 DEFAULTS = {
-    "max_model_len": 256, "gpu_memory_utilization": 0.3, "enable_prefix_caching": False, "disable_log_stats": True,
+    "max_model_len": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30,
+    "enable_prefix_caching": False, "disable_log_stats": True,
 }  # fmt: skip
 PREFILL, DECODE = (8, 1024, 1), (32, 16, 128)  # prompts, their tokens, new tokens
 ROUNDS = 3

@@ -177,6 +177,7 @@ MODELS: dict[str, tuple[Callable[[Pair], dict[str, Any]], int, tuple[str, ...]]]
     "qwen3-moe": (qwen3_moe, 120, ("modelopt", "compressed-tensors")),
     "gpt-oss-256": (gpt_oss(**_SMALL), 120, ("modelopt",)),
     "gpt-oss-256-routed": (gpt_oss(256, 4, 8, 2, 4, 2), 120, ("modelopt",)),
+    "gpt-oss-20b-routed": (gpt_oss(2880, 2, 32, 4, 64, 8), 118, ("modelopt",)),
     "gpt-oss-2880": (gpt_oss(2880, 2, 4, 4, 64, 8), 118, ("modelopt",)),
 }
 DIAGNOSES = {
@@ -186,8 +187,11 @@ DIAGNOSES = {
 }
 
 
-def make(name: str, path: Path) -> dict[str, Path]:
-    """Make a model's checkpoints; by variant: "bf16", "mxfp4", and one for each cast."""
+def make(name: str, path: Path, keep: bool = False) -> dict[str, Path]:
+    """Make a model's checkpoints; by variant: "bf16", "mxfp4", and one for each cast. `keep` takes what is there."""
+    made = path / "made.json"
+    if keep and made.exists():
+        return {label: path / folder for label, folder in json.loads(made.read_text()).items()}
     if path.exists():  # of an earlier run
         shutil.rmtree(path)
     fill, center, layouts = (MODELS | DIAGNOSES)[name]
@@ -201,6 +205,7 @@ def make(name: str, path: Path) -> dict[str, Path]:
         found[layout] = cast(found["mxfp4"], path / layout, layout=layout)
     w4a4 = {"activations": "w4a4", "input_scales": 1.0}
     found["modelopt, W4A4"] = cast(found["mxfp4"], path / "modelopt-w4a4", **w4a4)
+    made.write_text(json.dumps({label: each.name for label, each in found.items()}))
     return found
 
 

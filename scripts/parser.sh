@@ -37,6 +37,8 @@ usage_of_options() {
   --calib N,...              At most N samples: one N, or one a dataset with commas between; the last holds for those left.
   --calib_seq N              At most N tokens of a sample.
   --calib_batch_size N       Samples of a batch; 0: as many as fit.
+  --use_seq_device_map       Fill one GPU after the other, where the model needs several, instead of all alike.
+  --gpu_max_mem_percentage SHARE Of each GPU's free memory, for weights; above 0, at most 1.
   --trust_remote_code        Run the model code in the checkpoint.
   --no-verbose               Say what was done; --no-verbose: only where it was written, and what was lost.
   --tp N                     Accepted; changes nothing: a Hugging Face checkpoint is the same for any number of serving GPUs.
@@ -59,8 +61,6 @@ refusal() {
     --auto_quantize_checkpoint) echo "--auto_quantize_checkpoint: no format is searched here; choose one with --qformat (--quant)." ;;
     --moe_calib_experts_ratio) echo "--moe_calib_experts_ratio: the model's own router chooses the experts that a token runs through; drop it, and raise --calib_size to reach more experts." ;;
     --calib_with_images) echo "--calib_with_images: vision towers stay as they are; calibrate on text, with --dataset." ;;
-    --use_seq_device_map) echo "--use_seq_device_map: a model runs on one device here; for one that does not fit, use fp4cast calibrate and fp4cast convert." ;;
-    --gpu_max_mem_percentage) echo "--gpu_max_mem_percentage: a model runs on one device here; for one that does not fit, use fp4cast calibrate and fp4cast convert." ;;
     --lm_eval_tasks) echo "--lm_eval_tasks: nothing is evaluated here; run the evaluation on the exported directory, in the engine that serves it." ;;
     --lm_eval_limit) echo "--lm_eval_limit: nothing is evaluated here; run the evaluation on the exported directory, in the engine that serves it." ;;
     --simple_eval_tasks) echo "--simple_eval_tasks: nothing is evaluated here; run the evaluation on the exported directory, in the engine that serves it." ;;
@@ -89,7 +89,7 @@ parse_options() {
     [ -z "$sentence" ] || fail "$sentence"
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --cast_mxfp4_to_nvfp4 | --trust_remote_code | --overwrite | --verbose | --no-verbose)
+      --cast_mxfp4_to_nvfp4 | --trust_remote_code | --use_seq_device_map | --overwrite | --verbose | --no-verbose)
         ARGS+=("$1") && shift && continue
         ;;
       --*) known "$name" || fail "unknown option: $name" ;;
@@ -129,7 +129,7 @@ known() {
   case $1 in
     --model | --quant | --export_path | --calib | --calib_dataset | --calib_batch_size | --kv_cache_quant) ;;
     --tp | --pp | --sparsity | --tasks) ;;
-    --dataset | --calib_seq | --device | --attn_implementation | --inexact | --layout | --jobs) ;;
+    --dataset | --calib_seq | --device | --gpu_max_mem_percentage | --attn_implementation | --inexact | --layout | --jobs) ;;
     *) return 1 ;;
   esac
 }

@@ -54,6 +54,10 @@ Tokens = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch_size", min=0, metavar="N", help=meaning("--batch_size"))]
 Device = Annotated[str, typer.Option(metavar="NAME", help=meaning("--device"))]
+Sequential = Annotated[bool, typer.Option("--use_seq_device_map", help=meaning("--use_seq_device_map"))]
+GpuShare = Annotated[
+    float, typer.Option("--gpu_max_mem_percentage", metavar="SHARE", help=meaning("--gpu_max_mem_percentage"))
+]
 Remote = Annotated[bool, typer.Option("--trust_remote_code", help=meaning("--trust_remote_code"))]
 Attention = Annotated[
     str | None, typer.Option("--attn_implementation", metavar="NAME", help=meaning("--attn_implementation"))
@@ -86,6 +90,8 @@ def ptq(
     calib_seq: Tokens = None,
     batch_size: Batch = 0,
     device: Device = "auto",
+    use_seq_device_map: Sequential = False,
+    gpu_max_mem_percentage: GpuShare = 0.8,
     layout: LayoutOption = "modelopt",
     inexact: Nearest = "fail",
     trust_remote_code: Remote = False,
@@ -118,6 +124,8 @@ def ptq(
                 calib_seq=calib_seq,
                 batch_size=batch_size,
                 device=device,
+                use_seq_device_map=use_seq_device_map,
+                gpu_max_mem_percentage=gpu_max_mem_percentage,
                 layout=layout,
                 inexact=inexact,
                 overwrite=overwrite,

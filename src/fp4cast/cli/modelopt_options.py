@@ -36,7 +36,7 @@ class Row:
     only: str = ""
 
 
-_ONE_DEVICE = "a model runs on one device here; for one that does not fit, use fp4cast calibrate and fp4cast convert."
+_GPUS_ALONE = "a model runs on the GPUs alone; for one that does not fit, use fp4cast calibrate and fp4cast convert."
 _SEARCH = "no format is searched here; choose one with --qformat (--quant)."
 _NO_EVAL = "nothing is evaluated here; run the evaluation on the exported directory, in the engine that serves it."
 _NO_SERVER = "no engine is started here; give this to the engine that serves the exported directory."
@@ -67,7 +67,17 @@ ROWS = (
     ),
     Row(("--calib_seq", "--calib_seq"), "N", "At most N tokens of a sample."),
     Row(("--batch_size", "--calib_batch_size"), "N", "Samples of a batch; 0: as many as fit."),
-    Row(("--device", ""), "NAME", "cpu, cuda, cuda:N, or auto: a GPU if there is one."),
+    Row(("--device", ""), "NAME", "cpu, cuda:N, cuda: one GPU or as many as the weights need, or auto."),
+    Row(
+        ("--use_seq_device_map", "--use_seq_device_map"),
+        "",
+        "Fill one GPU after the other, where the model needs several, instead of all alike.",
+    ),
+    Row(
+        ("--gpu_max_mem_percentage", "--gpu_max_mem_percentage"),
+        "SHARE",
+        "Of each GPU's free memory, for weights; above 0, at most 1.",
+    ),
     Row(("--trust_remote_code", "--trust_remote_code"), "", "Run the model code in the checkpoint."),
     Row(("--attn_implementation", ""), "NAME", "The attention that transformers runs, such as eager."),
     Row(
@@ -129,10 +139,8 @@ ROWS = (
         "with an engine that the report names.",
     ),
     *(
-        Row((name, shell), refusal=_ONE_DEVICE)
+        Row((name, shell), refusal=_GPUS_ALONE)
         for name, shell in (
-            ("--use_seq_device_map", "--use_seq_device_map"),
-            ("--gpu_max_mem_percentage", "--gpu_max_mem_percentage"),
             ("--use_fsdp2", ""),
             ("--cpu_offload", ""),
             ("--offload_folder", ""),

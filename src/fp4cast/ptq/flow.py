@@ -21,15 +21,9 @@ from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains, count_lossless, lossless_modules
 from fp4cast.ptq.data import open_datasets, split, tokenize_all
+from fp4cast.ptq.devices import Placement, choose_device, place, use_device
 from fp4cast.ptq.export import Exported, write_model
-from fp4cast.ptq.load import (
-    choose_device,
-    empty_model,
-    explain_run_errors,
-    load_model,
-    load_tokenizer,
-    use_device,
-)
+from fp4cast.ptq.load import empty_model, explain_run_errors, load_model, load_tokenizer
 from fp4cast.ptq.max_calibration import max_calibrate
 from fp4cast.ptq.model_weights import matching_weights
 from fp4cast.ptq.modules import attach
@@ -54,7 +48,7 @@ class Quantized:
         calibration: counts "samples" and "tokens", and the "batch_size".
         exported: what was written.
         seconds: wall time of "load", "calibrate", "cast" and "export".
-        peak_memory: bytes of the "host" process and of the "device" (0 on a CPU).
+        peak_memory: bytes of the "host" process and of the "device", the fullest GPU (0 without one).
     """
 
     qformat: str
@@ -104,7 +98,7 @@ def quantize(options: Options, progress: Progress = ignore) -> Quantized:
 def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     checkpoint, samples, clock = job.opened.checkpoint, job.samples, dict[str, float]()
     with _timed(clock, "load"):
-        model = load_model(checkpoint, job.device, options.trust_remote_code, options.attn_implementation)
+        model = load_model(checkpoint, job.placement, options.trust_remote_code, options.attn_implementation)
     loop = _Loop(samples, options.batch_size, job.device, progress)
     with _timed(clock, "calibrate"):
         loop.fit(model)  # before there are quantizers: trial runs must leave no trace
@@ -133,7 +127,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
         calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
         exported=exported,
         seconds=clock,
-        peak_memory=_peaks(job.device),
+        peak_memory=_peaks(),
     )
 
 
@@ -146,7 +140,8 @@ class _Job:
         target: how the result is stored.
         domains: what the cast will set; empty where nothing is cast.
         samples: token ids to calibrate on.
-        device: where the model runs.
+        device: where its inputs go.
+        placement: where the model runs: that device, or several.
     """
 
     opened: OpenedModel
@@ -154,6 +149,7 @@ class _Job:
     domains: list[Scaled]
     samples: list[Tensor]
     device: str
+    placement: Placement
 
 
 def _check(options: Options) -> _Job:
@@ -164,25 +160,32 @@ def _check(options: Options) -> _Job:
     data = open_datasets(options.dataset or (), sizes)
     require("transformers", "ptq")
     opened = open_model(options.pyt_ckpt_path)
-    target, domains = _check_source(opened, options)
+    _check_cast(opened, options)
+    model = empty_model(opened.checkpoint, options.trust_remote_code, options.attn_implementation)
+    placement = place(model, device, options.gpu_max_mem_percentage, options.use_seq_device_map)
+    target, domains = _check_source(opened, options, model)
     check_destination(opened.checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
     samples: list[Tensor] = []
     if data:
         tokenizer = load_tokenizer(opened.checkpoint, options.trust_remote_code)
         samples = tokenize_all(data, tokenizer, options.calib_seq or CALIB_SEQ)
-    return _Job(opened, target, domains, samples, device)
+    return _Job(opened, target, domains, samples, device, placement)
 
 
-def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[Scaled]]:
-    """Check the options against the checkpoint: (the target, what the cast will set), if nothing would be lost.
-
-    The format is attached to the model on the meta device, which shows whether all that it quantizes can be written.
-    """
+def _check_cast(opened: OpenedModel, options: Options) -> None:
+    """Check that there are MXFP4 weights if they are to be cast."""
     if opened.source is None and options.cast_mxfp4_to_nvfp4:
         raise UsageError(
             f"--cast_mxfp4_to_nvfp4 keeps the weights of an MXFP4 checkpoint, but {opened.why_not} Drop the option to "
             "quantize a BF16 model."
         )
+
+
+def _check_source(opened: OpenedModel, options: Options, model: nn.Module) -> tuple[Target, list[Scaled]]:
+    """Check the options against the checkpoint: (the target, what the cast will set), if nothing would be lost.
+
+    The format is attached to the model on the meta device, which shows whether all that it quantizes can be written.
+    """
     domains: list[Scaled] = []
     target = None
     if opened.source is not None:
@@ -190,7 +193,6 @@ def _check_source(opened: OpenedModel, options: Options) -> tuple[Target, list[S
         target = choose_target(opened.source.family, options.layout, activations, opened.checkpoint.path)
         if options.cast_mxfp4_to_nvfp4:
             domains = cast_domains(opened.source, target, options.inexact)
-    model = empty_model(opened.checkpoint, options.trust_remote_code, options.attn_implementation)
     attach(model, QFORMATS[options.qformat])
     target = target or model_target(opened, model, options.layout)
     matching_weights(model, opened, target)
@@ -242,6 +244,7 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     clock[name] = time.monotonic() - begin
 
 
-def _peaks(device: str) -> dict[str, int]:
+def _peaks() -> dict[str, int]:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"host": host, "device": 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)}
+    devices = range(torch.cuda.device_count())
+    return {"host": host, "device": max((torch.cuda.max_memory_allocated(each) for each in devices), default=0)}

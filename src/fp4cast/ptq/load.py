@@ -1,10 +1,10 @@
-"""Load transformers models for quantization: MXFP4 experts as BF16, on one device."""
+"""Load transformers models for quantization: MXFP4 experts as BF16."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,9 @@ from torch import nn
 
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.quantization_config import find_quantization_config
-from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError, UsageError
+from fp4cast.errors import CheckpointError, Fp4CastError, QuantizerError
 from fp4cast.extras import require
-
-
-def choose_device(name: str) -> str:
-    """Choose a device of this machine: "auto" is the GPU if there is one.
-
-    Raises:
-        UsageError: torch knows no such device, or this machine has none.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or auto") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r}: expected cpu, cuda, cuda:N or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
-    return name
-
-
-def use_device(device: str) -> AbstractContextManager[object]:
-    """Make a GPU this thread's current one: otherwise some copies to `cuda:1` do not wait for its stream."""
-    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+from fp4cast.ptq.devices import Placement
 
 
 @contextmanager
@@ -110,9 +85,18 @@ def empty_model(
 
 
 def load_model(
-    checkpoint: Checkpoint, device: str, trust_remote_code: bool = False, attn_implementation: str | None = None
+    checkpoint: Checkpoint,
+    placement: Placement,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> nn.Module:
     """Load a causal language model for inference, with its weights in BF16 (or the checkpoint's own dtype).
+
+    Args:
+        checkpoint: the model's.
+        placement: a device, or what `place` found.
+        trust_remote_code: run the model code in the checkpoint.
+        attn_implementation: the attention that transformers runs; None for the model's own.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -123,7 +107,7 @@ def load_model(
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype="auto",
-            device_map=device,
+            device_map=placement,
             trust_remote_code=trust_remote_code,
             **_attention(attn_implementation),
             **quantization_options(checkpoint),

@@ -86,6 +86,7 @@ def _calibrate_inputs(
 
 def _take_largest(model: nn.Module) -> None:
     """Set every amax to the largest of all ranks; a rank that saw nothing takes that of the others."""
+    device = next(model.parameters()).device  # of a rank's several GPUs, the one that takes part
     for quantizer in (module for module in model.modules() if isinstance(module, TensorQuantizer)):
         if not quantizer.is_enabled:
             continue
@@ -93,11 +94,10 @@ def _take_largest(model: nn.Module) -> None:
         scalar = torch.full((), -1.0) if known is None else known
         if quantizer.static and known is None:
             continue  # weights are calibrated on every rank
-        device = next(model.parameters()).device
         largest = scalar.to(device)
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         if (largest >= 0).all():
-            quantizer.amax = largest
+            quantizer.amax = largest.to(quantizer.device)
 
 
 def check_amax(name: str, amax: float) -> None:

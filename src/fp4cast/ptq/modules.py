@@ -242,6 +242,9 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
         change.module.__class__ = change.kind
         for key, quantizer in change.quantizers.items():
             setattr(change.module, key, quantizer)
+    for change in changes:
+        if "_old_forward" in vars(change.module):  # a hook of accelerate, which moves inputs, holds the class's forward
+            change.module._old_forward = type(change.module).forward.__get__(change.module)
     return enabled
 
 

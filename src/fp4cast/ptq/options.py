@@ -28,7 +28,9 @@ class Options:
         calib_size: samples at most, one number for each dataset (the last holds for those left); None for 512.
         calib_seq: tokens of a sample at most; None for 512.
         batch_size: samples that run together; 0 for as many as fit.
-        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
+        device: "cpu", "cuda:N", "cuda" for one GPU or as many as the weights need, or "auto": "cuda" if there is one.
+        use_seq_device_map: fill one GPU after the other, where the model needs several, instead of all alike.
+        gpu_max_mem_percentage: of each GPU's free memory, for weights; in (0, 1].
         layout: "modelopt", or "compressed-tensors" for models without batched experts.
         inexact: "fail" or "nearest", for weights that no tensor scale keeps exact.
         overwrite: replace an existing `export_path`, once the new one is complete.
@@ -46,6 +48,8 @@ class Options:
     calib_seq: int | None = None
     batch_size: int = 0
     device: str = "auto"
+    use_seq_device_map: bool = False
+    gpu_max_mem_percentage: float = 0.8
     layout: str = "modelopt"
     inexact: str = "fail"
     overwrite: bool = False
@@ -59,6 +63,10 @@ def check_options(options: Options) -> None:
     qformat = find_qformat(options.qformat, options.cast_mxfp4_to_nvfp4)
     find_layout(options.layout)
     check_inexact(options.inexact)
+    if not 0 < options.gpu_max_mem_percentage <= 1:
+        raise UsageError(
+            f"--gpu_max_mem_percentage {options.gpu_max_mem_percentage}: expected a share, above 0, at most 1"
+        )
     if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
         raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
     check_counts(options.calib_size, options.calib_seq, options.batch_size)

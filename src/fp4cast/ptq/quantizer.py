@@ -45,6 +45,11 @@ class TensorQuantizer(nn.Module):
         self.register_buffer("_here", torch.empty(0), persistent=False)  # knows the device before there is an amax
 
     @property
+    def device(self) -> torch.device:
+        """Where its module is."""
+        return self._here.device
+
+    @property
     def amax(self) -> Tensor | None:
         """float32: [blocks, 1] if static, else []; None before calibration."""
         found: Tensor | None = self._amax

@@ -24,10 +24,11 @@ from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import castable
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.data import check_counts, open_datasets, split, tokenize_all
+from fp4cast.ptq.devices import choose_device, use_device
 from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.layerwise.run import find_decoder, run_layers
-from fp4cast.ptq.load import choose_device, empty_model, explain_run_errors, load_tokenizer, use_device
+from fp4cast.ptq.load import empty_model, explain_run_errors, load_tokenizer
 from fp4cast.ptq.max_calibration import check_amax
 
 _BATCH = {"cpu": 4, "cuda": 16}
