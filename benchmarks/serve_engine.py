@@ -28,7 +28,7 @@ DEFAULTS = {
     "enable_prefix_caching": False, "disable_log_stats": True,
 }  # fmt: skip
 PREFILL, DECODE = (8, 1024, 1), (32, 16, 128)  # prompts, their tokens, new tokens
-ROUNDS = 3
+ROUNDS = 9
 
 
 def serve(path: Path, out: Path, options: dict[str, Any], rates: bool) -> None:

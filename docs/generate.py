@@ -108,15 +108,15 @@ def rooms_table() -> str:
 
 
 def figures(name: str) -> dict[str, Any]:
-    """What a script of tests/attacks has written."""
-    path = ROOT / "benchmarks" / "results" / "reliability" / f"{name}.json"
+    """What a script of tests/attacks or benchmarks has written."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
     document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
 def attacks_table() -> str:
     """One line an attack: how much of it, what must hold, how often it did not."""
-    fuzz, faults, flips = figures("fuzz"), figures("faults"), figures("flips")
+    fuzz, faults, flips = figures("reliability/fuzz"), figures("reliability/faults"), figures("reliability/flips")
     commands = ", ".join(f"{row['inputs']:,} {name}" for name, row in fuzz["commands"].items() if name != "harness")
     broken = sum(row["findings"] for name, row in fuzz["commands"].items() if name != "harness")
     seconds, mib = fuzz["limits"]["seconds"], fuzz["limits"]["address_space_bytes"] >> 20
@@ -159,7 +159,7 @@ def regions_table() -> str:
         "| what was changed | changes | without the receipt | missed | changed no value |",
         "|---|---|---|---|---|",
     ]
-    regions, none = figures("flips")["regions"], {"changes": 0, "missed": 0, "free": 0}
+    regions, none = figures("reliability/flips")["regions"], {"changes": 0, "missed": 0, "free": 0}
     for region, row in regions.items():
         if not region.endswith(" (no receipt)"):
             bare = regions.get(f"{region} (no receipt)", none)
@@ -171,23 +171,42 @@ def regions_table() -> str:
 def scenarios_table() -> str:
     """How many faults each scenario met."""
     lines = ["| scenario | faults |", "|---|---|"]
-    for scenario, row in figures("faults")["by_scenario"].items():
+    for scenario, row in figures("reliability/faults")["by_scenario"].items():
         lines.append(f"| {scenario} | {sum(row.values()):,} |")
     return "\n".join(lines)
 
 
 def gpu_table() -> str:
     """What `benchmarks/serve.py` measured on a GPU, each beside the BF16 twin in the same engine."""
-    document = json.loads((ROOT / "benchmarks" / "results" / "gpu" / "serve-h100.json").read_text())
     lines = ["| model | checkpoint | largest difference | mean | greedy tokens | experts' kernel |", "|" + "---|" * 6]
-    for row in document["rows"]:
+    for row in served_rows():
         if "max_delta" not in row:
             continue
         kernels = [match[1] for line in row["log"] if (match := re.search(r"Using '(\w+)' \w+ MoE backend", line))]
         deltas = f"{row['max_delta']:.5f} | {row['mean_delta']:.6f}"
         greedy, kernel = f"{row['greedy_equal']} of 3 equal", kernels[0].capitalize() if kernels else ""
-        lines.append(f"| {row['model']} | {row['variant']} | {deltas} | {greedy} | {kernel} |")
+        variant = row["variant"] + ", CUDA graphs" * row["graphs"]
+        lines.append(f"| {row['model']} | {variant} | {deltas} | {greedy} | {kernel} |")
     return "\n".join(lines)
+
+
+def rates_table() -> str:
+    """Loading and speed of the rows that have them; speed beside that of the source through Marlin."""
+    rows = [row for row in served_rows() if "rates" in row]
+    peer = next(row["rates"] for row in rows if row["variant"] == "mxfp4, Marlin")
+    lines = ["| checkpoint | loaded in | peak | held | prefill, tokens/s | decode, tokens/s |", "|" + "---|" * 6]
+    for row in rows:
+        loader, rates = row["loader"], row["rates"]
+        sizes = " | ".join(f"{loader[key] / 1e9:.2f} GB" for key in ("peak_bytes", "held_bytes"))
+        speed = " | ".join(f"{rates[key]:,.0f} ({rates[key] / peer[key]:.2f} ×)" for key in ("prefill", "decode"))
+        lines.append(f"| {row['variant']} | {loader['seconds']:.1f} s | {sizes} | {speed} |")
+    return "\n".join(lines)
+
+
+def served_rows() -> list[dict[str, Any]]:
+    """The rows of `benchmarks/serve.py` on a GPU."""
+    found: list[dict[str, Any]] = figures("gpu/serve-h100")["rows"]
+    return found
 
 
 def options_table() -> str:
@@ -226,7 +245,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"families": families_summary},
     "docs/ptq.md": {"options": options_table},
     "docs/targets.md": {"families": families_table},
-    "docs/engines.md": {"gpu": gpu_table, "matrix": matrix},
+    "docs/engines.md": {"gpu": gpu_table, "rates": rates_table, "matrix": matrix},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
     "scripts/parser.sh": {"usage": shell_usage, "refusals": shell_refusals},
     "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},

@@ -34,10 +34,16 @@ def test_a_cast_has_the_logits_of_its_twin(tmp_path, name):
 
 def run(monkeypatch, tmp_path, found):
     """Measure a model with what `found` says of each checkpoint instead of serving it."""
-    monkeypatch.setattr(serve, "make", lambda _, path: {v: path / v for v in ("bf16", "mxfp4", "modelopt")})
+    monkeypatch.setattr(serve, "make", lambda _, path, **__: {v: path / v for v in ("bf16", "mxfp4", "modelopt")})
     monkeypatch.setattr(serve, "apart", lambda _, label, *__, **___: found[label])
-    args = argparse.Namespace(make=False, graphs=False, attention="auto", seconds=1, tensor_parallel=1, rates=False)
-    return {row["variant"]: row for row in serve.measure("gpt-oss-256", args, tmp_path)}
+    return {row["variant"]: row for row in serve.measure("gpt-oss-256", arguments(), tmp_path)}
+
+
+def arguments(variants=None):
+    return argparse.Namespace(
+        make=False, graphs=False, attention="auto", seconds=1, tensor_parallel=1, rates=False, dir=None,
+        variants=variants,
+    )  # fmt: skip
 
 
 def served(shift, greedy=0):
@@ -72,6 +78,20 @@ def test_rows_are_compared_with_the_twin_and_failures_are_rows(monkeypatch, tmp_
     assert "loaded in 2.0 s, peak 3 MiB  decode 4,000 tokens/s" in serve.describe(rows["mxfp4"])
 
 
+def test_chosen_variants_run_beside_the_twin(monkeypatch, tmp_path):
+    monkeypatch.setattr(serve, "make", lambda _, path, **__: {v: path / v for v in ("bf16", "mxfp4", "modelopt")})
+    monkeypatch.setattr(serve, "apart", lambda *_, **__: (served(0), ""))
+    rows = serve.measure("gpt-oss-256", arguments(["Marlin", "load"]), tmp_path)
+    assert [row["variant"] for row in rows] == ["bf16", "mxfp4, Marlin", "cast on load"]
+
+
+def test_a_model_that_was_made_is_used_again(tmp_path):
+    first = serve_models.make("llama", tmp_path / "llama", keep=True)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    assert serve_models.make("llama", tmp_path / "llama", keep=True) == first
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+
+
 def test_without_a_twin_nothing_passes(monkeypatch, tmp_path):
     labels = ("bf16", "mxfp4", "mxfp4, Marlin", "modelopt", "cast on load")
     rows = run(monkeypatch, tmp_path, dict.fromkeys(labels, (served(0), "")) | {"bf16": (None, "no memory")})
@@ -91,10 +111,10 @@ def test_a_process_that_fails_or_hangs_says_so(monkeypatch, tmp_path):
 
 
 def test_a_model_that_cannot_be_made_is_a_row(monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(serve, "make", fail)
-    (row,) = serve.measure("llama", argparse.Namespace(), tmp_path)
+    (row,) = serve.measure("llama", arguments(), tmp_path)
     assert row["error"] == "OSError: the disk is full"
     json.dumps(row)

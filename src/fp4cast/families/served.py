@@ -136,11 +136,10 @@ def _kind(row: Service) -> str:
     return f"{row.models}, " if row.models else ""
 
 
-_RUN = "2026-11-23"
 _TESTED = "2026-11-25"
 _READ = "2026-11-25"
 
-_H200 = "on an H200, Marlin kernels; log-probabilities beside those of the same model in BF16"
+_H100 = "benchmarks/serve.py on an H100, Marlin kernels; log-probabilities beside those of the same model in BF16"
 _VLLM_LOADER = "tests/oracles/vllm_loader.py: its own loader on a CPU, every value compared"
 _HF = "tests/hf/test_hf.py: from_pretrained on a CPU, every value compared"
 
@@ -168,9 +167,8 @@ SERVICES: tuple[Service, ...] = (
         "no name for the scales of the banks, which are dropped; no parameter for the experts' biases (issue 46641)",
     ),
     Service(
-        "gpt-oss", "modelopt", W4A16, "vLLM + fp4cast.vllm", "0.26.0", "serves", _TESTED,
-        "benchmarks/serve.py on an H100, Marlin kernels; log-probabilities beside those of the same model in BF16",
-        "hidden 256 and 2880, one GPU, without CUDA graphs", seen=True,
+        "gpt-oss", "modelopt", BOTH, "vLLM + fp4cast.vllm", "0.26.0", "serves", _TESTED, _H100,
+        "hidden 256 and 2880, up to 32 experts, TP 2 and EP 2, CUDA graphs; W4A4 is computed as W4A16 there", seen=True,
     ),
     Service(
         "gpt-oss", "modelopt", BOTH, "vLLM + fp4cast.vllm", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
@@ -209,7 +207,8 @@ SERVICES: tuple[Service, ...] = (
         "compressed_tensors_moe.py:145-160; models/kimi_k3/nvidia/model.py:1296-1301",
     ),
     Service(
-        "compressed-tensors", "modelopt", W4A16, "vLLM", "0.26.0", "serves", _RUN, _H200, seen=True,
+        "compressed-tensors", "modelopt", BOTH, "vLLM", "0.26.0", "serves", _TESTED, _H100,
+        "TP 2 and EP 2 too; W4A4 is computed as W4A16 there", seen=True,
     ),
     Service(
         "compressed-tensors", "modelopt", BOTH, "vLLM", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
@@ -232,7 +231,7 @@ SERVICES: tuple[Service, ...] = (
         models="dense",
     ),
     Service(
-        "compressed-tensors", "compressed-tensors", W4A16, "vLLM", "0.26.0", "serves", _RUN, _H200, seen=True,
+        "compressed-tensors", "compressed-tensors", W4A16, "vLLM", "0.26.0", "serves", _TESTED, _H100, seen=True,
     ),
     Service(
         "compressed-tensors", "compressed-tensors", BOTH, "vLLM", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
