@@ -32,6 +32,7 @@ usage_of_options() {
   cat <<'EOF'
   --model SRC                A directory, or a Hugging Face model id.
   --quant NAME               nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; nvfp4_mlp_weight_only, w4a16_nvfp4: weights only.
+  --kv_cache_quant NAME      Format of the KV cache: none, the default here (fp8_cast is ModelOpt's), and engines choose; fp8: FP8 with calibrated scales; fp8_cast: with scales of 1.
   --cast_mxfp4_to_nvfp4      Keep the weights of an MXFP4 checkpoint, bit for bit.
   --calib_dataset FILE|ID,... Text files, .jsonl files or Hub datasets, to calibrate activations on; commas between several.
   --calib N,...              At most N samples: one N, or one a dataset with commas between; the last holds for those left.

@@ -14,11 +14,11 @@ from helpers import call, plain
 SCRIPT = Path(__file__).parents[2] / "scripts" / "huggingface_example.sh"
 REFUSED = [row for row in ROWS if not row.meaning]
 ACCEPTED = [row for row in ROWS if row.meaning]
-# As read from the sources that modelopt_options names; --kv_cache_qformat is told elsewhere.
+# As read from the sources that modelopt_options names.
 HF_PTQ = """
 attn_implementation auto_quantize_bits auto_quantize_checkpoint auto_quantize_method auto_quantize_score_size
 awq_block_size batch_size calib_seq calib_size calib_with_images cast_mxfp4_to_nvfp4 cpu_offload dataset device
-export_fmt export_path gpu_max_mem_percentage inference_pipeline_parallel inference_tensor_parallel
+export_fmt export_path gpu_max_mem_percentage inference_pipeline_parallel inference_tensor_parallel kv_cache_qformat
 low_memory_mode max_cpu_memory_gb max_gpu_memory_gb mlflow mlflow_experiment mlflow_run_name model
 moe_calib_experts_ratio no-verbose offload_folder pyt_ckpt_path qformat recipe skip_generate sparsity_fmt
 specdec_offline_dataset trust_remote_code use_fsdp2 use_seq_device_map verbose vllm_fakequant_export
@@ -26,7 +26,7 @@ specdec_offline_dataset trust_remote_code use_fsdp2 use_seq_device_map verbose v
 SHELL = """
 auto_quantize_bits auto_quantize_checkpoint auto_quantize_method auto_quantize_score_size awq_block_size batch
 calib calib_batch_size calib_dataset calib_seq calib_with_images cast_mxfp4_to_nvfp4 gpu_max_mem_percentage
-input kv_cache_free_gpu_memory_fraction lm_eval_limit lm_eval_tasks low_memory_mode mmlu_limit model
+input kv_cache_free_gpu_memory_fraction kv_cache_quant lm_eval_limit lm_eval_tasks low_memory_mode mmlu_limit model
 moe_calib_experts_ratio no-verbose output pp quant recipe simple_eval_limit simple_eval_tasks sparsity tasks tp
 trust_remote_code use_seq_device_map vlm
 """

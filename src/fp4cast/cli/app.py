@@ -25,6 +25,7 @@ from fp4cast.cli.options import (
     InputScales,
     Jobs,
     Json,
+    KvCacheOption,
     LayoutOption,
     NoSync,
     NoVerify,
@@ -105,6 +106,7 @@ def convert(
     activations: OptionalActivations = None,
     input_scales: InputScales = None,
     inexact: InexactOption = "fail",
+    kv_cache_qformat: KvCacheOption = "none",
     jobs: Jobs = None,
     engine: Where = "local",
     shards: Shards = None,
@@ -122,7 +124,7 @@ def convert(
     """
     alone = resume or restart
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
-    options = ConvertOptions(layout, activations, input_scales, inexact)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return

@@ -14,6 +14,7 @@ from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
+from fp4cast.formats import KvCache
 from fp4cast.verification.files import FilesReport
 from fp4cast.verification.report import Difference, InexactTensor, Report
 
@@ -114,6 +115,8 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         rows.append(("companions", f"[yellow]{len(wrong)} files differ[/]; --strict counts them as wrong"))
     if report.activations == "w4a4":
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
+    if report.kv_cache_qformat != "none":
+        rows.append(("KV cache", kv_cache_sentence(report.kv_cache_qformat)))
     rows += [
         ("Marlin", f"{_marlin_sentence(report)} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
         ("served by", report.served),
@@ -133,6 +136,12 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     _show_differences(console, report.differences)
     if report.ok:
         console.print(f"[bold]next[/]  {escape(printable(report.serve))}", soft_wrap=True)
+
+
+def kv_cache_sentence(name: KvCache) -> str:
+    """What a format of the KV cache other than "none" means."""
+    scales = "calibrated scales" if name == "fp8" else "scales of 1"
+    return f"FP8 with {scales}, quantized while serving: that part is not lossless"
 
 
 def _marlin_sentence(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from fp4cast.casting.inexact import Inexact
 from fp4cast.cli.console import people_console, print_json, run_or_exit
-from fp4cast.cli.display import show_facts, show_inexact
+from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact
 from fp4cast.cli.modelopt_options import PtqCommand, meaning
 from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
 from fp4cast.cli.progress import format_bytes
@@ -62,6 +63,9 @@ Remote = Annotated[bool, typer.Option("--trust_remote_code", help=meaning("--tru
 Attention = Annotated[
     str | None, typer.Option("--attn_implementation", metavar="NAME", help=meaning("--attn_implementation"))
 ]
+KvCache = Annotated[
+    str, typer.Option("--kv_cache_qformat", "--kv_cache_quant", metavar="NAME", help=meaning("--kv_cache_qformat"))
+]
 Verbose = Annotated[bool, typer.Option("--verbose/--no-verbose", help=meaning("--verbose"))]
 SkipGenerate = Annotated[bool, typer.Option("--skip_generate", help=meaning("--skip_generate"))]
 ExportFmt = Annotated[str, typer.Option("--export_fmt", metavar="hf", help=meaning("--export_fmt"))]
@@ -93,14 +97,15 @@ def ptq(
     use_seq_device_map: Sequential = False,
     gpu_max_mem_percentage: GpuShare = 0.8,
     layout: LayoutOption = "modelopt",
+    kv_cache_qformat: KvCache = "none",
     inexact: Nearest = "fail",
     trust_remote_code: Remote = False,
     attn_implementation: Attention = None,
     verbose: Verbose = True,
-    skip_generate: SkipGenerate = False,  # noqa: ARG001, nothing depends on it
-    export_fmt: ExportFmt = "hf",  # noqa: ARG001, accepted as ModelOpt's, and checked by PtqCommand
-    sparsity_fmt: Sparsity = "dense",  # noqa: ARG001, accepted as ModelOpt's, and checked by PtqCommand
-    inference_parallel: ServingGpus = 1,  # noqa: ARG001, nothing depends on it
+    skip_generate: SkipGenerate = False,
+    export_fmt: ExportFmt = "hf",
+    sparsity_fmt: Sparsity = "dense",
+    inference_parallel: ServingGpus = 1,
     jobs: Jobs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -109,32 +114,14 @@ def ptq(
 
     To change only the weights of an MXFP4 checkpoint, use `fp4cast convert`, which needs no model.
     """
+    given = dict(locals())  # the options have the names of these
 
     def work(meter: Any) -> Quantized:
         from fp4cast.ptq.flow import Options, quantize
 
-        return quantize(
-            Options(
-                pyt_ckpt_path,
-                export_path,
-                qformat,
-                cast_mxfp4_to_nvfp4,
-                dataset=dataset,
-                calib_size=_sizes(calib_size),
-                calib_seq=calib_seq,
-                batch_size=batch_size,
-                device=device,
-                use_seq_device_map=use_seq_device_map,
-                gpu_max_mem_percentage=gpu_max_mem_percentage,
-                layout=layout,
-                inexact=inexact,
-                overwrite=overwrite,
-                trust_remote_code=trust_remote_code,
-                jobs=jobs,
-                attn_implementation=attn_implementation,
-            ),
-            meter,
-        )
+        given["calib_size"] = _sizes(calib_size)
+        options = Options(**{field.name: given[field.name] for field in fields(Options)})
+        return quantize(options, meter)
 
     _tell(run_or_exit(as_json, work), as_json, verbose)
 
@@ -221,6 +208,8 @@ def _show(console: Console, done: Quantized, verbose: bool) -> None:
         )
         rows.append(("calibration", text))
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
+    if exported.kv_cache_qformat != "none":
+        rows.append(("KV cache", kv_cache_sentence(exported.kv_cache_qformat)))
     rows += [
         ("served by", exported.served),
         ("time", ", ".join(f"{name} {value:.1f} s" for name, value in done.seconds.items())),

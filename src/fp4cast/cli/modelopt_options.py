@@ -51,6 +51,12 @@ ROWS = (
         "nvfp4, nvfp4_mlp_only, nvfp4_experts_only, nvfp4_omlp_only: W4A4; nvfp4_mlp_weight_only, w4a16_nvfp4: "
         "weights only.",
     ),
+    Row(
+        ("--kv_cache_qformat", "--kv_cache_quant"),
+        "NAME",
+        "Format of the KV cache: none, the default here (fp8_cast is ModelOpt's), and engines choose; fp8: FP8 with "
+        "calibrated scales; fp8_cast: with scales of 1.",
+    ),
     Row(("--export_path", ""), "DST", "The directory to make."),
     Row(
         ("--cast_mxfp4_to_nvfp4", "--cast_mxfp4_to_nvfp4"), "", "Keep the weights of an MXFP4 checkpoint, bit for bit."

@@ -56,6 +56,15 @@ InexactOption = Annotated[
     Inexact,
     typer.Option("--inexact", help="Where no tensor scale is exact: stop before writing, or write the nearest values."),
 ]
+KvCacheOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-qformat",
+        "--kv_cache_qformat",
+        metavar="none|fp8_cast",
+        help="Ask engines for a KV cache in FP8, with scales of 1; none: leave it to them.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST of fp4cast, once the new one is complete.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")

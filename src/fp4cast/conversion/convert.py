@@ -29,6 +29,7 @@ def convert(
     activations: str | None = None,
     input_scales: InputScalesLike | None = None,
     inexact: str = "fail",
+    kv_cache_qformat: str = "none",
     jobs: int | None = None,
     engine: str = "local",
     resume: bool = False,
@@ -51,6 +52,7 @@ def convert(
         input_scales: for w4a4: a number (the input_scale of every projection), or a mapping or file (JSON,
             safetensors) of projection name -> amax of its input.
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
+        kv_cache_qformat: "none", or "fp8_cast" for a KV cache in FP8 with scales of 1.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
         resume: refuse to begin anew where an interrupted conversion had another source or other options.
@@ -66,7 +68,7 @@ def convert(
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
-    options = ConvertOptions(layout, activations, input_scales, inexact)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat)
     return convert_checkpoint(
         src,
         dst,

@@ -33,6 +33,7 @@ from fp4cast.conversion.recipe import (
     Output,
     OutputShard,
     index,
+    kv_constants,
     nvfp4,
     place,
 )
@@ -57,12 +58,14 @@ class ConvertOptions:
         input_scales: for w4a4: a number (the input_scale of every projection), or a mapping or file (JSON,
             safetensors) of projection name -> amax of its input.
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
+        kv_cache_qformat: "none", or "fp8_cast" for a KV cache in FP8 with scales of 1.
     """
 
     layout: str = DEFAULT_LAYOUT
     activations: str | None = None
     input_scales: InputScalesLike | None = None
     inexact: str = "fail"
+    kv_cache_qformat: str = "none"
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,12 @@ def make_plan(
     check_inexact(options.inexact)
     source = read_source(open_checkpoint(path))
     stamps = stamp(source.checkpoint)
-    target = choose_target(source.family, options.layout, options.activations, path)
+    target = choose_target(source.family, options.layout, options.activations, path, options.kv_cache_qformat)
+    if target.kv_cache == "fp8":
+        raise UsageError(
+            "--kv_cache_qformat fp8 needs scales that only running the model can find: use fp4cast ptq, or fp8_cast, "
+            "whose scales are 1"
+        )
     selection = castable(source, target)
     amax = _activation_scales(target, options.input_scales, selection.modules)
     found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress)
@@ -164,7 +172,7 @@ def make_plan(
     for domain in domains:
         for pair in domain.pairs:
             new |= _outputs(pair, domain, target, amax)
-    shards = tuple(place(source.checkpoint, new))
+    shards = tuple(place(source.checkpoint, new, kv_constants(source.checkpoint, target)))
     table = index(shards)
     files = documents(source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank)
     _check_configs(path, files, source, target, selection)

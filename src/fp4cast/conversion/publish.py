@@ -14,6 +14,7 @@ from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf, Progress
+from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.receipt import Receipt, input_scales_digest, weight_digest
 from fp4cast.verification.report import InexactTensor, Report, inexact_tensor
 from fp4cast.verification.verify import verify_checkpoint
@@ -56,14 +57,17 @@ def publish(
 
 
 def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checksum]) -> Receipt:
-    """The receipt: what was made, digests that identify rounded tensors and input scales, checksums of all files."""
+    """The receipt: what was made, digests of what no source value pins down, checksums of all files."""
     target, modules, w4a4 = plan.target, plan.selection.modules, plan.target.activations == "w4a4"
-    written = open_checkpoint(stage.out, stage.config).tensors if report.inexact or w4a4 else {}
+    scaled = report.inexact or w4a4 or target.kv_cache != "none"
+    written = open_checkpoint(stage.out, stage.config).tensors if scaled else {}
+    cache = kv_scales_of(target.layout, plan.source.checkpoint.tensors, written)
     digests = {tensor.name: weight_digest(target.names(tensor.name), written) for tensor in report.inexact}
     return Receipt.of(
         report,
         digests=digests,
         input_scales=input_scales_digest(target.form, modules, written) if w4a4 else None,
+        kv_scales=kv_scales_digest(cache) if target.kv_cache != "none" else None,
         files=files,
     )
 

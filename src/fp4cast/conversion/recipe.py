@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,9 @@ from fp4cast.checkpoints.json_files import index_bytes
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair
 from fp4cast.formats import Bytes
-from fp4cast.layouts.layout import DTYPES, Form
+from fp4cast.layouts.engine_view import ancestors
+from fp4cast.layouts.kv_cache import plain_attention
+from fp4cast.layouts.layout import DTYPES, Form, Layout, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class BlockScalesOf:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Bytes known beforehand: tensor scales and input scales."""
+    """Bytes known beforehand: tensor scales, input scales, and those of the KV cache."""
 
     data: bytes
 
@@ -147,12 +149,57 @@ def _scalar(value: float, reciprocal: bool) -> Constant:
     return Constant(np.float32(1 / value if reciprocal else value).astype("<f4").tobytes())
 
 
-def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterator[OutputShard]:
+def kv_scales(
+    layout: Layout, checkpoint: Checkpoint, scales: Mapping[str, tuple[float, float]]
+) -> dict[str, list[Output]]:
+    """The scales of an FP8 KV cache, by the source tensor that they are written beside.
+
+    Args:
+        layout: how they are named.
+        checkpoint: the source.
+        scales: by attention: of its keys, and of its values.
+
+    Raises:
+        UnsupportedError: the source has no tensor of an attention.
+    """
+    found: dict[str, list[Output]] = {}
+    first = _first_tensors(checkpoint, scales)
+    for attention, pair in scales.items():
+        if attention not in first:
+            raise UnsupportedError(f"{checkpoint.path}: holds no tensor of {attention}, whose KV cache has scales")
+        found[first[attention]] = [
+            Output(f"{attention}{suffix}", DTYPES.tensor_scale, layout.projection.scalar_shape, _scalar(scale, False))
+            for suffix, scale in zip(layout.kv_scales, pair, strict=True)
+        ]
+    return found
+
+
+def kv_constants(checkpoint: Checkpoint, target: Target) -> dict[str, list[Output]]:
+    """Like `kv_scales`, for `fp8_cast`: scales of 1, where the layout's readers need them; else none."""
+    if target.kv_cache != "fp8_cast" or not target.layout.writes_constants:
+        return {}
+    return kv_scales(target.layout, checkpoint, dict.fromkeys(plain_attention(checkpoint.tensors), (1.0, 1.0)))
+
+
+def _first_tensors(checkpoint: Checkpoint, modules: Collection[str]) -> dict[str, str]:
+    """By module, the first tensor in it or below it."""
+    found: dict[str, str] = {}
+    for name in checkpoint.tensors if modules else ():
+        for module in ancestors(name):
+            if module in modules:
+                found.setdefault(module, name)
+    return found
+
+
+def place(
+    checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]], beside: Mapping[str, Sequence[Output]] | None = None
+) -> Iterator[OutputShard]:
     """The counterpart of every source shard: the same tensors in the same order, cast ones replaced.
 
     Args:
         checkpoint: the source.
         new: the outputs that replace a source tensor, by its name.
+        beside: more outputs, by the source tensor whose file they go into.
 
     Raises:
         UnsupportedError: two tensors would have one name, or a tensor would have a name that no header can hold.
@@ -162,8 +209,10 @@ def place(checkpoint: Checkpoint, new: Mapping[str, Sequence[Output]]) -> Iterat
         outputs = [
             output
             for tensor in shard.tensors.values()
-            for output in new.get(tensor.name)
-            or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]
+            for output in (
+                *(new.get(tensor.name) or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]),
+                *(beside or {}).get(tensor.name, ()),
+            )
         ]
         _add_names(names, outputs, checkpoint.path / file)
         yield _place(file, shard, outputs)

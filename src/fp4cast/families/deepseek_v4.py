@@ -21,5 +21,6 @@ DEEPSEEK_V4 = Family(
     hint="Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
     "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
     layouts=("modelopt",),
+    kv_cache=False,  # vLLM 0.32: models/deepseek_v4/quant_config.py passes `kv_cache_quant_algo=None`
     beside_fp8=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
 )

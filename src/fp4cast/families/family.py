@@ -46,6 +46,7 @@ class Family:
         aliases: (pattern, what engines may call that part of a module's name), applied one after the other.
         beside_fp8: names and patterns that the config lists as not NVFP4, for checkpoints that are FP8 but for the
             experts; empty if engines read no such config of this family.
+        kv_cache: engines keep the KV cache as the config says.
         bias: returns the exponent bias of the scale bytes, given config.json.
         known_as: its name in the rows of `families.served`, if another.
     """
@@ -64,6 +65,7 @@ class Family:
     hint: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     beside_fp8: tuple[str, ...] = ()
+    kv_cache: bool = True
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
     known_as: str = ""
 

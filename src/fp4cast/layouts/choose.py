@@ -9,6 +9,7 @@ from fp4cast.errors import UsageError
 from fp4cast.families.family import Family
 from fp4cast.formats import Activations
 from fp4cast.layouts.compressed_tensors import COMPRESSED_TENSORS
+from fp4cast.layouts.kv_cache import find_kv_cache
 from fp4cast.layouts.layout import Layout, Target
 from fp4cast.layouts.modelopt import MODELOPT
 
@@ -43,7 +44,11 @@ def find_activations(name: str | None) -> Activations:
 
 
 def choose_target(
-    family: Family, layout: str = DEFAULT_LAYOUT, activations: str | None = None, path: Path | None = None
+    family: Family,
+    layout: str = DEFAULT_LAYOUT,
+    activations: str | None = None,
+    path: Path | None = None,
+    kv_cache: str = "none",
 ) -> Target:
     """The target for a family.
 
@@ -52,11 +57,12 @@ def choose_target(
         layout: the name of one of `LAYOUTS`.
         activations: one of `ACTIVATIONS`; None for w4a16 where the family can be served so.
         path: the source, which errors name.
+        kv_cache: one of `KV_CACHES`.
 
     Raises:
-        UsageError: the family has no such layout, or cannot be served with such activations.
+        UsageError: the family has no such layout, or cannot be served with such activations or such a KV cache.
     """
-    found, wanted = find_layout(layout), find_activations(activations)
+    found, wanted, cache = find_layout(layout), find_activations(activations), find_kv_cache(kv_cache)
     where = "" if path is None else f"{path}: "
     if layout not in family.layouts:
         others = " or ".join(f"--layout {name}" for name in family.layouts)
@@ -64,7 +70,12 @@ def choose_target(
     if wanted not in family.activations:
         served = " or ".join(each.upper() for each in family.activations)
         raise UsageError(f"{where}engines serve NVFP4 {family.title} as {served} only. {family.hint}".rstrip())
-    return Target(found, wanted, family)
+    if cache != "none" and not family.kv_cache:
+        raise UsageError(
+            f"{where}engines keep the KV cache of {family.title} in a format of their own, whatever a checkpoint asks "
+            f"for; drop --kv_cache_qformat {kv_cache}"
+        )
+    return Target(found, wanted, family, cache)
 
 
 def targets_of(family: Family) -> list[Target]:

@@ -13,6 +13,7 @@ from fp4cast.checkpoints.quantization_config import find_quantization_config, se
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import MX_BLOCK, NV_BLOCK
 from fp4cast.layouts.documents import plain_modules
+from fp4cast.layouts.kv_cache import FP8
 from fp4cast.layouts.layout import Form, Layout, Names, Writing
 
 
@@ -31,6 +32,8 @@ def _documents(writing: Writing) -> dict[str, dict[str, Any]]:
         # Exact names beside the source's patterns, whether these cover them or not: nothing is left to a pattern.
         "ignore": ignore + sorted(set(plain_modules(writing)) - set(ignore)),
     }
+    if writing.target.kv_cache != "none":
+        section["kv_cache_scheme"] = {**FP8, "strategy": "tensor", "symmetric": True}
     set_quantization_config(writing.config, section)
     return {CONFIG: writing.config}
 
@@ -42,6 +45,8 @@ COMPRESSED_TENSORS = Layout(
     ),
     bank=None,
     documents=_documents,
+    kv_scales=(".k_scale", ".v_scale"),
+    writes_constants=True,  # transformers leaves memory as it is where they are missing
 )
 
 

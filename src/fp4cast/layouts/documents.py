@@ -13,8 +13,8 @@ from typing import Any
 from fp4cast._version import __version__
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint
 from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
-from fp4cast.checkpoints.quantization_config import misplaced_quantization_configs
-from fp4cast.errors import CheckpointError
+from fp4cast.checkpoints.quantization_config import find_quantization_config, misplaced_quantization_configs
+from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.layouts.layout import Target, Writing
 
 
@@ -36,6 +36,12 @@ def documents(
     """
     for sentence in misplaced_quantization_configs(checkpoint.config):
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {sentence}")
+    own = find_quantization_config(checkpoint.config).section.get("kv_cache_scheme")
+    if target.kv_cache != "none" and own is not None:
+        raise UsageError(
+            f"{checkpoint.path / CONFIG}: has a kv_cache_scheme of its own, {str(own)[:200]}; expected none, or no "
+            f"--kv_cache_qformat {target.kv_cache}"
+        )
     try:
         config = copy.deepcopy(dict(checkpoint.config))
     except RecursionError as error:

@@ -21,6 +21,7 @@ from fp4cast.layouts.patterns import PatternError, names_and_wildcards, spelling
 Section = Mapping[str, Any]
 _TOP = ("quantization_config",)
 _ARGS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NV_BLOCK}
+_KV_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _SPEC = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NV_BLOCK, "symmetric": True}
 
 
@@ -114,6 +115,9 @@ def _modelopt(
         del said["group_size"]  # as in ModelOpt's own export
     if fp8:
         said["moe_quant_algo"] = "NVFP4"
+    cached = claims.kv_cache and held.family.kv_cache
+    if cached:
+        said["kv_cache_scheme"] = _KV_CACHE
     listed = {}
     if layers is not None:
         entry = {"quant_algo": algorithm, "group_size": NV_BLOCK}
@@ -123,7 +127,7 @@ def _modelopt(
     yield from (Fault(CONFIG, sentence) for sentence in sentences)
     twin = {
         "quant_algo": said["quant_algo"],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": "FP8" if cached else None,
         "group_size": NV_BLOCK,
         "exclude_modules": _Kept(section.get("ignore")),
         **listed,
@@ -174,6 +178,8 @@ def _compressed_tensors(section: Section, old: Section, claims: Claims, held: He
         "config_groups": expected,
         "ignore": _Names,
     }
+    if claims.kv_cache and old.get("kv_cache_scheme") is None:
+        said["kv_cache_scheme"] = {**_KV_CACHE, "strategy": "tensor", "symmetric": True}
     yield from _compare("quantization_config", section, said)
     if not any(isinstance(group, dict) for group in expected.values()):
         yield f"config_groups has no group of MXFP4 in the source ({_short(groups)}), expected one that becomes NVFP4"

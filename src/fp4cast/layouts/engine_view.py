@@ -30,6 +30,7 @@ class Claims:
         ignores: returns the modules that entries of `ignore` mean: (entries, modules).
         other_groups: modules in other formats have groups of their own, beside `ignore`.
         path: the config file, which errors name.
+        kv_cache: it asks for a quantized KV cache.
     """
 
     layout: str
@@ -39,6 +40,7 @@ class Claims:
     ignores: Callable[[Iterable[str], Sequence[str]], set[str]]
     other_groups: bool = False
     path: Path = Path(CONFIG)
+    kv_cache: bool = False
 
     def quantized(self, modules: Iterable[str]) -> set[str]:
         """Those of the modules that an engine would load as NVFP4.
@@ -68,7 +70,7 @@ def read_claims(config: Mapping[str, Any], path: Path = Path(CONFIG)) -> Claims:
     section = find_quantization_config(config).section
     for clause in _CLAUSES:
         if (claims := clause(section)) is not None:
-            return replace(claims, path=path)
+            return replace(claims, path=path, kv_cache=section.get("kv_cache_scheme") is not None)
     if not section:
         raise UnsupportedError(
             f"{path}: the config describes no NVFP4 checkpoint, and no quantization at all. `fp4cast verify SRC DST` "

@@ -12,7 +12,7 @@ from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
 from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.families.family import Family, Pair, Source
-from fp4cast.formats import NV_BLOCK, Activations
+from fp4cast.formats import NV_BLOCK, Activations, KvCache
 
 
 class Names(NamedTuple):
@@ -108,12 +108,16 @@ class Layout:
         bank: how a bank of experts is stored; None where no engine reads one.
         documents: returns the config files by name. Conversion calls it; verification never does, and reads the files
             with `engine_view`.
+        kv_scales: the suffixes of an FP8 KV cache's scales, for keys and for values, after the attention's name.
+        writes_constants: the readers need these scales even where they are 1.
     """
 
     name: str
     projection: Form
     bank: Form | None
     documents: Callable[[Writing], dict[str, dict[str, Any]]]
+    kv_scales: tuple[str, str]
+    writes_constants: bool = False
 
     def form(self, bank: bool) -> Form:
         """How a projection or a bank is stored.
@@ -135,11 +139,13 @@ class Target:
         layout: how tensors are named and stored.
         activations: "w4a16" (no activation scale) or "w4a4".
         family: the source's.
+        kv_cache: the format of the KV cache.
     """
 
     layout: Layout
     activations: Activations
     family: Family
+    kv_cache: KvCache = "none"
 
     @cached_property
     def form(self) -> Form:

@@ -22,6 +22,7 @@ from fp4cast.checkpoints.quantization_config import (
 from fp4cast.errors import UsageError
 from fp4cast.families.merging import expert_projection, merged_module
 from fp4cast.formats import NV_BLOCK
+from fp4cast.layouts.kv_cache import FP8
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
 
 Section = dict[str, Any]
@@ -36,6 +37,9 @@ def _documents(writing: Writing) -> dict[str, Section]:
     else:
         _refuse_other_groups(writing)
         section, quantization = _bank(writing) if writing.bank else _projections(writing)
+        if writing.target.kv_cache != "none":
+            section["kv_cache_scheme"] = FP8
+            quantization["kv_cache_quant_algo"] = "FP8"
         drop_quantization_configs(config)
         config["quantization_config"] = section | {"producer": producer}
     return {CONFIG: config, QUANT_CONFIG: {"producer": producer, "quantization": quantization}}
@@ -46,6 +50,7 @@ MODELOPT = Layout(
     projection=Form(Names(".weight", ".weight_scale", ".weight_scale_2", ".input_scale")),
     bank=Form(Names("", "_weight_scale", "_weight_scale_2", "_input_scale"), transposed=True),
     documents=_documents,
+    kv_scales=(".k_proj.k_scale", ".v_proj.v_scale"),
 )
 
 

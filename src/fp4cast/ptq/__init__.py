@@ -11,6 +11,7 @@ from fp4cast.ptq.amax import (
     compute_per_block_amax_for_mxfp4,
     quantizer_name_from_blocks_key,
 )
+from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.cast import apply_to_model, build_amax_map
 from fp4cast.ptq.export import Exported, export
 from fp4cast.ptq.flow import Quantized, quantize
@@ -36,6 +37,7 @@ __all__ = [
     "TensorQuantizer",
     "apply_to_model",
     "attach",
+    "attach_kv_cache",
     "build_amax_map",
     "compute_amax_for_mxfp4",
     "compute_global_amax_for_scales",

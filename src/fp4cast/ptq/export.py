@@ -21,17 +21,19 @@ from fp4cast.checkpoints.directory import RECEIPT, Checkpoint, check_stamps, com
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.conversion.execute import Finished, execute
-from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, nvfp4, place
+from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, kv_constants, kv_scales, nvfp4, place
 from fp4cast.conversion.staging import ONCE, Staging, staging
 from fp4cast.errors import VerificationError
-from fp4cast.formats import NV_BLOCK, Activations
+from fp4cast.formats import NV_BLOCK, Activations, KvCache
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
+from fp4cast.ptq.attention import calibrated_kv_scales
 from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
+from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.receipt import Receipt, weight_digest
 from fp4cast.verification.report import ByteCounts, InexactTensor
 
@@ -54,6 +56,7 @@ class Exported:
         destination: the new directory.
         layout: as in `fp4cast.convert`.
         activations: "w4a16" or "w4a4".
+        kv_cache_qformat: the format of the KV cache.
         tensors: counts of weights "quantized", of those from MXFP4 "exact" and "inexact", and of tensors "copied".
         inexact: weights from MXFP4 whose written values are not the source's, with the measured errors.
         bytes: "read" from the source's files, and "written".
@@ -65,6 +68,7 @@ class Exported:
     destination: str
     layout: str
     activations: Activations
+    kv_cache_qformat: KvCache
     tensors: WeightCounts
     inexact: Sequence[InexactTensor]
     bytes: ByteCounts
@@ -78,6 +82,7 @@ class Exported:
             "destination": self.destination,
             "layout": self.layout,
             "activations": self.activations,
+            "kv_cache_qformat": self.kv_cache_qformat,
             "tensors": dict(self.tensors),
             "inexact": [tensor.to_json() for tensor in self.inexact],
             "bytes": dict(self.bytes),
@@ -92,6 +97,7 @@ def export(
     source: str | Path,
     *,
     layout: str = "modelopt",
+    kv_cache_qformat: str | None = None,
     lossless: Collection[str] = (),
     cast: Collection[str] = (),
     overwrite: bool = False,
@@ -105,6 +111,7 @@ def export(
         destination: the directory to make; it is published when it is complete.
         source: the checkpoint that the model was loaded from: a directory or a model id.
         layout: "modelopt", or "compressed-tensors" for models without batched experts.
+        kv_cache_qformat: as in `Options`; None for "fp8" where `attach` quantized the KV cache, else "none".
         lossless: modules whose written weights must equal the source's MXFP4 ones.
         cast: modules that `apply_to_model` has set, which may be rounded to the nearest; all other inexact ones are
             no casts, and `verify` says so.
@@ -120,7 +127,7 @@ def export(
     """
     opened = open_model(source)
     check_destination(opened.checkpoint.path, real_path(destination), overwrite=overwrite)
-    target = model_target(opened, model, layout)
+    target = model_target(opened, model, layout, kv_cache_qformat)
     return write_model(
         model,
         destination,
@@ -152,7 +159,7 @@ def write_model(
     replaced = {tensor.name for weight in weights for tensor in weight.replaces}
     check_untouched(model, checkpoint, replaced)
     engine = make_engine("local", jobs)
-    shards = list(place(checkpoint, _outputs(weights)))
+    shards = list(place(checkpoint, _outputs(weights), _kv_outputs(model, checkpoint, target)))
     files, companions = _documents(checkpoint, target, weights, replaced, shards), companion_sizes(checkpoint)
     with staging(checkpoint.path, real_path(destination), overwrite=overwrite, keep=False) as stage:
         written = _write(shards, companions, stage, engine, progress)
@@ -161,20 +168,17 @@ def write_model(
         noted |= {name: shard.checksum for name, shard in written.items()}
         inexact = read_back(weights, target, stage, engine, progress)
         _check_lossless(inexact, lossless, destination)
-        stage.write_receipt(RECEIPT, _receipt(weights, target, stage, inexact, cast, noted).to_bytes())
+        stage.write_receipt(
+            RECEIPT, _receipt(weights, target, checkpoint.tensors, stage, inexact, cast, noted).to_bytes()
+        )
         stage.publish(checkpoint.path, overwrite=overwrite)
-    pairs = sum(weight.pair is not None for weight in weights)
     return Exported(
         source=str(checkpoint.path),
         destination=str(destination),
         layout=target.layout.name,
         activations=target.activations,
-        tensors={
-            "quantized": len(weights),
-            "exact": pairs - len(inexact),
-            "inexact": len(inexact),
-            "copied": len(checkpoint.tensors) - len(replaced),
-        },
+        kv_cache_qformat=target.kv_cache,
+        tensors=_counts(weights, len(inexact), len(checkpoint.tensors) - len(replaced)),
         inexact=inexact,
         bytes={
             "read": sum(shard.size for shard in checkpoint.shards.values()),
@@ -183,6 +187,11 @@ def write_model(
         seconds=time.monotonic() - begin,
         served=target.served,
     )
+
+
+def _counts(weights: Sequence[Weight], inexact: int, copied: int) -> WeightCounts:
+    pairs = sum(weight.pair is not None for weight in weights)
+    return {"quantized": len(weights), "exact": pairs - inexact, "inexact": inexact, "copied": copied}
 
 
 def _write(
@@ -221,6 +230,7 @@ def _documents(
 def _receipt(
     weights: Sequence[Weight],
     target: Target,
+    source: Collection[str],
     stage: Staging,
     inexact: Sequence[InexactTensor],
     cast: Collection[str],
@@ -228,15 +238,18 @@ def _receipt(
 ) -> Receipt:
     """The receipt: what is no cast, and digests of what the source does not determine."""
     written = open_checkpoint(stage.out, stage.config).tensors
+    cache = kv_scales_of(target.layout, source, written)
     facts = {
         "layout": target.layout.name,
         "activations": target.activations,
+        "kv_cache_qformat": target.kv_cache,
         "inexact": [tensor.to_json() for tensor in inexact],
     }
     return Receipt(
         facts,
         digests={tensor.name: weight_digest(target.names(tensor.name), written) for tensor in inexact},
         files=noted,
+        kv_scales=kv_scales_digest(cache) if target.kv_cache != "none" else None,
         quantized=frozenset(weight.module for weight in weights if weight.pair is None)
         | {tensor.name for tensor in inexact if tensor.name not in cast},
     )
@@ -249,6 +262,13 @@ def _check_lossless(inexact: Sequence[InexactTensor], lossless: Collection[str],
             f"{destination}: {len(wrong)} of {len(lossless)} weights that the cast keeps were written with other "
             f"values, the first is {first}; nothing was published. Do the quantizers still hold what the cast set?"
         )
+
+
+def _kv_outputs(model: nn.Module, checkpoint: Checkpoint, target: Target) -> dict[str, list[Output]]:
+    """The scales of the KV cache, by the source tensor that they are written beside."""
+    if target.kv_cache == "fp8":
+        return kv_scales(target.layout, checkpoint, calibrated_kv_scales(model))
+    return kv_constants(checkpoint, target)
 
 
 def _outputs(weights: Sequence[Weight]) -> dict[str, list[Output]]:

@@ -19,6 +19,7 @@ from fp4cast.extras import require
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
+from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains, count_lossless, lossless_modules
 from fp4cast.ptq.data import open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import Placement, choose_device, place, use_device
@@ -102,7 +103,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     loop = _Loop(samples, options.batch_size, job.device, progress)
     with _timed(clock, "calibrate"):
         loop.fit(model)  # before there are quantizers: trial runs must leave no trace
-        attach(model, QFORMATS[options.qformat], static=options.cast_mxfp4_to_nvfp4)
+        _attach(model, options, static=options.cast_mxfp4_to_nvfp4)
         max_calibrate(model, loop if samples else None)
     with _timed(clock, "cast"):
         applied = apply_domains(model, job.domains) if options.cast_mxfp4_to_nvfp4 else None
@@ -190,13 +191,21 @@ def _check_source(opened: OpenedModel, options: Options, model: nn.Module) -> tu
     target = None
     if opened.source is not None:
         activations = QFORMATS[options.qformat].activations
-        target = choose_target(opened.source.family, options.layout, activations, opened.checkpoint.path)
+        path, cache = opened.checkpoint.path, options.kv_cache_qformat
+        target = choose_target(opened.source.family, options.layout, activations, path, cache)
         if options.cast_mxfp4_to_nvfp4:
             domains = cast_domains(opened.source, target, options.inexact)
-    attach(model, QFORMATS[options.qformat])
-    target = target or model_target(opened, model, options.layout)
+    _attach(model, options)
+    target = target or model_target(opened, model, options.layout, options.kv_cache_qformat)
     matching_weights(model, opened, target)
     return target, domains
+
+
+def _attach(model: nn.Module, options: Options, static: bool = False) -> None:
+    """Attach the quantizers that the options ask for."""
+    attach(model, QFORMATS[options.qformat], static)
+    if options.kv_cache_qformat == "fp8":
+        attach_kv_cache(model)
 
 
 @dataclass

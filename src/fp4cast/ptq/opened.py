@@ -19,6 +19,7 @@ from fp4cast.families.served import ANY_BANKS
 from fp4cast.formats import Activations
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
+from fp4cast.ptq.attention import quantizes_kv_cache
 from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
 
 
@@ -58,13 +59,14 @@ def open_model(path: str | Path) -> OpenedModel:
         return OpenedModel(checkpoint, stamps, None, str(error))
 
 
-def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
+def model_target(opened: OpenedModel, model: nn.Module, layout: str, kv_cache: str | None = None) -> Target:
     """Choose the target that stores a model's quantized weights.
 
     Args:
         opened: the model's checkpoint.
         model: with quantizers; it may be on the meta device.
         layout: the name of the layout.
+        kv_cache: the format of the KV cache; None for fp8 where the model has quantizers for it, else none.
 
     Raises:
         QuantizerError: nothing is quantized.
@@ -74,7 +76,9 @@ def model_target(opened: OpenedModel, model: nn.Module, layout: str) -> Target:
     if not names:
         raise QuantizerError(f"{type(model).__name__}: no weight is quantized, so there is nothing to export")
     activations: Activations = "w4a4" if any(input_quantizer(model, name).is_enabled for name in names) else "w4a16"
-    return choose_target(_family(opened, any(map(is_bank, names))), layout, activations, opened.checkpoint.path)
+    family = _family(opened, any(map(is_bank, names)))
+    cache = kv_cache or ("fp8" if quantizes_kv_cache(model) else "none")
+    return choose_target(family, layout, activations, opened.checkpoint.path, cache)
 
 
 # A BF16 model is written like the family whose weights look like its own; what serves it depends on the model.

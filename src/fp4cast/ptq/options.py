@@ -9,10 +9,13 @@ from pathlib import Path
 from fp4cast.casting.inexact import check_inexact
 from fp4cast.errors import UsageError
 from fp4cast.layouts.choose import find_layout
+from fp4cast.layouts.kv_cache import find_kv_cache
 from fp4cast.ptq.data import check_counts
 from fp4cast.ptq.qformats import find_qformat
 
 _WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
+
+_CACHE_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --kv_cache_qformat fp8_cast."
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Options:
         trust_remote_code: run the model code in the checkpoint.
         jobs: threads that write; None for one a core.
         attn_implementation: the attention that transformers runs; None for the model's own.
+        kv_cache_qformat: "none", "fp8" for a KV cache in FP8 with calibrated scales, or "fp8_cast" with scales of 1.
     """
 
     pyt_ckpt_path: str | Path
@@ -56,6 +60,7 @@ class Options:
     trust_remote_code: bool = False
     jobs: int | None = None
     attn_implementation: str | None = None
+    kv_cache_qformat: str = "none"
 
 
 def check_options(options: Options) -> None:
@@ -70,8 +75,13 @@ def check_options(options: Options) -> None:
     if options.inexact == "nearest" and not options.cast_mxfp4_to_nvfp4:
         raise UsageError("--inexact nearest belongs to --cast_mxfp4_to_nvfp4: without it every weight is rounded")
     check_counts(options.calib_size, options.calib_seq, options.batch_size)
+    cache = find_kv_cache(options.kv_cache_qformat)
     if qformat.activations == "w4a4" and not options.dataset:
         raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
+    if cache == "fp8":
+        if not options.dataset:
+            raise UsageError(f"--kv_cache_qformat fp8 needs text to run the model on. {_CACHE_WAYS_OUT}")
+        return
     given = [f"--{name}" for name in ("dataset", "calib_size", "calib_seq", "batch_size") if getattr(options, name)]
     if qformat.activations == "w4a16" and given:
         raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")

@@ -61,6 +61,8 @@ QFORMATS: dict[str, QFormat] = {
     )
 }
 
+KV_CACHE = QFormat("fp8", (("*[kv]_bmm_quantizer", True),))  # ModelOpt's names; no towers either
+
 
 def find_qformat(names: str | Sequence[str], cast: bool = False) -> QFormat:
     """Find the one format that the user named.

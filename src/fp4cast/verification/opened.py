@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
@@ -12,6 +12,7 @@ from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.engine_view import Claims, read_claims
 from fp4cast.layouts.layout import Selection, Target, select
+from fp4cast.verification.kv_cache import KvScales, asks_for_fp8, kv_cache_format, kv_scales_of
 from fp4cast.verification.receipt import Receipt
 
 
@@ -27,6 +28,7 @@ class Opened:
         claims: what that config says of each module.
         selection: which of the source's tensors that layout casts.
         receipt: the destination's fp4cast.json.
+        kv_scales: the scales of its KV cache; empty where it does not ask for a quantized one.
     """
 
     source: Source
@@ -36,6 +38,7 @@ class Opened:
     claims: Claims
     selection: Selection
     receipt: Receipt
+    kv_scales: KvScales
 
 
 @gc_paused()
@@ -52,6 +55,10 @@ def open_both(source: Path, destination: Path, config: str) -> Opened:
         target = choose_target(found.family, claims.layout, claims.activations)
     except UsageError as error:
         raise CheckpointError(f"{destination}: claims to be {claims.layout} {claims.activations}: {error}") from error
+    scales: KvScales = {}
+    if asks_for_fp8(claims, found):
+        scales = kv_scales_of(target.layout, found.checkpoint.tensors, opened.tensors)
+        target = replace(target, kv_cache=kv_cache_format(target.layout, scales))
     receipt = Receipt.read(destination)
     selection = select(found, target).with_quantized(receipt.quantized)
-    return Opened(found, opened, config, target, claims, selection, receipt)
+    return Opened(found, opened, config, target, claims, selection, receipt, scales)

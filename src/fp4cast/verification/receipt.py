@@ -34,6 +34,7 @@ class Receipt:
         rounded: half-blocks that were rounded on purpose, by module.
         digests: digests of those modules' tensors.
         input_scales: digest of all input scales; None where there are none.
+        kv_scales: digest of all scales of the KV cache; None where it is not quantized.
         files: the checksum of every file of the destination but the receipt, by its path there.
         quantized: the modules that `ptq` quantized from values; no casts, so that the source does not determine them.
         intact: its digest of itself holds.
@@ -50,6 +51,7 @@ class Receipt:
     intact: bool = True
     found: bool = True
     problem: str = ""
+    kv_scales: str | None = None
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class Receipt:
         *,
         digests: Mapping[str, str],
         input_scales: str | None,
+        kv_scales: str | None,
         files: Mapping[str, Checksum],
     ) -> Receipt:
         """The receipt of a conversion.
@@ -66,11 +69,12 @@ class Receipt:
             report: the conversion's.
             digests: by module, the digest of every tensor in `report.inexact`.
             input_scales: digest of all input scales, for W4A4.
+            kv_scales: digest of all scales of a quantized KV cache.
             files: the checksum of every file.
         """
         facts = {key: value for key, value in report.facts().items() if key != "marlin_exact"}  # verify measures that
         rounded = {tensor.name: tensor.rounded_half_blocks for tensor in report.inexact}
-        return cls(facts, rounded, digests, input_scales, files)
+        return cls(facts, rounded, digests, input_scales, files, kv_scales=kv_scales)
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
@@ -84,12 +88,13 @@ class Receipt:
         inexact = document.get("inexact")
         entries = [entry for entry in inexact if isinstance(entry, dict)] if isinstance(inexact, list) else []
         rounded = {str(entry.get("name")): entry.get("rounded_half_blocks") for entry in entries}
-        scales = document.get("input_scales")
+        scales, cached = document.get("input_scales"), document.get("kv_scales")
         return cls(
             facts={key: value for key, value in document.items() if key not in _OWN},
             rounded={name: count for name, count in rounded.items() if isinstance(count, int)},
             digests=_texts(document.get("digests")),
             input_scales=None if scales is None else str(scales),
+            kv_scales=None if cached is None else str(cached),
             files=_checksums(document.get("files")),
             quantized=_names(document.get("quantized")),
             intact=is_sealed(document) or not found,
@@ -101,6 +106,8 @@ class Receipt:
         document: dict[str, Any] = {"fp4cast": __version__, **self.facts, "digests": dict(self.digests)}
         if self.input_scales is not None:
             document["input_scales"] = self.input_scales
+        if self.kv_scales is not None:
+            document["kv_scales"] = self.kv_scales
         if self.quantized:
             document["quantized"] = sorted(self.quantized)
         document["files"] = {name: self.files[name]._asdict() for name in sorted(self.files)}
@@ -114,7 +121,8 @@ class Receipt:
                 yield f"says {key} is {str(said)[:200]}, measured {str(value)[:200]}"
 
 
-_OWN = {"fp4cast", "digests", "input_scales", "files", "quantized", "digest"}  # keys of the receipt that are no facts
+# Keys of the receipt that are no facts.
+_OWN = {"fp4cast", "digests", "input_scales", "kv_scales", "files", "quantized", "digest"}
 
 
 def _alike(said: object, measured: list[dict[str, Any]]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, get_args
 
 from fp4cast.families.family import Source
-from fp4cast.formats import Activations
+from fp4cast.formats import Activations, KvCache
 from fp4cast.layouts.layout import Selection, Target
 
 
@@ -143,6 +143,7 @@ class Report:
         served: where the result is served, for people.
         serve: the command that does it, or that there is none.
         marlin_zeroed: half-blocks that vLLM's Marlin kernels zero; None where that was not measured.
+        kv_cache_qformat: the format of the KV cache that the destination asks for.
         differences: what verification found wrong; empty when all is well.
         strict: a companion that differs counts as wrong, too.
         notes: what else people should know, in sentences.
@@ -164,6 +165,7 @@ class Report:
     served: str
     serve: str = ""
     marlin_zeroed: int | None = None
+    kv_cache_qformat: KvCache = "none"
     differences: Sequence[Difference] = field(default=())
     strict: bool = False
     notes: Sequence[str] = ()
@@ -225,6 +227,7 @@ class Report:
             served=target.served,
             serve=target.serving_command(destination),
             marlin_zeroed=marlin_zeroed,
+            kv_cache_qformat=target.kv_cache,
             differences=tuple(differences),
             strict=strict,
             notes=tuple(notes),
@@ -245,6 +248,7 @@ class Report:
             "family": self.family,
             "layout": self.layout,
             "activations": self.activations,
+            "kv_cache_qformat": self.kv_cache_qformat,
             "exact": self.exact,
             "tensors": dict(self.tensors),
             "half_blocks": dict(self.half_blocks),

@@ -9,6 +9,7 @@ from pathlib import Path
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
 from fp4cast.checkpoints.json_files import read_json
+from fp4cast.layouts.layout import DTYPES
 from fp4cast.verification.configs import config_faults
 from fp4cast.verification.opened import Opened
 from fp4cast.verification.report import Difference
@@ -24,7 +25,8 @@ def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
         table |= opened.target.form.tensors(pair.module, pair.shape, opened.target.activations)
     for module, tensor in opened.selection.quantized.items():
         table |= opened.target.layout.projection.tensors(module, tensor.shape, opened.target.activations)
-    return table
+    scalar = (DTYPES.tensor_scale, opened.target.layout.projection.scalar_shape)
+    return table | dict.fromkeys(opened.kv_scales, scalar)
 
 
 def tensor_differences(opened: Opened) -> Iterator[Difference]:

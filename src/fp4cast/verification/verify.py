@@ -19,10 +19,12 @@ from fp4cast.formats import usable_scale
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.verification.fast_path import Converted
+from fp4cast.verification.kv_cache import kv_scale_differences
 from fp4cast.verification.opened import Opened, open_both
 from fp4cast.verification.quantized import LEAST_SNR, TOO_FAR, judge_quantized
-from fp4cast.verification.receipt import input_scales_digest, weight_digest
+from fp4cast.verification.receipt import weight_digest
 from fp4cast.verification.report import Difference, HalfBlockCounts, Report, inexact_tensor
+from fp4cast.verification.scales import input_scale_differences, shared_scale_differences
 from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredScales, check_shard
 from fp4cast.verification.structure import document_differences, tensor_differences
 from fp4cast.verification.values import Comparison
@@ -81,7 +83,11 @@ def verify_checkpoint(
         found.add(_judge_shard(opened, work, findings))
     far, found.noise = judge_quantized(opened.selection, opened.target.layout.projection, opened.destination, wrong)
     found.differences += far
-    found.differences += [*_shared_scales(opened, wrong, found.scales), *_input_scales(opened, wrong)]
+    found.differences += [
+        *shared_scale_differences(opened, wrong, found.scales),
+        *input_scale_differences(opened, wrong),
+        *kv_scale_differences(opened.target.layout, opened.kv_scales, opened.receipt),
+    ]
     return _check_receipt(opened, _report(opened, destination, found, strict, time.monotonic() - begin))
 
 
@@ -195,36 +201,6 @@ def _announced(opened: Opened, pair: Pair, found: Comparison) -> bool:
     return receipt.digests.get(pair.module) == weight_digest(names, opened.destination.tensors)
 
 
-def _input_scales(opened: Opened, wrong: set[str]) -> Iterator[Difference]:
-    """Check that the input scales are those that were written: the source does not determine them."""
-    announced, form = opened.receipt.input_scales, opened.target.form
-    modules = [pair.module for pair in opened.selection.cast]
-    if opened.target.activations == "w4a16" or announced is None:
-        return
-    if wrong.intersection(form.names(module).input_scale for module in modules):
-        return
-    if input_scales_digest(form, modules, opened.destination.tensors) != announced:
-        yield Difference(RECEIPT, "values", "the input scales are not those that the conversion wrote")
-
-
-def _shared_scales(opened: Opened, wrong: set[str], scales: dict[str, StoredScales]) -> Iterator[Difference]:
-    """Check that projections that engines merge have one tensor scale and one input scale."""
-    groups = {group for module in scales if len(group := shared_scale_group(module)[1]) > 1}
-    for group in sorted(groups):
-        members = [module for module in group if module in scales]
-        names = [opened.target.names(module) for module in members]
-        stored = [scales[module] for module in members]
-        kinds = (
-            ([name.tensor_scale for name in names], {each.tensor_scale for each in stored}),
-            ([name.input_scale for name in names], {each.input_scale for each in stored}),
-        )
-        for spelled, values in kinds:
-            if len(values) > 1 and not wrong.intersection(spelled):
-                yield Difference(
-                    spelled[0], "values", f"differs from {spelled[1:]}: engines merge them under one scale"
-                )
-
-
 def _notes(opened: Opened, found: _Found) -> Iterator[str]:
     """What could not be judged."""
     if free := _zeros(found.measured):
@@ -235,7 +211,8 @@ def _notes(opened: Opened, found: _Found) -> Iterator[str]:
         yield f"{len(names)} {hold} only zeros, so {its} free: {_list(names)}"
     yield from _not_cast(opened, found)
     if not opened.receipt.found:
-        scales = " and of input scales" if opened.target.activations == "w4a4" else ""
+        scales = " and of input scales" * (opened.target.activations == "w4a4")
+        scales += " and of the KV cache's scales" * bool(opened.kv_scales)
         yield (
             f"{RECEIPT} is missing: configs were judged by what they must say; whether every byte of them{scales} is "
             "what a conversion wrote could not be checked"
