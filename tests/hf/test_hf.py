@@ -220,6 +220,20 @@ def test_the_base_of_a_model(written):
     assert_same(transformers.AutoModel.from_pretrained(path), load(path).model)
 
 
+def test_scales_of_a_kv_cache_are_passed_over(written, tmp_path):
+    """transformers caches in the model's dtype; where no such cache is asked for, they are an error as before."""
+    path = written("dense")[1]
+    weights, config = tensors(path), config_of(path)
+    scales = {f"model.layers.{i}.self_attn.{x}_proj.{x}_scale": torch.tensor(0.01) for i in (0, 1) for x in "kv"}
+    config["quantization_config"]["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    model, info = load(write(tmp_path / "dst", weights | scales, config), output_loading_info=True)
+    assert_same(load(path), model)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    del config["quantization_config"]["kv_cache_scheme"]
+    with pytest.raises(CheckpointError, match=r"k_scale .* has no parameter for it"):
+        load(write(tmp_path / "unasked", weights | scales, config))
+
+
 def test_what_modelopt_exports(tmp_path):
     mtq = pytest.importorskip("modelopt.torch.quantization")
     export = importlib.import_module("modelopt.torch.export").export_hf_checkpoint

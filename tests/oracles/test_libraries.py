@@ -135,6 +135,18 @@ def test_compressed_tensors_decompresses_to_the_same_bits(miniatures, compressed
         same_bits(source, output)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_finds_the_scales_of_an_fp8_cache(miniatures, tmp_path):
+    """With compressed-tensors, it leaves memory as it is where they are missing."""
+    from transformers import AutoModelForCausalLM
+
+    fp4cast.convert(miniatures["dense"], tmp_path, layout="compressed-tensors", kv_cache_qformat="fp8_cast")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for layer in model.model.layers:
+        assert layer.self_attn.k_scale == layer.self_attn.v_scale == 1
+
+
 def test_transformers_unpacks_gpt_oss_to_the_same_bits(miniatures, converted):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.families.recognise import read_source
+from fp4cast.ptq.flow import Options, quantize
 from helpers import edit
+from models import TINY, pack
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("FP4CAST_VLLM")
@@ -53,6 +57,37 @@ def test_vllm_loads_every_variant_exactly_and_runs_the_dense_ones(miniatures, tm
     for kind, projections in (("dense", 14), ("moe", 24)):
         assert done.stdout.count(f"{projections} projections equal, 0 differ") == 4, (kind, done.stdout)
     assert done.stdout.count("generated [") == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_caches_in_fp8_with_the_scales_of_the_files(miniatures, tmp_path):
+    """Constants, and calibrated ones in both layouts; gpt-oss with the plugin."""
+    torch.manual_seed(0)
+    (tmp_path / "llama").mkdir()
+    config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_hidden_layers=2)
+    llama = pack(transformers.LlamaForCausalLM(config), tmp_path / "llama", ("embed", "lm_head", "self_attn"))
+    gpt_oss = ROOT / "tests" / "fixtures" / "gpt-oss-tiny"
+    outputs = [tmp_path / f"{each}" for each in range(6)]
+    for path, kind, layout in zip(
+        outputs, ("dense", "dense", "moe"), ("modelopt", *2 * ["compressed-tensors"]), strict=False
+    ):
+        fp4cast.convert(miniatures[kind], path, layout=layout, kv_cache_qformat="fp8_cast")
+    text = {"dataset": str(gpt_oss / "calibration.txt"), "calib_size": 2, "calib_seq": 64}
+    for path, source, layout in zip(
+        outputs[3:], (llama, llama, gpt_oss), ("modelopt", "compressed-tensors", "modelopt"), strict=True
+    ):
+        options = Options(source, path, "nvfp4_mlp_weight_only", True, kv_cache_qformat="fp8", layout=layout, **text)
+        quantize(options)
+    done = engine("vllm_loader", "--plugin", *outputs)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = [line.partition(": ")[2] for line in done.stdout.splitlines() if "scales of the KV cache" in line]
+    counts = ((4, 0), (4, 4), (4, 4), (4, 4), (4, 4), (8, 8))
+    assert lines == [f"{n} of {n} scales of the KV cache equal ({stored} stored)" for n, stored in counts]
+    tensors = load_file(outputs[3] / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.v_scale"]  # vLLM takes that of the keys
+    save_file(tensors, outputs[3] / "model.safetensors", {"format": "pt"})
+    done = engine("vllm_loader", outputs[3])
+    assert done.returncode == 1 and "3 of 4 scales of the KV cache equal (3 stored)" in done.stdout
 
 
 def test_the_check_itself_can_fail(miniatures, tmp_path):

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -73,7 +75,9 @@ def dequantize(packed: torch.Tensor, block: torch.Tensor, scale: torch.Tensor) -
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that the index names."""
+    """Every tensor that the index names, or of the one file."""
+    if (path / "model.safetensors").exists():
+        return load_file(path / "model.safetensors")
     index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
     tensors = {}
     for shard in sorted(set(index.values())):
@@ -305,9 +309,41 @@ def differences(stored: dict[str, Projection], held: dict[str, Projection]) -> d
     return found
 
 
+def cache_scales(model: torch.nn.Module) -> dict[str, float]:
+    """The scales of every KV cache that vLLM quantizes, by the attention's name in a checkpoint."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Attention) and layer.kv_cache_dtype != "auto":
+            base = f"{name.removesuffix('.self_attn.attn').removesuffix('.attn.attn')}.self_attn"
+            found |= {f"{base}.k": layer._k_scale_float, f"{base}.v": layer._v_scale_float}
+    return found
+
+
+def as_kept(scale: torch.Tensor) -> tuple[float, float]:
+    """A scale as it is stored, and in BF16, as vLLM keeps those of ModelOpt's layout while it loads."""
+    return scale.item(), scale.bfloat16().item()
+
+
+def check_cache(path: Path, model: torch.nn.Module, stored: dict[str, torch.Tensor]) -> bool:
+    """Print how many scales of a quantized KV cache are the stored ones, or 1 where none are; whether all are."""
+    expected = {re.sub(r"(\.[kv]_proj)?\.([kv])_scale$", r".\2", name): scale for name, scale in stored.items()}
+    held = cache_scales(model)
+    wrong = [
+        name
+        for name in held.keys() | expected.keys()
+        if held.get(name) not in as_kept(expected.get(name, torch.ones(())))
+    ]
+    if held or stored:
+        print(
+            f"{path.name}: {len(held) - len(wrong)} of {len(held)} scales of the KV cache equal ({len(stored)} stored)"
+        )
+    return not wrong
+
+
 def check(path: Path) -> bool:
     """Load DST, print its line and what differs; whether all of it is equal."""
     tensors = read_checkpoint(path)
+    stored_cache = {n: tensors.pop(n) for n in list(tensors) if n.endswith((".k_scale", ".v_scale"))}
     names = {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
     banks = {n.removesuffix("_weight_scale") for n in tensors if n.endswith("_proj_weight_scale")}
     stored = {name: stored_projection(tensors, name) for name in names}
@@ -334,7 +370,7 @@ def check(path: Path) -> bool:
     )
     for name, reason in sorted((wrong | wrong_rest).items()):
         print(f"  {name}: {reason}")
-    return bool(names) and not wrong and not wrong_rest
+    return check_cache(path, model, stored_cache) and bool(names) and not wrong and not wrong_rest
 
 
 def generate(path: Path) -> None:

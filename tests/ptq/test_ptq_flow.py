@@ -121,9 +121,12 @@ def test_the_shell_entry_as_modelopts_users_call_it(tmp_path):
 
 def test_the_shell_entry(tmp_path):
     args = ["--model", FIXTURE, "--quant=nvfp4_mlp_only", "--cast_mxfp4_to_nvfp4", "--dataset", TEXT, "--calib", "3"]
-    done = run_shell(*args, "--calib_seq", "32", "--calib_batch_size", "3", "--device", "cpu", cwd=tmp_path)
+    args += ["--calib_seq", "32", "--calib_batch_size", "3", "--device", "cpu", "--kv_cache_quant", "fp8"]
+    done = run_shell(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert fp4cast.verify(FIXTURE, tmp_path / "saved_models_gpt-oss-tiny_nvfp4_mlp_only").exact
+    assert "KV cache     FP8 with calibrated scales" in plain(done.stdout)
+    report = fp4cast.verify(FIXTURE, tmp_path / "saved_models_gpt-oss-tiny_nvfp4_mlp_only_kv_fp8")
+    assert report.exact and report.kv_cache_qformat == "fp8"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 import fp4cast
 from fp4cast.errors import QuantizerError, UnsupportedError, UsageError
-from fp4cast.ptq import QFORMATS, attach, attach_kv_cache, export, max_calibrate
+from fp4cast.ptq import QFORMATS, attach, attach_kv_cache, export, flow, max_calibrate
 from fp4cast.ptq.flow import Options, quantize
 from helpers import edit
 from models import FIXTURE, TINY, load_gpt_oss, pack, tensors
@@ -166,6 +166,17 @@ def test_verify_finds_scales_that_were_not_written(tmp_path):
     edit(written, name, lambda scale: scale.fill(0))
     (wrong,) = fp4cast.verify(FIXTURE, written).differences
     assert wrong.name == name and "expected a positive normal FP32 number, got 0.0" in wrong.detail
+
+
+def test_a_source_that_asks_for_a_cache_of_its_own_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    source = shutil.copytree(FIXTURE, tmp_path / "src")
+    config = document(source, "config.json")
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    (source / "config.json").write_text(json.dumps(config))
+    options = Options(source, tmp_path / "dst", "nvfp4_mlp_weight_only", True, kv_cache_qformat="fp8_cast")
+    with pytest.raises(UsageError, match="has a kv_cache_scheme of its own"):
+        quantize(options)
 
 
 def test_compressed_tensors_has_names_and_a_scheme_of_its_own(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from fp4cast.checkpoints.json_files import index_bytes
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair
 from fp4cast.formats import Bytes
-from fp4cast.layouts.engine_view import ancestors
+from fp4cast.layouts.engine_view import first_below
 from fp4cast.layouts.kv_cache import plain_attention
 from fp4cast.layouts.layout import DTYPES, Form, Layout, Target
 
@@ -163,11 +163,12 @@ def kv_scales(
         UnsupportedError: the source has no tensor of an attention.
     """
     found: dict[str, list[Output]] = {}
-    first = _first_tensors(checkpoint, scales)
+    names = sorted(checkpoint.tensors)
     for attention, pair in scales.items():
-        if attention not in first:
+        home = first_below(attention, names)
+        if home is None:
             raise UnsupportedError(f"{checkpoint.path}: holds no tensor of {attention}, whose KV cache has scales")
-        found[first[attention]] = [
+        found[home] = [
             Output(f"{attention}{suffix}", DTYPES.tensor_scale, layout.projection.scalar_shape, _scalar(scale, False))
             for suffix, scale in zip(layout.kv_scales, pair, strict=True)
         ]
@@ -179,16 +180,6 @@ def kv_constants(checkpoint: Checkpoint, target: Target) -> dict[str, list[Outpu
     if target.kv_cache != "fp8_cast" or not target.layout.writes_constants:
         return {}
     return kv_scales(target.layout, checkpoint, dict.fromkeys(plain_attention(checkpoint.tensors), (1.0, 1.0)))
-
-
-def _first_tensors(checkpoint: Checkpoint, modules: Collection[str]) -> dict[str, str]:
-    """By module, the first tensor in it or below it."""
-    found: dict[str, str] = {}
-    for name in checkpoint.tensors if modules else ():
-        for module in ancestors(name):
-            if module in modules:
-                found.setdefault(module, name)
-    return found
 
 
 def place(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from fp4cast.hf.config import ModelOptNvfp4Config
 from fp4cast.hf.dequantize import Dequantize
 from fp4cast.hf.placement import places, reading
 from fp4cast.hf.validate import check_partners, check_places, headers
+from fp4cast.layouts.modelopt import MODELOPT
 
 
 class ModelOptNvfp4Quantizer(HfQuantizer):
@@ -65,6 +67,11 @@ class ModelOptNvfp4Quantizer(HfQuantizer):
         self._conversions = reading(weight_conversions, self._faults)
         conversions = [each for each, _ in self._conversions]
         tensors, claims = headers(self._files), self.quantization_config.claims
+        if claims.kv_cache:  # transformers caches in the model's dtype
+            scales = {name for name in tensors if name.endswith(MODELOPT.kv_scales)}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in scales}
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, *map(re.escape, MODELOPT.kv_scales)}
         codes = check_partners(tensors, claims)
         check_places(places(tensors.values(), conversions, model), codes, claims, model)
         return conversions

@@ -32,22 +32,31 @@ def documents(
 
     Raises:
         CheckpointError: a quantization_config of the source is not where, or not what, engines read.
-        UsageError: the layout's configs cannot express what the source holds.
+        UsageError: the layout's configs cannot express what the source holds; or see `check_kv_cache`.
     """
     for sentence in misplaced_quantization_configs(checkpoint.config):
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {sentence}")
-    own = find_quantization_config(checkpoint.config).section.get("kv_cache_scheme")
-    if target.kv_cache != "none" and own is not None:
-        raise UsageError(
-            f"{checkpoint.path / CONFIG}: has a kv_cache_scheme of its own, {str(own)[:200]}; expected none, or no "
-            f"--kv_cache_qformat {target.kv_cache}"
-        )
+    check_kv_cache(checkpoint, target)
     try:
         config = copy.deepcopy(dict(checkpoint.config))
     except RecursionError as error:
         raise CheckpointError(f"{checkpoint.path / CONFIG}: is nested too deeply") from error
     kept, producer = _kept(checkpoint, target, replaced), {"name": "fp4cast", "version": __version__}
     return target.layout.documents(Writing(checkpoint, config, target, modules, kept, bank, producer))
+
+
+def check_kv_cache(checkpoint: Checkpoint, target: Target) -> None:
+    """Check that a source leaves the format of the KV cache to the target.
+
+    Raises:
+        UsageError: both ask for one.
+    """
+    own = find_quantization_config(checkpoint.config).section.get("kv_cache_scheme")
+    if target.kv_cache != "none" and own is not None:
+        raise UsageError(
+            f"{checkpoint.path / CONFIG}: has a kv_cache_scheme of its own, {str(own)[:200]}; expected none, or no "
+            f"--kv_cache_qformat {target.kv_cache}"
+        )
 
 
 def plain_modules(writing: Writing) -> list[str]:

@@ -6,6 +6,7 @@ This is the counterpart of the layouts' files: each of them writes its documents
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +122,12 @@ def ancestors(module: str) -> Iterator[str]:
     while "." in module:
         module = module.rpartition(".")[0]
         yield module
+
+
+def first_below(module: str, names: Sequence[str]) -> str | None:
+    """The first of some sorted names that lies below a module."""
+    at = bisect_left(names, f"{module}.")
+    return names[at] if at < len(names) and names[at].startswith(f"{module}.") else None
 
 
 def _strings(value: object) -> tuple[str, ...]:

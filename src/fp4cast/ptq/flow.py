@@ -17,6 +17,7 @@ from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
 from fp4cast.layouts.choose import choose_target
+from fp4cast.layouts.documents import check_kv_cache
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.attention import attach_kv_cache
@@ -197,6 +198,7 @@ def _check_source(opened: OpenedModel, options: Options, model: nn.Module) -> tu
             domains = cast_domains(opened.source, target, options.inexact)
     _attach(model, options)
     target = target or model_target(opened, model, options.layout, options.kv_cache_qformat)
+    check_kv_cache(opened.checkpoint, target)
     matching_weights(model, opened, target)
     return target, domains
 

@@ -1,4 +1,4 @@
-"""The scales of a quantized KV cache in a destination: which there must be, and what they say."""
+"""The scales of a quantized KV cache in a destination: which there are, and what they say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.families.family import Source
 from fp4cast.formats import KvCache, usable_scale
-from fp4cast.layouts.engine_view import Claims, ancestors
+from fp4cast.layouts.engine_view import Claims, first_below
 from fp4cast.layouts.layout import DTYPES, Layout
 from fp4cast.verification.receipt import Receipt, digest
 from fp4cast.verification.report import Difference
@@ -32,8 +32,9 @@ def kv_scales_of(layout: Layout, source: Collection[str], written: Mapping[str, 
         for name in written
         if name.endswith(suffix) and name not in source
     }
-    known = {module for name in source for module in ancestors(name)} if attentions else set[str]()
-    names = sorted(f"{attention}{suffix}" for attention in attentions & known for suffix in layout.kv_scales)
+    theirs = sorted(source) if attentions else []
+    known = [attention for attention in attentions if first_below(attention, theirs)]
+    names = sorted(f"{attention}{suffix}" for attention in known for suffix in layout.kv_scales)
     return {name: written.get(name) for name in names}
 
 
