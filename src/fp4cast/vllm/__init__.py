@@ -77,6 +77,7 @@ def _check_loading(loader: Any, version: str) -> None:
         result = theirs(self, model, model_config)
         filled.check(to_fill)
         if to_fill:
+            filled.check_cache(model)
             methods = [getattr(module, "quant_method", None) for module in model.modules()]
             biased = sum(isinstance(method, BiasedExperts) for method in methods)
             what = f"{len(to_fill)} codes, scales and biases of NVFP4 layers are loaded, none is missing"

@@ -65,6 +65,22 @@ def check(filled: Filled) -> None:
             )
 
 
+def check_cache(model: Any) -> None:
+    """Raise for an attention of which one scale of its KV cache was loaded and one was not: vLLM takes one for both.
+
+    Raises:
+        CheckpointError: there is one. Where both are missing, vLLM takes 1, as `fp8_cast` means it.
+    """
+    for name, module in model.named_modules():
+        scales = {each: getattr(module, each, None) for each in ("k_scale", "v_scale")}
+        lost = [each for each, scale in scales.items() if isinstance(scale, Tensor) and bool((scale < 0).any())]
+        if len(lost) == 1:
+            raise CheckpointError(
+                f"{name}.{lost[0]}: nothing in the checkpoint filled it, but the other scale of this cache is there; "
+                "vLLM would have taken that. Is a shard incomplete? `fp4cast verify SRC DST` says what is missing."
+            )
+
+
 def _activations(model_config: Any) -> str | None:
     """Those of the checkpoint, by its config: vLLM registers input scales for some W4A16 layers, too."""
     config = model_config.hf_config
