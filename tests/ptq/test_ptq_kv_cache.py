@@ -57,22 +57,23 @@ def source(request, tmp_path_factory):
     return saved(request.param, tmp_path_factory.mktemp("kv") / "model") if request.param else FIXTURE
 
 
-def exported(source, path, kv_cache_qformat, layout="modelopt"):
+def exported(source, path, kv_cache_qformat, layout="modelopt", qformat="nvfp4_mlp_only"):
     model = load(source)
-    attach(model, QFORMATS["nvfp4_mlp_only"])
+    attach(model, QFORMATS[qformat])
     if kv_cache_qformat == "fp8":
         attach_kv_cache(model)
     max_calibrate(model, lambda model: model(TOKENS))
     return export(model, path, source, layout=layout, kv_cache_qformat=kv_cache_qformat)
 
 
-def theirs(source, path, kv_cache_qformat):
+def theirs(source, path, kv_cache_qformat, qformat="nvfp4_mlp_only"):
     import modelopt.torch.quantization as mtq
     from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES
     from modelopt.torch.export import export_hf_checkpoint
 
     cache = KV_QUANT_CFG_CHOICES[kv_cache_qformat]["quant_cfg"]
-    rules = mtq.update_quant_cfg_with_kv_cache_quant(copy.deepcopy(mtq.NVFP4_MLP_ONLY_CFG), cache)
+    rules = {"nvfp4": mtq.NVFP4_DEFAULT_CFG, "nvfp4_mlp_only": mtq.NVFP4_MLP_ONLY_CFG}[qformat]
+    rules = mtq.update_quant_cfg_with_kv_cache_quant(copy.deepcopy(rules), cache)
     model = load(source)
     mtq.quantize(model, rules, lambda model: model(TOKENS))
     export_hf_checkpoint(model, export_dir=path)
@@ -88,10 +89,12 @@ def cache_scales(path):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("qformat", ["nvfp4", "nvfp4_mlp_only"])
 @pytest.mark.parametrize("kv_cache_qformat", ["fp8", "fp8_cast"])
-def test_an_export_equals_modelopt_s(source, tmp_path, kv_cache_qformat):
-    peer = theirs(source, tmp_path / "peer", kv_cache_qformat)
-    report = exported(source, tmp_path / "ours", kv_cache_qformat)
+def test_an_export_equals_modelopt_s(source, tmp_path, kv_cache_qformat, qformat):
+    peer = theirs(source, tmp_path / "peer", kv_cache_qformat, qformat)
+    report = exported(source, tmp_path / "ours", kv_cache_qformat, qformat=qformat)
+    assert tensors(tmp_path / "ours").keys() == tensors(peer).keys()
     assert report.kv_cache_qformat == report.to_json()["kv_cache_qformat"] == kv_cache_qformat
     scales, expected = cache_scales(tmp_path / "ours"), cache_scales(peer)
     assert scales.keys() == expected.keys() and bool(scales) == (kv_cache_qformat == "fp8")
