@@ -22,7 +22,8 @@ ALLOWED = {
     "verification": GROUND
     | {"checkpoints", "families", "layouts.choose", "layouts.engine_rules", "layouts.engine_view", "layouts.layout"}
     | {"parallel"},
-    "conversion": GROUND | {"casting", "checkpoints", "families", "layouts", "parallel", "verification"},
+    "cards": GROUND | {"casting", "checkpoints", "families", "layouts", "verification"},
+    "conversion": GROUND | {"cards", "casting", "checkpoints", "families", "layouts", "parallel", "verification"},
     "__init__": GROUND | {"casting", "conversion", "verification"},
     "kernels": GROUND,
     "torch": GROUND | {"casting", "kernels"},

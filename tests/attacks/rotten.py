@@ -10,6 +10,7 @@ import numpy as np
 
 import fp4cast
 from fp4cast import miniatures as mini
+from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, open_checkpoint
 from fp4cast.checkpoints.header import METADATA, Shard
 from fp4cast.families.recognise import read_source
@@ -91,7 +92,7 @@ def _convert(root: Path, source: Path, name: str, layout: str, activations: str,
 
 
 def spans(source: Path, destination: Path) -> dict[str, list[Span]]:
-    """Every byte of a destination but README.md's, by region."""
+    """Every byte of a destination but the card's, by region."""
     opened = open_both(source, destination, CONFIG)
     regions: dict[str, list[Span]] = {}
     regions_of = ("codes", "block scales", "tensor scales", "input scales")
@@ -111,7 +112,7 @@ def spans(source: Path, destination: Path) -> dict[str, list[Span]]:
             regions.setdefault(region, []).append(span)
     for file in (CONFIG, QUANT_CONFIG, INDEX, RECEIPT, *map(str, opened.destination.companions())):
         path = destination / file
-        if path.exists() and file != "README.md":
+        if path.exists() and not is_card_file(file):
             region = file if file in (CONFIG, QUANT_CONFIG, INDEX, RECEIPT) else "companions"
             regions.setdefault(region, []).append(Span(path, 0, path.stat().st_size, (file,)))
     _check_complete(destination, regions)
@@ -140,7 +141,7 @@ def _header(shard: Shard) -> list[tuple[str, Span]]:
 def _check_complete(destination: Path, regions: dict[str, list[Span]]) -> None:
     """Raise if a byte belongs to no region, or to two."""
     sizes = {
-        path: path.stat().st_size for path in destination.rglob("*") if path.is_file() and path.name != "README.md"
+        path: path.stat().st_size for path in destination.rglob("*") if path.is_file() and not is_card_file(path.name)
     }
     mapped = dict.fromkeys(sizes, 0)
     for places in regions.values():

@@ -27,6 +27,7 @@ from fp4cast.cli.options import (
     Json,
     KvCacheOption,
     LayoutOption,
+    NoCard,
     NoSync,
     NoVerify,
     OptionalActivations,
@@ -35,6 +36,7 @@ from fp4cast.cli.options import (
     Resume,
     Shards,
     Source,
+    SourceId,
     Where,
 )
 from fp4cast.cli.progress import Meter, Steps
@@ -116,6 +118,8 @@ def convert(
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     no_sync: NoSync = False,
+    no_card: NoCard = False,
+    source_id: SourceId = None,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.
@@ -124,7 +128,7 @@ def convert(
     """
     alone = resume or restart
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return

@@ -72,3 +72,8 @@ Resume = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")]
+NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card; README.md stays the source's.")]
+SourceId = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME[@REV]", help="SRC's id on the Hub, for card and receipt, if SRC does not say it."),
+]

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from fp4cast.checkpoints.card_files import CARD
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.conversion.complete import complete_or_write, marked
 from fp4cast.conversion.destination import check_place, real_path
@@ -37,6 +38,8 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     sync: bool = True,
+    card: bool = True,
+    source_id: str | None = None,
     progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one.
@@ -60,6 +63,9 @@ def convert(
         overwrite: replace an existing `dst`, once the new one is complete.
         verify: read everything again and compare every value before `dst` is published.
         sync: wait until everything is on the disk before `dst` is published: a power cut then loses nothing.
+        card: write a model card, README.md, with a picture; the source's then lies beside it as README.source.md.
+        source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, for the card and the receipt, where `src`
+            does not say it.
         progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
@@ -68,7 +74,7 @@ def convert(
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id)
     return convert_checkpoint(
         src,
         dst,
@@ -125,7 +131,13 @@ def convert_checkpoint(
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
-    return replace(report, destination=str(dst), seconds=time.monotonic() - begin)
+    return finished(report, dst, time.monotonic() - begin)
+
+
+def finished(report: Report, dst: str | Path, seconds: float) -> Report:
+    """The report on a published destination, as the caller calls it."""
+    card = Path(dst) / CARD
+    return replace(report, destination=str(dst), seconds=seconds, card=str(card) if card.is_file() else None)
 
 
 def prepare(

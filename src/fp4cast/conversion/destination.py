@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import (
     CONFIG,
@@ -161,7 +162,8 @@ def companions_to_carry(checkpoint: Checkpoint) -> dict[PurePosixPath, int]:
     """
     companions = companion_sizes(checkpoint)
     for folder in (companion.parts[0] for companion in companions if len(companion.parts) > 1):
-        if folder in (CONFIG, INDEX, QUANT_CONFIG, RECEIPT) or folder.endswith(".safetensors"):
+        taken = folder in (CONFIG, INDEX, QUANT_CONFIG, RECEIPT) or is_card_file(folder)
+        if taken or folder.endswith(".safetensors"):
             raise CheckpointError(
                 f"{checkpoint.path / folder}: is a folder; expected a file of that name, or none. Rename the folder."
             )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fp4cast.conversion.complete import complete_or_write, looks_complete, marked
-from fp4cast.conversion.convert import prepare
+from fp4cast.conversion.convert import finished, prepare
 from fp4cast.conversion.execute import Finished, execute, find_finished
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
 from fp4cast.conversion.publish import publish
@@ -177,7 +177,7 @@ def finish(
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
-    return replace(report, destination=str(dst), seconds=time.monotonic() - begin)
+    return finished(report, dst, time.monotonic() - begin)
 
 
 def _written(plan: Plan, stage: Staging, engine: Engine, progress: Progress) -> dict[str, Finished]:

@@ -22,6 +22,7 @@ from fp4cast.checkpoints.directory import (
     stamp,
 )
 from fp4cast.checkpoints.json_files import json_bytes
+from fp4cast.checkpoints.origin import UNKNOWN, Origin, origin_of
 from fp4cast.conversion.destination import companions_to_carry
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
@@ -59,6 +60,9 @@ class ConvertOptions:
             safetensors) of projection name -> amax of its input.
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
         kv_cache_qformat: "none", or "fp8_cast" for a KV cache in FP8 with scales of 1.
+        card: write a model card; the source's then lies beside it. It and the next decide no weight and no config: only
+            the process that publishes asks for them.
+        source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, where its path does not say it.
     """
 
     layout: str = DEFAULT_LAYOUT
@@ -66,6 +70,8 @@ class ConvertOptions:
     input_scales: InputScalesLike | None = None
     inexact: str = "fail"
     kv_cache_qformat: str = "none"
+    card: bool = True
+    source_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Plan:
         documents: the other files to write, as bytes by name; config.json among them.
         companions: the files to carry along, relative to the source, and their sizes.
         stamps: the source's, when the plan was made.
+        origin: the source's id and revision, as far as they are known.
+        card: whether to write a model card.
     """
 
     source: Source
@@ -91,6 +99,8 @@ class Plan:
     documents: Mapping[str, bytes]
     companions: Mapping[PurePosixPath, int]
     stamps: Stamps
+    origin: Origin = UNKNOWN
+    card: bool = True
 
     @property
     def write_bytes(self) -> int:
@@ -109,7 +119,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest: equal for two plans if and only if they read the same files and write the same bytes."""
+        """A digest: equal for two plans if and only if they read and write the same bytes; cards do not count."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.stamps}\n".encode())
         for output in self.shards:
@@ -156,6 +166,7 @@ def make_plan(
         InputScaleError: w4a4 without usable scales.
     """
     check_inexact(options.inexact)
+    origin = origin_of(path, options.source_id)
     source = read_source(open_checkpoint(path))
     stamps = stamp(source.checkpoint)
     target = choose_target(source.family, options.layout, options.activations, path, options.kv_cache_qformat)
@@ -185,6 +196,8 @@ def make_plan(
         documents=table | {name: json_bytes(document) for name, document in files.items()},
         companions=companions_to_carry(source.checkpoint),
         stamps=stamps,
+        origin=origin,
+        card=options.card,
     )
 
 

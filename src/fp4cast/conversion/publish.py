@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fp4cast.cards.subject import Subject, last_modified, read_card
+from fp4cast.cards.text import card_files
+from fp4cast.checkpoints.card_files import beside_card
 from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
 from fp4cast.conversion.execute import Finished, tallies_of
@@ -47,13 +50,33 @@ def publish(
         VerificationError: something differs; nothing is published. If weights do, the next run writes all shards again.
     """
     report = _report(plan, destination, shards)
-    files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint)
+    files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint, card=plan.card)
     files |= {name: shard.checksum for name, shard in shards.items()}
+    if plan.card:
+        files |= stage.write_documents(_card(plan, stage, report, files), {}, plan.source.checkpoint)
     stage.write_receipt(RECEIPT, _receipt(plan, stage, report, files).to_bytes())
     if verify:
         report = _verified(plan, stage, report, engine, lambda n, of: progress("verify", n, of))
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     return report
+
+
+def _card(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checksum]) -> dict[str, bytes]:
+    """The card and its picture. Verification, which follows, checks the figures, or nothing is published."""
+    shards = [shard.file for shard in plan.shards]
+    subject = Subject(
+        source=plan.source,
+        target=plan.target,
+        selection=plan.selection,
+        domains=plan.domains,
+        report=report,
+        origin=plan.origin,
+        day=last_modified(plan.stamps),
+        size=sum(files[name].bytes for name in shards),
+        files={str(beside_card(name)) for name in plan.companions},
+        card=read_card(stage.out),
+    )
+    return card_files(subject)
 
 
 def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checksum]) -> Receipt:
@@ -69,6 +92,7 @@ def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Che
         input_scales=input_scales_digest(target.form, modules, written) if w4a4 else None,
         kv_scales=kv_scales_digest(cache) if target.kv_cache != "none" else None,
         files=files,
+        source=plan.origin,
     )
 
 

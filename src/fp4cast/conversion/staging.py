@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fp4cast.checkpoints.byte_ranges import File, copy_range, created, exchange, sync_path, write_file, write_whole
+from fp4cast.checkpoints.card_files import beside_card
 from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes, checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
 from fp4cast.conversion.destination import check_destination
@@ -134,7 +135,12 @@ class Staging:
             note_of(self.state, shard).unlink()
 
     def write_documents(
-        self, documents: Mapping[str, bytes], companions: Mapping[PurePosixPath, int], source: Checkpoint
+        self,
+        documents: Mapping[str, bytes],
+        companions: Mapping[PurePosixPath, int],
+        source: Checkpoint,
+        *,
+        card: bool = False,
     ) -> dict[str, Checksum]:
         """Write everything beside the shards, as private as it is in the source; config.json waits outside.
 
@@ -142,6 +148,7 @@ class Staging:
             documents: bytes by file name.
             companions: files to carry along, relative to the source, and their sizes.
             source: the checkpoint that they belong to.
+            card: a card will be written; the source's takes the name beside it.
 
         Returns:
             The checksum of each, by its name in DST.
@@ -153,7 +160,8 @@ class Staging:
             found[name] = checksum_of_bytes(data)
         for companion, size in companions.items():
             self._folders(companion, source.path)
-            found[str(companion)] = _copy(source.path, companion, size, self.out / companion)
+            target = beside_card(companion) if card else companion
+            found[str(target)] = _copy(source.path, companion, size, self.out / target)
         return found
 
     def write_receipt(self, name: str, data: bytes) -> None:

@@ -69,13 +69,18 @@ class Family:
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
     known_as: str = ""
 
+    @property
+    def served_as(self) -> str:
+        """Its name in the rows of `families.served`."""
+        return self.known_as or self.name
+
     def served(self, layout: str, activations: Activations) -> str:
         """Which engines read a result, for people."""
-        return served_by(self.known_as or self.name, layout, activations)
+        return served_by(self.served_as, layout, activations)
 
     def serving_command(self, layout: str, activations: Activations, path: str) -> str:
         """The command that serves the result, for people."""
-        return serving_command(self.known_as or self.name, layout, activations, path)
+        return serving_command(self.served_as, layout, activations, path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,16 @@ def rows_of(family: str, layout: str, activations: Activations) -> list[Service]
 KNOWN: dict[Verdict, str] = {"serves": "run", "loads": "loaded", "should": "read"}
 
 
+def serving_rows(family: str, layout: str, activations: Activations) -> list[Service]:
+    """Of each engine that promises something for a kind of result, the row that promises most."""
+    return list(_first_of_each_engine(_good(rows_of(family, layout, activations))))
+
+
+def failing_rows(family: str, layout: str, activations: Activations) -> list[Service]:
+    """Of each engine that fails with a kind of result, the newest row that says so."""
+    return list(_first_of_each_engine([r for r in rows_of(family, layout, activations) if r.verdict == "fails"]))
+
+
 def served_by(family: str, layout: str, activations: Activations) -> str:
     """Who serves a kind of result, for people: the best that is known of each engine.
 
@@ -79,10 +89,9 @@ def served_by(family: str, layout: str, activations: Activations) -> str:
         layout: the name of a layout.
         activations: of the result.
     """
-    rows = rows_of(family, layout, activations)
-    bad = [row for row in rows if row.verdict == "fails"]
-    said = ", ".join(f"{row.release} ({_kind(row)}{KNOWN[row.verdict]})" for row in _first_of_each_engine(_good(rows)))
-    fails = ", ".join(f"{row.release}{f' ({row.models})' * bool(row.models)}" for row in _first_of_each_engine(bad))
+    good, bad = serving_rows(family, layout, activations), failing_rows(family, layout, activations)
+    said = ", ".join(f"{row.release} ({_kind(row)}{KNOWN[row.verdict]})" for row in good)
+    fails = ", ".join(f"{row.release}{f' ({row.models})' * bool(row.models)}" for row in bad)
     return (said or "no engine that we ran or read") + (f"; not {fails}" if fails else "")
 
 
@@ -105,14 +114,20 @@ def serving_command(family: str, layout: str, activations: Activations, path: st
         path: the result.
     """
     good = _good(rows_of(family, layout, activations))
-    for row in good:
-        if row.engine in _SERVERS:
-            plugin = ", with fp4cast installed beside it" * ("fp4cast" in row.engine)
-            kind = f", {row.models} models" * bool(row.models)
-            command = _SERVERS[row.engine].format(shlex.quote(path))
-            return f"{command}   # {row.engine.partition(' + ')[0]} {row.version}{plugin} ({KNOWN[row.verdict]}{kind})"
+    if commands := [command for row in good if (command := command_of(row, path))]:
+        return commands[0]
     others = f"; {good[0].release} loads it" if good else ""
     return f"no server that we ran or read serves this{others}. docs/engines.md says which others do what"
+
+
+def command_of(row: Service, path: str) -> str:
+    """The command that serves a result at a path, with what is known of it; empty where the engine is no server."""
+    if row.engine not in _SERVERS:
+        return ""
+    plugin = ", with fp4cast installed beside it" * ("fp4cast" in row.engine)
+    kind = f", {row.models} models" * bool(row.models)
+    command = _SERVERS[row.engine].format(shlex.quote(path))
+    return f"{command}   # {row.engine.partition(' + ')[0]} {row.version}{plugin} ({KNOWN[row.verdict]}{kind})"
 
 
 def best_of_each_engine(family: str) -> list[Service]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import Checksum, checksum
 from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, resolve_link
 from fp4cast.checkpoints.hub import resolve
@@ -18,7 +19,7 @@ from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.workers import Workers
 from fp4cast.verification.receipt import Receipt
 from fp4cast.verification.report import Difference, differences_json, passes, verdicts
-from fp4cast.verification.structure import README, RECEIPT_CHANGED, unlisted
+from fp4cast.verification.structure import RECEIPT_CHANGED, unlisted
 
 _DOCUMENTS = {CONFIG, INDEX, QUANT_CONFIG}
 
@@ -80,7 +81,7 @@ def verify_files(
         dst: the NVFP4 checkpoint: a directory or a model id.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
-        strict: a companion file that differs counts as wrong, too; README.md never does.
+        strict: a companion file that differs counts as wrong, too; a model card never does.
         progress: called, from worker threads, with (bytes just read, total bytes).
 
     Raises:
@@ -93,13 +94,13 @@ def verify_files(
         raise CheckpointError(
             f"{why}; expected the receipt of a conversion by fp4cast. With the source at hand: fp4cast verify SRC DST"
         )
-    listed = {name: noted for name, noted in receipt.files.items() if name != README}
+    listed = {name: noted for name, noted in receipt.files.items() if not is_card_file(name)}
     total = sum(noted.bytes for noted in listed.values())
     todo = [ListedFile(path, name, noted) for name, noted in sorted(listed.items())]
     found = [each for each in worker.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
     if not receipt.intact:
         found.append(Difference(RECEIPT, "config", RECEIPT_CHANGED))
-    found += unlisted(path, {*receipt.files, RECEIPT, README}, "is not among the files that the conversion wrote")
+    found += unlisted(path, {*receipt.files, RECEIPT}, "is not among the files that the conversion wrote")
     return FilesReport(
         str(path), len(listed), total, dict(receipt.facts), time.monotonic() - begin, tuple(found), strict
     )

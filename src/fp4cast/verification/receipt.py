@@ -20,6 +20,7 @@ from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.json_files import json_bytes, read_json
+from fp4cast.checkpoints.origin import UNKNOWN, Origin
 from fp4cast.errors import CheckpointError
 from fp4cast.layouts.layout import Form, Names
 from fp4cast.verification.report import Report
@@ -62,6 +63,7 @@ class Receipt:
         input_scales: str | None,
         kv_scales: str | None,
         files: Mapping[str, Checksum],
+        source: Origin = UNKNOWN,
     ) -> Receipt:
         """The receipt of a conversion.
 
@@ -71,8 +73,12 @@ class Receipt:
             input_scales: digest of all input scales, for W4A4.
             kv_scales: digest of all scales of a quantized KV cache.
             files: the checksum of every file.
+            source: the source's id and revision on the Hub, as far as they are known.
         """
-        facts = {key: value for key, value in report.facts().items() if key != "marlin_exact"}  # verify measures that
+        known = {"source": source.to_json()} if source.id else {}
+        facts = known | {
+            key: value for key, value in report.facts().items() if key != "marlin_exact"
+        }  # verify measures that
         rounded = {tensor.name: tensor.rounded_half_blocks for tensor in report.inexact}
         return cls(facts, rounded, digests, input_scales, files, kv_scales=kv_scales)
 

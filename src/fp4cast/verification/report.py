@@ -147,6 +147,7 @@ class Report:
         differences: what verification found wrong; empty when all is well.
         strict: a companion that differs counts as wrong, too.
         notes: what else people should know, in sentences.
+        card: the path of its model card, of a conversion that has one.
     """
 
     source: str
@@ -169,6 +170,7 @@ class Report:
     differences: Sequence[Difference] = field(default=())
     strict: bool = False
     notes: Sequence[str] = ()
+    card: str | None = None
 
     @classmethod
     def of(
@@ -268,6 +270,7 @@ class Report:
             "served": self.served,
             "serve": self.serve,
             "marlin_zeroed": self.marlin_zeroed,
+            "card": self.card,
             "ok": self.ok,
             "notes": list(self.notes),
             "verdicts": verdicts(self.differences),

@@ -6,6 +6,7 @@ import filecmp
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
 from fp4cast.checkpoints.json_files import read_json
@@ -14,7 +15,6 @@ from fp4cast.verification.configs import config_faults
 from fp4cast.verification.opened import Opened
 from fp4cast.verification.report import Difference
 
-README = "README.md"
 RECEIPT_CHANGED = "is not the receipt that the conversion wrote: its digest does not hold"
 
 
@@ -79,9 +79,9 @@ def document_differences(opened: Opened) -> Iterator[Difference]:
 
 
 def _companions(opened: Opened) -> Iterator[Difference]:
-    """Compare the files that are no weights: DST has the source's and no others. People may edit README.md."""
+    """Compare the files that are no weights: DST has the source's and no others. People may edit cards."""
     path, source = opened.destination.path, opened.source.checkpoint
-    expected = {str(name) for name in source.companions()} - {README}
+    expected = {name for name in map(str, source.companions()) if not is_card_file(name)}
     filecmp.clear_cache()  # it believes sizes and times
     for name in sorted(expected):
         try:
@@ -91,7 +91,7 @@ def _companions(opened: Opened) -> Iterator[Difference]:
         else:
             if not same:
                 yield Difference(name, "file", "differs from the source's")
-    known = {*expected, *opened.destination.shards, CONFIG, INDEX, QUANT_CONFIG, README, RECEIPT}
+    known = {*expected, *opened.destination.shards, CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
     yield from unlisted(path, known, "is in the destination alone")
 
 
@@ -100,7 +100,7 @@ def unlisted(path: Path, known: Collection[str], sentence: str) -> Iterator[Diff
     for name in map(str, walk(path)):
         if name.endswith(".safetensors") and name not in known:
             yield Difference(name, "unexpected", sentence)
-        elif name not in known:
+        elif name not in known and not is_card_file(name):
             what = ", and holds weights in another format" if name.endswith(OTHER_SUFFIXES) else ""
             yield Difference(name, "file", sentence + what)
 

@@ -48,7 +48,7 @@ def verify(
         dst: the NVFP4 checkpoint: a directory or a model id.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
-        strict: a companion file that differs counts as wrong, too; README.md never does.
+        strict: a companion file that differs counts as wrong, too; a model card never does.
         progress: called, from worker threads, with (bytes just read, total bytes).
 
     Returns:
