@@ -227,6 +227,21 @@ ACCEPTED = {
     "a companion that links to a device": links("tokenizer.json", "/dev/zero"),
     "a companion that links to a folder": links("tokenizer", "/proc"),
     "a folder that links to its parent": links("encoding2", "."),
+    "a card of brackets": put("README.md", b"---\nx: " + b"[" * 60_000 + b"\n---\n"),
+    "a card that multiplies itself": put(
+        "README.md",
+        b"---\na: &a [x, x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (n, n, b"*%c, " % (n - 1) * 9) for n in range(98, 122))
+        + b"---\n",
+    ),
+    "a card that makes objects": put("README.md", b"---\nlicense: !!python/object/apply:os.system [exit]\n---\n"),
+    "a card of other keys": put(
+        "README.md", b"---\nself: 1\n1: 2\nignore_metadata_errors: 3\nmodel-index: 4\ntags: 5\n---\n"
+    ),
+    "a card of 1 MB without an end": put("README.md", b"---\n" + b"a: b\n" * 200_000),
+    "a card in another encoding": put("README.md", b"---\nlicense: \xff\xfe\n---\n\0"),
+    "a card that is a device": links("README.md", "/dev/zero"),
+    "a card that is a pipe": put("README.svg", Special("fifo")),
 }
 
 

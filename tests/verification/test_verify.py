@@ -15,6 +15,7 @@ from fp4cast.checkpoints.header import lay_out
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts import patterns
+from fp4cast.verification.files import verify_files
 from fp4cast.verification.opened import open_both
 from helpers import DEEPSEEK, edit, flip, lossy, raw, tree
 
@@ -266,12 +267,16 @@ def test_a_companion_that_differs_is_named_and_fails_only_under_strict(miniature
     assert strict.exact and not strict.ok
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.svg", "README.source.md"])
 @pytest.mark.parametrize("change", [lambda p: p.write_text("# Our model"), lambda p: p.unlink(missing_ok=True)])
-def test_the_readme_is_nobodys_business(miniatures, copy, change):
+def test_the_card_is_nobodys_business(miniatures, copy, change, name):
     destination = copy("dense")
-    change(destination / "README.md")
-    report = fp4cast.verify(miniatures["dense"], destination, strict=True)
-    assert report.ok and not report.differences
+    change(destination / name)
+    for report in (
+        fp4cast.verify(miniatures["dense"], destination, strict=True),
+        verify_files(destination, strict=True),
+    ):
+        assert report.ok and not report.differences
 
 
 def test_a_wrong_document_leaves_the_verdict_on_the_weights_alone(miniatures, copy):

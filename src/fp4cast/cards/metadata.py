@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp4cast.cards.subject import Subject
+from fp4cast.families.served import command_of
 
 _LONGEST = 200  # characters of a value
 _PIPELINES = (("ForCausalLM", "text-generation"), ("ForConditionalGeneration", "image-text-to-text"))
+_LICENCE = {
+    "license": re.compile(r"[a-z0-9.+-]+"),
+    "license_name": re.compile(r"[\w.+ -]+", re.ASCII),
+    "license_link": re.compile(r"https?://[\w./?=&%#~+:-]+|[\w.-]+", re.ASCII),
+}
 _LICENCE_FILE = re.compile(r"(?:LICEN[SC]E|COPYING)(?:[._-][A-Za-z0-9._-]+)?", re.IGNORECASE)
 
 
@@ -31,7 +37,7 @@ def metadata(subject: Subject) -> dict[str, Any]:
     source = read_metadata(subject.card)
     report, origin = subject.report, subject.origin
     base = [origin.id] if origin.id else _base(source)
-    engines = [row.engine.partition(" + ")[0].lower() for row in subject.serving]
+    engines = [row.engine.partition(" + ")[0].lower() for row in subject.serving if command_of(row, "")]
     tags = ["nvfp4", "fp4", "quantized", report.activations, report.layout, report.family, *engines, "fp4cast"]
     values = {
         **licence(subject),
@@ -57,8 +63,7 @@ def front_matter(values: Mapping[str, Any]) -> str:
 def licence(subject: Subject) -> dict[str, str]:
     """The licence that the source's card names, else that there is a file of one; nothing is guessed from its text."""
     source = read_metadata(subject.card)
-    keys = ("license", "license_name", "license_link")
-    said = {key: value for key in keys if (value := _text(source.get(key)))}
+    said = {key: text for key, form in _LICENCE.items() if form.fullmatch(text := _text(source.get(key)))}
     if "license" in said:
         return said
     files = licence_files(subject)

@@ -166,7 +166,7 @@ def _making(subject: Subject) -> Iterator[str]:
         ("fp4cast", __version__),
         ("source", f"`{origin.id}`" if origin.id else "not known; nobody said its id on the Hub"),
         ("revision", code(origin.revision) if origin.revision else "not known"),
-        ("its files are of", f"{subject.day or 'an unknown day'} (UTC)"),
+        ("source last modified", f"{subject.day} (UTC)" if subject.day else "not known"),
         ("layout", f"`{report.layout}`, {report.activations.upper()}"),
     ]
     yield table(rows, ("what", "which"))

@@ -131,13 +131,14 @@ def convert_checkpoint(
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
-    return finished(report, dst, time.monotonic() - begin)
+    return finished(plan, report, dst, time.monotonic() - begin)
 
 
-def finished(report: Report, dst: str | Path, seconds: float) -> Report:
-    """The report on a published destination, as the caller calls it."""
+def finished(plan: Plan, report: Report, dst: str | Path, seconds: float) -> Report:
+    """The report on a published destination, as the caller calls it; people may have deleted its card since."""
     card = Path(dst) / CARD
-    return replace(report, destination=str(dst), seconds=seconds, card=str(card) if card.is_file() else None)
+    named = str(card) if plan.card and card.is_file() else None
+    return replace(report, destination=str(dst), seconds=seconds, card=named)
 
 
 def prepare(

@@ -177,7 +177,7 @@ def finish(
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
-    return finished(report, dst, time.monotonic() - begin)
+    return finished(plan, report, dst, time.monotonic() - begin)
 
 
 def _written(plan: Plan, stage: Staging, engine: Engine, progress: Progress) -> dict[str, Finished]:
