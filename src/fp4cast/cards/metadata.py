@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fp4cast.cards.subject import Subject
 from fp4cast.families.served import command_of
 
+_READ_BYTES = 1 << 16  # of a card: metadata take a few kilobytes, and parsing a megabyte takes seconds
 _LONGEST = 200  # characters of a value
 _PIPELINES = (("ForCausalLM", "text-generation"), ("ForConditionalGeneration", "image-text-to-text"))
 _LICENCE = {
@@ -19,8 +21,15 @@ _LICENCE = {
 _LICENCE_FILE = re.compile(r"(?:LICEN[SC]E|COPYING)(?:[._-][A-Za-z0-9._-]+)?", re.IGNORECASE)
 
 
-def read_metadata(card: str) -> Mapping[str, Any]:
+def read_metadata(path: Path) -> Mapping[str, Any]:
     """The metadata of somebody's card; nothing where it has none, or none that can be read. Values may be anything."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    with path.open("rb") as file:
+        return _parsed(file.read(_READ_BYTES).decode(errors="replace"))
+
+
+def _parsed(card: str) -> Mapping[str, Any]:
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -34,7 +43,7 @@ def read_metadata(card: str) -> Mapping[str, Any]:
 
 def metadata(subject: Subject) -> dict[str, Any]:
     """The metadata of the new card; what nobody says is left out."""
-    source = read_metadata(subject.card)
+    source = subject.card
     report, origin = subject.report, subject.origin
     base = [origin.id] if origin.id else _base(source)
     engines = [row.engine.partition(" + ")[0].lower() for row in subject.serving if command_of(row, "")]
@@ -62,8 +71,7 @@ def front_matter(values: Mapping[str, Any]) -> str:
 
 def licence(subject: Subject) -> dict[str, str]:
     """The licence that the source's card names, else that there is a file of one; nothing is guessed from its text."""
-    source = read_metadata(subject.card)
-    said = {key: text for key, form in _LICENCE.items() if form.fullmatch(text := _text(source.get(key)))}
+    said = {key: text for key, form in _LICENCE.items() if form.fullmatch(text := _text(subject.card.get(key)))}
     if "license" in said:
         return said
     files = licence_files(subject)

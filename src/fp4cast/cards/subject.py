@@ -7,11 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from fp4cast._version import __version__
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, Scaling
-from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.directory import Stamps
 from fp4cast.checkpoints.origin import Origin
 from fp4cast.families.family import Pair, Source
@@ -20,7 +19,6 @@ from fp4cast.formats import Activations
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.verification.report import Report
 
-READ_BYTES = 1 << 16  # of a source's card: metadata take a few kilobytes, and parsing a megabyte takes seconds
 WINDOW = E_MAX - E_MIN  # binades that NVFP4 block scales hold
 
 
@@ -50,7 +48,8 @@ class Subject:
         day: when the source's shards were last modified; None if their clock is beyond reason.
         size: bytes of the destination's shards.
         files: the names of the source's companions, as they are called in the destination.
-        card: the source's card; empty if it has none.
+        card: the metadata of the source's card; empty if it has none.
+        version: the fp4cast that wrote the weights.
     """
 
     source: Source
@@ -62,7 +61,8 @@ class Subject:
     day: date | None
     size: int
     files: Collection[str]
-    card: str
+    card: Mapping[str, Any]
+    version: str = __version__
 
     @property
     def name(self) -> str:
@@ -86,15 +86,6 @@ class Subject:
     @property
     def _models(self) -> str:
         return "experts" if any(".experts" in pair.module for pair in self.selection.cast) else "dense"
-
-
-def read_card(directory: Path) -> str:
-    """The beginning of the source's card, which lies in a destination beside the new one; empty if there is none."""
-    path = directory / beside_card(PurePosixPath(CARD))
-    if not path.is_file() or path.is_symlink():
-        return ""
-    with path.open("rb") as file:
-        return file.read(READ_BYTES).decode(errors="replace")
 
 
 def last_modified(stamps: Stamps) -> date | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from fp4cast._version import __version__
 from fp4cast.cards.markdown import code, gigabytes, plural, table
 from fp4cast.cards.metadata import front_matter, licence, licence_files, metadata
 from fp4cast.cards.picture import describe, draw
@@ -163,7 +162,7 @@ def _making(subject: Subject) -> Iterator[str]:
     yield "## How it was made"
     yield "\n".join(["```sh", " ".join(["fp4cast convert", source, subject.name, *options]), "```"])
     rows = [
-        ("fp4cast", __version__),
+        ("fp4cast", code(subject.version)),
         ("source", f"`{origin.id}`" if origin.id else "not known; nobody said its id on the Hub"),
         ("revision", code(origin.revision) if origin.revision else "not known"),
         ("source last modified", f"{subject.day} (UTC)" if subject.day else "not known"),

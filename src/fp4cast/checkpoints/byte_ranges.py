@@ -243,10 +243,10 @@ def write_file(path: Path, data: bytes, mode: int = 0o666) -> None:
         write_all(target, 0, np.frombuffer(data, np.uint8))
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file atomically: it is there whole, or not at all."""
     beside = path.with_name(f"{path.name}.{os.urandom(4).hex()}.new")
-    write_file(beside, data)
+    write_file(beside, data, mode)
     beside.replace(path)
 
 

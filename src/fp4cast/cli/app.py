@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypedDict
 import typer
 
 import fp4cast
-from fp4cast.cli import model_commands
+from fp4cast.cli import card_command, model_commands
 from fp4cast.cli.console import DONE, exit_with, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
 from fp4cast.cli.display import show_demo, show_facts, show_files, show_inspection, show_part, show_report
@@ -285,6 +285,7 @@ def env(as_json: Json = False) -> None:
         show_facts(people_console(as_json), f"fp4cast {found['fp4cast']}", rows(found))
 
 
+app.command()(card_command.card)
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
 app.command(**model_commands.LIKE_MODELOPT)(model_commands.ptq)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import PurePosixPath
 
-from fp4cast.cards.subject import Subject, last_modified, read_card
+from fp4cast.cards.metadata import read_metadata
+from fp4cast.cards.subject import Subject, last_modified
 from fp4cast.cards.text import card_files
-from fp4cast.checkpoints.card_files import beside_card
+from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
 from fp4cast.conversion.execute import Finished, tallies_of
@@ -74,7 +76,7 @@ def _card(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checks
         day=last_modified(plan.stamps),
         size=sum(files[name].bytes for name in shards),
         files={str(beside_card(name)) for name in plan.companions},
-        card=read_card(stage.out),
+        card=read_metadata(stage.out / beside_card(PurePosixPath(CARD))),
     )
     return card_files(subject)
 

@@ -161,7 +161,7 @@ class Staging:
         for companion, size in companions.items():
             self._folders(companion, source.path)
             target = beside_card(companion) if card else companion
-            found[str(target)] = _copy(source.path, companion, size, self.out / target)
+            found[str(target)] = copy_companion(source.path, companion, size, self.out / target)
         return found
 
     def write_receipt(self, name: str, data: bytes) -> None:
@@ -210,7 +210,7 @@ class Staging:
             raise
 
 
-def _copy(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
+def copy_companion(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
     """Copy a companion inside the kernel; it must still be the file that was planned."""
     path = resolve_link(source, source / companion)
     with File(path, os.O_NOFOLLOW) as file:

@@ -41,6 +41,7 @@ class Receipt:
         intact: its digest of itself holds.
         found: there is a receipt.
         problem: why the one that is there cannot be read; empty if it can.
+        version: the fp4cast that wrote the weights.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Receipt:
     found: bool = True
     problem: str = ""
     kv_scales: str | None = None
+    version: str = __version__
 
     @classmethod
     def of(
@@ -105,11 +107,12 @@ class Receipt:
             quantized=_names(document.get("quantized")),
             intact=is_sealed(document) or not found,
             found=found,
+            version=str(document.get("fp4cast")),
         )
 
     def to_bytes(self) -> bytes:
         """The file's content; the same on every run."""
-        document: dict[str, Any] = {"fp4cast": __version__, **self.facts, "digests": dict(self.digests)}
+        document: dict[str, Any] = {"fp4cast": self.version, **self.facts, "digests": dict(self.digests)}
         if self.input_scales is not None:
             document["input_scales"] = self.input_scales
         if self.kv_scales is not None:

@@ -1,0 +1,34 @@
+"""The command `card`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp4cast.cli.console import people_console, print_json, run_or_exit
+from fp4cast.cli.display import show_report
+from fp4cast.cli.options import Jobs, Json, Source, SourceId
+from fp4cast.conversion.write_card import write_card
+
+
+def card(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory that `convert` has made of SRC.")],
+    source_id: SourceId = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited.")] = False,
+    jobs: Jobs = None,
+    as_json: Json = False,
+) -> None:
+    """Compare DST with SRC, then write its model card anew: README.md, its picture, and the receipt."""
+    report = run_or_exit(
+        as_json,
+        lambda meter: write_card(
+            source, destination, source_id=source_id, overwrite=overwrite, jobs=jobs, progress=meter
+        ),
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_report(people_console(as_json), report, "wrote the card of")
