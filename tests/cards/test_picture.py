@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from browser import CHROMIUM, count, screenshot
 from fp4cast.cards.picture import describe, draw
 from fp4cast.cards.subject import layers, shares
 from fp4cast.casting.tight_rule import Scaling
@@ -110,6 +111,22 @@ def test_it_is_legible_at_400_pixels_on_any_page():
         assert 1.05 / (luminance(text.get("fill")) + 0.05) >= 7  # contrast with white, WCAG 2's AAA
     left, right, _ = sorted(luminance(each) for each in (MARLIN, BEYOND, DISK))
     assert (right + 0.05) / (left + 0.05) > 1.3
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install the package chromium")
+@pytest.mark.parametrize("page", ["FFFFFF", "0B0F19"])
+def test_a_browser_draws_it(tmp_path, page):
+    spreads = [10, 14, 16, 17, 20]
+    some = [domain(f"layers.{i}.x", spreads[i % 5], verbatim=spreads[i % 5] <= 17) for i in range(40)]
+    (tmp_path / "x.svg").write_text(draw(some))
+    (tmp_path / "x.html").write_text(f'<body style="margin:0;background:#{page}"><img width="400" src="x.svg"></body>')
+    pixels = screenshot((tmp_path / "x.html").as_uri(), tmp_path, 500, 700)
+    assert (pixels[:, 402:] == [int(part, 16) for part in re.findall("..", page)]).all()
+    assert count(pixels[:, :400], "FFFFFF") > 80_000
+    for colour, cells in ((MARLIN, 40 * 11), (DISK, 3 * 16), (BEYOND, 3 * 8)):
+        assert count(pixels, colour.removeprefix("#").lower()) > cells * 16 * 8 / 3, colour  # textures cover a part
+    assert count(pixels[:, :36], "222222") > 40, "no numbers of layers"
 
 
 MODULES = st.lists(
