@@ -10,6 +10,7 @@ from helpers import options
 
 # One thread a test process: two processes on two cores would wait for each other's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("SOURCE_DATE_EPOCH", None)  # it dates model cards
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import fp4cast
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.byte_ranges import File
+from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.header import Tensor
@@ -113,9 +114,10 @@ def flip(tensor: Tensor, bit: int) -> None:
 
 
 def contents(directory):
-    """All files' bytes by path, but for the receipt, which only `convert` writes."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "fp4cast.json")
-    return {path.relative_to(directory): path.read_bytes() for path in files}
+    """All files' bytes by path, but for receipt and card, which `ptq` writes otherwise or not at all."""
+    files = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    ours = {name for name in files if str(name) == "fp4cast.json" or is_card_file(str(name))}
+    return {name: path.read_bytes() for name, path in files.items() if name not in ours}
 
 
 def call(*args):

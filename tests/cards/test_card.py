@@ -1,7 +1,6 @@
 """The card: frozen for one conversion, true in its figures, and quiet about what strangers write into names."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ from markdown_it import MarkdownIt
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.conversion import job_array
+from fp4cast.errors import UsageError
 from fp4cast.families.recognise import read_source
 from fp4cast.families.served import SERVICES, command_of
 from fp4cast.verification.files import verify_files
@@ -43,11 +43,9 @@ def convert(source, destination, **options):
 
 @pytest.fixture
 def source(miniatures, tmp_path):
-    """A mixture of experts with a card, of a known day."""
+    """A mixture of experts with a card."""
     path = Path(shutil.copytree(miniatures["moe"], tmp_path / "src"))
     (path / "README.md").write_text(SOURCE_CARD)
-    for shard in path.glob("*.safetensors"):
-        os.utime(shard, (1_760_000_000, 1_760_000_000))
     return path
 
 
@@ -203,6 +201,20 @@ def test_without_a_card_the_sources_stays(source, tmp_path):
     assert report.card is None
     again = call("convert", source, tmp_path / "again", "--no-card")
     assert again.exit_code == 0 and tree(tmp_path / "again") == tree(tmp_path / "dst")
+
+
+def test_a_date_is_the_one_that_is_said(source, tmp_path, monkeypatch):
+    """The bytes depend on no clock: tests/attacks/test_neighbours.py."""
+    _, text = convert(source, tmp_path / "none")
+    assert "| date |" not in text
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1764028799")
+    _, dated = convert(source, tmp_path / "dst")
+    assert dated.replace("| date | 2025-11-24 |\n", "") == text != dated
+    for wrong in ("today", "1e9", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH: expected seconds"):
+            fp4cast.convert(source, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_card_is_written_once_and_the_same_again(source, tmp_path):

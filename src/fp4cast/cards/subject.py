@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from fp4cast._version import __version__
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, Scaling
-from fp4cast.checkpoints.directory import Stamps
 from fp4cast.checkpoints.origin import Origin
+from fp4cast.errors import UsageError
 from fp4cast.families.family import Pair, Source
 from fp4cast.families.served import Service, failing_rows, serving_rows
 from fp4cast.formats import Activations
@@ -45,7 +46,7 @@ class Subject:
         domains: the scale domains that were cast.
         report: the figures.
         origin: the source's.
-        day: when the source's shards were last modified; None if their clock is beyond reason.
+        day: when it was made, if somebody says so; see `source_date`.
         size: bytes of the destination's shards.
         files: the names of the source's companions, as they are called in the destination.
         card: the metadata of the source's card; empty if it has none.
@@ -88,12 +89,21 @@ class Subject:
         return "experts" if any(".experts" in pair.module for pair in self.selection.cast) else "dense"
 
 
-def last_modified(stamps: Stamps) -> date | None:
-    """The day (UTC) of the newest of some shards: not that of the conversion, so that its bytes stay reproducible."""
-    try:
-        return datetime.fromtimestamp(max(stamp[2] for stamp in stamps) // 10**9, UTC).date()
-    except (ValueError, OverflowError, OSError):
+def source_date() -> date | None:
+    """The day that SOURCE_DATE_EPOCH names, the convention of reproducible builds; None where it is not set.
+
+    No other clock is asked, neither the machine's nor that of files: the same conversion has the same bytes on any day.
+
+    Raises:
+        UsageError: it is not a number of seconds since 1970.
+    """
+    said = os.environ.get("SOURCE_DATE_EPOCH")
+    if not said:
         return None
+    try:
+        return datetime.fromtimestamp(int(said), UTC).date()
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {said[:50]!r}") from None
 
 
 _LAYER = re.compile(r"((?:.*?\.)??)(\d{1,6})(?:\.|$)")

@@ -151,6 +151,8 @@ def _serving(subject: Subject) -> Iterator[str]:
     limits += [f"- **Not** {row.release}: {row.why}" for row in subject.failing]
     if limits:
         yield "\n".join(limits)
+    if known := [*rows, *subject.failing]:
+        yield f"Engines change: this was known on {max(row.date for row in known)}."
 
 
 def _making(subject: Subject) -> Iterator[str]:
@@ -165,9 +167,10 @@ def _making(subject: Subject) -> Iterator[str]:
         ("fp4cast", code(subject.version)),
         ("source", f"`{origin.id}`" if origin.id else "not known; nobody said its id on the Hub"),
         ("revision", code(origin.revision) if origin.revision else "not known"),
-        ("source last modified", f"{subject.day} (UTC)" if subject.day else "not known"),
         ("layout", f"`{report.layout}`, {report.activations.upper()}"),
     ]
+    if subject.day:
+        rows.append(("date", str(subject.day)))
     yield table(rows, ("what", "which"))
     yield (
         f"`{RECEIPT}` is the receipt: the source, what was made, and a checksum of every file. "

@@ -120,7 +120,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     rows += [
         ("Marlin", f"{_marlin_sentence(report)} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
         ("served by", report.served),
-        *([("card", f"{report.card}: read it, and edit it as you like")] if report.card else []),
+        *([("card", f"{escape(printable(report.card))}: read it, and edit it as you like")] if report.card else []),
         (
             "time",
             f"{report.seconds:.1f} s, {format_bytes(report.bytes['read'])} read, "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from fp4cast.cards.subject import source_date
 from fp4cast.casting.inexact import check_inexact
 from fp4cast.checkpoints.directory import (
     CONFIG,
@@ -89,6 +91,7 @@ class Plan:
         stamps: the source's, when the plan was made.
         origin: the source's id and revision, as far as they are known.
         card: whether to write a model card.
+        day: the date for the card, if somebody says it.
     """
 
     source: Source
@@ -101,6 +104,7 @@ class Plan:
     stamps: Stamps
     origin: Origin = UNKNOWN
     card: bool = True
+    day: date | None = None
 
     @property
     def write_bytes(self) -> int:
@@ -166,7 +170,7 @@ def make_plan(
         InputScaleError: w4a4 without usable scales.
     """
     check_inexact(options.inexact)
-    origin = origin_of(path, options.source_id)
+    origin, day = origin_of(path, options.source_id), source_date()
     source = read_source(open_checkpoint(path))
     stamps = stamp(source.checkpoint)
     target = choose_target(source.family, options.layout, options.activations, path, options.kv_cache_qformat)
@@ -198,6 +202,7 @@ def make_plan(
         stamps=stamps,
         origin=origin,
         card=options.card,
+        day=day,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from fp4cast.cards.metadata import read_metadata
-from fp4cast.cards.subject import Subject, last_modified
+from fp4cast.cards.subject import Subject
 from fp4cast.cards.text import card_files
 from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.checksums import Checksum
@@ -73,7 +73,7 @@ def _card(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checks
         domains=plan.domains,
         report=report,
         origin=plan.origin,
-        day=last_modified(plan.stamps),
+        day=plan.day,
         size=sum(files[name].bytes for name in shards),
         files={str(beside_card(name)) for name in plan.companions},
         card=read_metadata(stage.out / beside_card(PurePosixPath(CARD))),

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from fp4cast.cards.metadata import read_metadata
-from fp4cast.cards.subject import Subject, last_modified
+from fp4cast.cards.subject import Subject, source_date
 from fp4cast.cards.text import card_files
 from fp4cast.checkpoints.byte_ranges import sync_path, write_whole
 from fp4cast.checkpoints.card_files import CARD, beside_card, is_card_file
 from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes, checksum_of_path
-from fp4cast.checkpoints.directory import CONFIG, RECEIPT, companion_sizes, stamp
+from fp4cast.checkpoints.directory import CONFIG, RECEIPT, companion_sizes
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.origin import UNKNOWN, Origin, origin_of
 from fp4cast.conversion.destination import real_path
@@ -53,9 +53,9 @@ def write_card(
     Raises:
         VerificationError: `dst` is not what `src` becomes; nothing is written.
         DestinationError: `dst` has no receipt, or an edited card.
-        UsageError: `dst` is an export of `ptq`, which no card of a conversion describes.
+        UsageError: `dst` is an export of `ptq`, which no card of a conversion describes; a date that is none.
     """
-    begin, source, destination = time.monotonic(), resolve(src), real_path(dst)
+    begin, day, source, destination = time.monotonic(), source_date(), resolve(src), real_path(dst)
     receipt = Receipt.read(destination)
     _check(destination, receipt, overwrite)
     engine = make_engine("local", jobs)
@@ -80,7 +80,7 @@ def write_card(
         domains=domains,
         report=found,
         origin=origin,
-        day=last_modified(stamp(opened.source.checkpoint)),
+        day=day,
         size=sum(shard.size for shard in opened.destination.shards.values()),
         files={str(beside_card(name)) for name in companion_sizes(opened.source.checkpoint)},
         card=read_metadata(destination / beside_card(PurePosixPath(CARD))),
