@@ -1,8 +1,11 @@
 """The card: frozen for one conversion, true in its figures, and quiet about what strangers write into names."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,22 +110,26 @@ def test_a_card_serves_as_the_pages_do(miniatures, tmp_path, variant):
         assert (f"- **Not** {row.release}: " in text) == (row.verdict == "fails") or row.verdict != "fails"
 
 
-def test_the_source_is_named_where_its_path_says_it(source, tmp_path):
-    """As `convert ORG/NAME` finds it: in the Hub cache, by its commit, its files links to blobs."""
+@pytest.mark.parametrize("as_id", [True, False])
+def test_the_source_is_named_where_its_place_says_it(source, tmp_path, as_id):
+    """In the Hub's cache, by a model id, offline, or by the path; its files link to blobs."""
     snapshot = tmp_path / "hub" / "models--acme--Tiny-MoE" / "snapshots" / COMMIT
-    blobs = snapshot.parents[1] / "blobs"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
+    blobs, refs = snapshot.parents[1] / "blobs", snapshot.parents[1] / "refs"
+    for folder in (snapshot, blobs, refs):
+        folder.mkdir(parents=True)
+    (refs / "main").write_text(COMMIT)
     for i, path in enumerate(sorted(p for p in source.rglob("*") if p.is_file())):
         shutil.copy2(path, blobs / str(i))
         (snapshot / path.relative_to(source)).parent.mkdir(exist_ok=True)
         (snapshot / path.relative_to(source)).symlink_to(blobs / str(i))
-    convert(snapshot, tmp_path / "dst")
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    named = "acme/Tiny-MoE@main" if as_id else str(snapshot)
+    command = [sys.executable, "-m", "fp4cast", "convert", named, str(tmp_path / "dst"), "--json"]
+    subprocess.run(command, check=True, capture_output=True, env=env, cwd=tmp_path)
     convert(source, tmp_path / "said", source_id=f"acme/Tiny-MoE@{COMMIT}")
     assert tree(tmp_path / "dst") == tree(tmp_path / "said")
-    assert json.loads((tmp_path / "dst" / "fp4cast.json").read_text())["source"] == {
-        "id": "acme/Tiny-MoE", "revision": COMMIT
-    }  # fmt: skip
+    said = json.loads((tmp_path / "dst" / "fp4cast.json").read_text())["source"]
+    assert said == {"id": "acme/Tiny-MoE", "revision": COMMIT}
 
 
 def test_nothing_is_guessed_about_a_folder(source, tmp_path):

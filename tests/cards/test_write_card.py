@@ -60,6 +60,15 @@ def test_an_id_that_becomes_known_is_said_and_kept(source, tmp_path):
     fp4cast.convert(source, tmp_path / "dst", overwrite=True, restart=True)  # all that is there is fp4cast's
 
 
+def test_a_card_that_the_source_no_longer_has_goes(source, tmp_path):
+    fp4cast.convert(source, tmp_path / "dst")
+    (source / "README.md").unlink()
+    write_card(source, tmp_path / "dst")
+    assert not (tmp_path / "dst" / "README.source.md").exists()
+    fp4cast.convert(source, tmp_path / "new")
+    assert tree(tmp_path / "dst") == tree(tmp_path / "new")
+
+
 @pytest.mark.parametrize("said", ["acme", 7, {"id": ["x"]}, {"id": "a b/<c>"}, {"id": "a/b", "revision": "`|<b>"}])
 def test_a_receipt_is_not_believed_about_ids(source, tmp_path, said):
     fp4cast.convert(source, tmp_path / "dst")

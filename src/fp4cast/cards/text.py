@@ -41,8 +41,8 @@ def _summary(subject: Subject) -> Iterator[str]:
     yield f"# {subject.name}" if subject.origin.id else f"# {subject.target.family.title} in NVFP4"
     yield (
         f"This is {_source(subject)} in NVFP4 ({report.activations.upper()}, {gigabytes(subject.size)}). The weights "
-        "that are NVFP4 here were MXFP4 there. They were not quantized again: fp4cast kept their 4-bit codes and "
-        f"computed new scales. {_verdict(subject)}"
+        "that are NVFP4 here were MXFP4 there. They were not quantized again: fp4cast computed new scales, and kept "
+        f"the 4-bit codes wherever the scales allow that. {_verdict(subject)}"
     )
 
 

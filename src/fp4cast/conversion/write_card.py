@@ -121,11 +121,14 @@ def _origin(receipt: Receipt) -> Origin:
 
 
 def _copied(opened: Opened) -> dict[str, Checksum]:
-    """Copy the source's cards beside the new one; returns the checksum of each."""
+    """Copy the source's cards beside the new one, in the place of older ones; returns the checksum of each."""
     source, found = opened.source.checkpoint, dict[str, Checksum]()
+    for old in filter(is_card_file, opened.receipt.files):
+        (opened.destination.path / old).unlink(missing_ok=True)
     for name, size in companion_sizes(source).items():
         if is_card_file(str(name)):
             target = opened.destination.path / beside_card(name)
+            target.unlink(missing_ok=True)
             found[target.name] = copy_companion(source.path, name, size, target)
     return found
 
