@@ -140,6 +140,7 @@ def test_nothing_is_guessed_about_a_folder(source, tmp_path):
     _, text = convert(source, tmp_path / "secret-name")
     data = ModelCard(text).data.to_dict()
     assert not data.keys() & {"base_model", "base_model_relation", "license", "license_link", "language"}
+    assert "\n# `qwen3_moe` in NVFP4\n" in text
     assert "Licence: not known" in text and "revision | not known" in text
     assert "someone/else" not in text and "secret-name" not in text and str(tmp_path) not in text
     assert "source" not in json.loads((tmp_path / "secret-name" / "fp4cast.json").read_text())

@@ -32,13 +32,19 @@ def _source(subject: Subject) -> str:
     return f"[`{name}`](https://huggingface.co/{name})" if name else f"a {subject.target.family.title} checkpoint"
 
 
+def _kind(subject: Subject) -> str:
+    """What a model without a name is: its config's model_type, as code, or its family."""
+    said = subject.source.checkpoint.config.get("model_type")
+    return code(said) if isinstance(said, str) else subject.target.family.title
+
+
 def _verify(subject: Subject) -> str:
     return f"fp4cast verify {str(subject.origin) or 'SRC'} {subject.name}"
 
 
 def _summary(subject: Subject) -> Iterator[str]:
     report = subject.report
-    yield f"# {subject.name}" if subject.origin.id else f"# {subject.target.family.title} in NVFP4"
+    yield f"# {subject.name}" if subject.origin.id else f"# {_kind(subject)} in NVFP4"
     yield (
         f"This is {_source(subject)} in NVFP4 ({report.activations.upper()}, {gigabytes(subject.size)}). The weights "
         "that are NVFP4 here were MXFP4 there. They were not quantized again: fp4cast computed new scales, and kept "
