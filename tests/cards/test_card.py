@@ -60,6 +60,13 @@ def test_one_card_is_frozen(source, tmp_path):
         assert found == (GOLDEN / name).read_text(), tmp_path / "dst" / name
 
 
+def test_a_quantized_kv_cache_is_in_the_command_and_the_limits(miniatures, tmp_path):
+    _, text = convert(miniatures["dense"], tmp_path / "dst", kv_cache_qformat="fp8_cast")
+    assert "fp4cast convert SRC MODEL-NVFP4 --kv-cache-qformat fp8_cast\n" in text
+    assert "- KV cache in FP8, with scales of 1: engines round it while they serve." in text
+    assert "KV cache" not in convert(miniatures["dense"], tmp_path / "plain")[1]
+
+
 @pytest.mark.parametrize(("kind", "layout", "activations"), VARIANTS)
 def test_every_card_says_what_was_measured(miniatures, tmp_path, kind, layout, activations):
     options = {"layout": layout, "activations": activations, "input_scales": 1.0 if activations == "w4a4" else None}

@@ -166,6 +166,7 @@ def _making(subject: Subject) -> Iterator[str]:
     source = str(origin) or "SRC"
     options = [f"--layout {report.layout}"] * (report.layout != "modelopt")
     options += ["--activations w4a4 --input-scales FILE"] * (report.activations == "w4a4")
+    options += [f"--kv-cache-qformat {subject.target.kv_cache}"] * (subject.target.kv_cache != "none")
     options += ["--inexact nearest"] * bool(report.inexact)
     yield "## How it was made"
     yield "\n".join(["```sh", " ".join(["fp4cast convert", source, subject.name, *options]), "```"])
@@ -195,6 +196,10 @@ def _limits(subject: Subject) -> Iterator[str]:
         "Neither speed nor accuracy on benchmarks was measured. NVFP4 kernels gain most on Blackwell, with long "
         "prompts and large batches.",
     ]
+    if subject.target.kv_cache != "none":
+        limits.insert(
+            1, "KV cache in FP8, with scales of 1: engines round it while they serve. That part is not lossless."
+        )
     yield "## Limits"
     yield "\n".join(f"- {limit}" for limit in limits)
 
