@@ -41,6 +41,7 @@ def test_the_command_writes_what_convert_writes(tmp_path):
     assert set(found["seconds"]) == {"load", "calibrate", "cast", "export"} and found["peak_memory"]["host"] > 1e8
     scales = input_scales(tmp_path / "dst")
     assert len(scales) == 8
+    assert found["serve"].startswith(f"vllm serve {tmp_path / 'dst'}   # vLLM 0.")
     fp4cast.convert(FIXTURE, tmp_path / "file", activations="w4a4", input_scales=scales)
     assert contents(tmp_path / "dst") == contents(tmp_path / "file")
 
@@ -73,6 +74,10 @@ def test_modern_spellings_and_words_for_people(tmp_path):
     assert result.exit_code == 0, result.stderr
     text = plain(result.stdout)
     assert "exact: all 8 MXFP4 tensors keep every value" in text and "24 quantized" in text
+    assert text.splitlines()[-1].startswith(
+        "next  not known: no row of docs/engines.md says which engine serves gpt-oss with more than its MXFP4 "
+        "weights quantized; those about the modelopt layout: vLLM 0.26.0 "
+    )
     assert (tmp_path / "dst/config.json").exists() and (tmp_path / "dst/tokenizer.json").exists()
 
 
@@ -96,7 +101,15 @@ def test_without_the_cast_the_loss_is_told(tmp_path):
     assert result.exit_code == 0, result.stderr
     text = plain(result.stdout)
     assert "requantized; of 8 MXFP4 tensors, 0 kept every value" in text and "6 samples, 384 tokens; 2 together" in text
-    assert "SNR" in text
+    assert "SNR" in text and text.splitlines()[-1].startswith(f"next  vllm serve {tmp_path / 'dst'}   # vLLM 0.")
+
+
+def test_a_model_that_no_row_is_about_has_no_known_server(bf16, tmp_path):
+    done = quantize(Options(bf16, tmp_path / "dst", "w4a16_nvfp4"))
+    assert done.to_json()["serve"].startswith(
+        "not known: no row of docs/engines.md says which engine serves this model; "
+    )
+    assert "modelopt layout: vLLM 0." in done.exported.serve
 
 
 def run_shell(*args, cwd, **env):

@@ -38,6 +38,11 @@ def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) ->
     console.print(table)
 
 
+def show_next(console: Console, command: str) -> None:
+    """Print the last line of a summary: the command to go on with."""
+    console.print(f"[bold]next[/]  {escape(printable(command))}", soft_wrap=True)
+
+
 def show_inspection(console: Console, info: Inspection) -> None:
     """Print what a checkpoint is and what a conversion would do."""
     domains = info.domains
@@ -136,7 +141,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
     _show_differences(console, report.differences)
     if report.ok:
-        console.print(f"[bold]next[/]  {escape(printable(report.serve))}", soft_wrap=True)
+        show_next(console, report.serve)
 
 
 def kv_cache_sentence(name: KvCache) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fp4cast.casting.inexact import Inexact
 from fp4cast.cli.console import people_console, print_json, run_or_exit
-from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact
+from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
 from fp4cast.cli.modelopt_options import PtqCommand, meaning
 from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
 from fp4cast.cli.progress import format_bytes
@@ -218,6 +218,8 @@ def _show(console: Console, done: Quantized, verbose: bool) -> None:
     show_facts(console, f"wrote {exported.destination}", rows if verbose else [])
     if exported.inexact:
         console.print(show_inexact(exported.inexact))
+    if verbose:
+        show_next(console, exported.serve)
 
 
 def _weights(done: Quantized) -> str:

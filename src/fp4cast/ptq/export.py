@@ -62,6 +62,7 @@ class Exported:
         bytes: "read" from the source's files, and "written".
         seconds: wall time.
         served: where the result is served, for people.
+        serve: the command that serves the result, or that none is known yet.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Exported:
     bytes: ByteCounts
     seconds: float
     served: str
+    serve: str
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -88,6 +90,7 @@ class Exported:
             "bytes": dict(self.bytes),
             "seconds": round(self.seconds, 3),
             "served": self.served,
+            "serve": self.serve,
         }
 
 
@@ -186,6 +189,19 @@ def write_model(
         },
         seconds=time.monotonic() - begin,
         served=target.served,
+        serve=_serve(opened, weights, target, str(destination)),
+    )
+
+
+def _serve(opened: OpenedModel, weights: Sequence[Weight], target: Target, destination: str) -> str:
+    """The command that serves an export; a sentence where no engine was run or read with such a model."""
+    if opened.source is not None and all(weight.pair is not None for weight in weights):
+        return target.serving_command(destination)
+    title = target.family.title
+    what = "this model" if opened.source is None else f"{title} with more than its MXFP4 weights quantized"
+    return (
+        f"not known: no row of docs/engines.md says which engine serves {what}; "
+        f"those about the {target.layout.name} layout: {target.served}"
     )
 
 
