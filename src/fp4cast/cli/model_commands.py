@@ -15,6 +15,7 @@ from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, sho
 from fp4cast.cli.modelopt_options import PtqCommand, meaning
 from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
 from fp4cast.cli.progress import format_bytes
+from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.errors import UsageError
 from fp4cast.layouts.choose import LAYOUTS
 
@@ -79,6 +80,24 @@ ServingGpus = Annotated[
         help=meaning("--inference_tensor_parallel"),
     ),
 ]
+ActHeadroom = Annotated[
+    bool,
+    typer.Option(
+        "--act_headroom",
+        "--nvfp4_act_headroom",
+        help="Scale activations by ModelOpt's nvfp4_act_headroom instead of their largest magnitude: room above for "
+        "larger ones while serving.",
+    ),
+]
+ScalesOf = Annotated[
+    ScalesPer | None,
+    typer.Option(
+        "--input_scales_per",
+        help="bank: the experts of a layer share an input scale; expert: one each, but not for gpt-oss, whose experts "
+        "lie in one tensor.",
+        show_default="as the layout holds them",
+    ),
+]
 Nearest = Annotated[
     Inexact, typer.Option(help="With the cast, where no tensor scale is exact: stop, or write the nearest values.")
 ]
@@ -101,6 +120,8 @@ def ptq(
     inexact: Nearest = "fail",
     trust_remote_code: Remote = False,
     attn_implementation: Attention = None,
+    act_headroom: ActHeadroom = False,
+    input_scales_per: ScalesOf = None,
     verbose: Verbose = True,
     skip_generate: SkipGenerate = False,
     export_fmt: ExportFmt = "hf",
@@ -118,8 +139,10 @@ def ptq(
 
     def work(meter: Any) -> Quantized:
         from fp4cast.ptq.flow import Options, quantize
+        from fp4cast.ptq.headroom import Headroom
 
         given["calib_size"] = _sizes(calib_size)
+        given["act_headroom"] = Headroom() if act_headroom else None
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
         return quantize(options, meter)
 
@@ -137,6 +160,8 @@ def calibrate(
     ] = 0,
     device: Device = "auto",
     trust_remote_code: Remote = False,
+    act_headroom: ActHeadroom = False,
+    input_scales_per: ScalesOf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -146,6 +171,7 @@ def calibrate(
     """
 
     def work(meter: Any) -> Calibrated:
+        from fp4cast.ptq.headroom import Headroom
         from fp4cast.ptq.layerwise.calibrate import calibrate
 
         return calibrate(
@@ -158,6 +184,8 @@ def calibrate(
             device=device,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            act_headroom=Headroom() if act_headroom else None,
+            input_scales_per=input_scales_per,
             progress=meter,
         )
 

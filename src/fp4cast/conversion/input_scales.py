@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from fp4cast.formats import TENSOR_TOP, float_values
 _LEAST = float(np.finfo(np.float32).tiny)
 _MOST = 1 / _LEAST
 
+ScalesPer = Literal["bank", "expert"]  # what shares a calibrated scale: all experts of a layer, or none
 InputScalesLike = float | str | Path | Mapping[str, float]
 
 _WAYS_OUT = (

@@ -15,6 +15,7 @@ from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.cast import apply_to_model, build_amax_map
 from fp4cast.ptq.export import Exported, export
 from fp4cast.ptq.flow import Quantized, quantize
+from fp4cast.ptq.headroom import Headroom
 from fp4cast.ptq.max_calibration import max_calibrate, set_expert_quantizer_amax
 from fp4cast.ptq.modules import attach
 from fp4cast.ptq.options import Options
@@ -30,6 +31,7 @@ __all__ = [
     "Amax",
     "AmaxFacts",
     "Exported",
+    "Headroom",
     "NVFP4StaticQuantizer",
     "Options",
     "QFormat",

@@ -105,7 +105,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
     with _timed(clock, "calibrate"):
         loop.fit(model)  # before there are quantizers: trial runs must leave no trace
         _attach(model, options, static=options.cast_mxfp4_to_nvfp4)
-        max_calibrate(model, loop if samples else None)
+        max_calibrate(model, loop if samples else None, headroom=options.act_headroom)
     with _timed(clock, "cast"):
         applied = apply_domains(model, job.domains) if options.cast_mxfp4_to_nvfp4 else None
     check_stamps(checkpoint, job.opened.stamps, "export")
@@ -205,7 +205,7 @@ def _check_source(opened: OpenedModel, options: Options, model: nn.Module) -> tu
 
 def _attach(model: nn.Module, options: Options, static: bool = False) -> None:
     """Attach the quantizers that the options ask for."""
-    attach(model, QFORMATS[options.qformat], static)
+    attach(model, QFORMATS[options.qformat], static, options.input_scales_per)
     if options.kv_cache_qformat == "fp8":
         attach_kv_cache(model)
 

@@ -12,12 +12,16 @@ from torch import Tensor, distributed, nn
 
 from fp4cast.errors import QuantizerError, ShapeError, UnsupportedError
 from fp4cast.families.merging import expert_projection, shared_scale_group
+from fp4cast.ptq.headroom import Headroom
 from fp4cast.ptq.modules import QuantLinear, quantized_weights, weight_quantizers
 from fp4cast.ptq.quantizer import TensorQuantizer, promote_nvfp4_static_quantizers
 
 
 def max_calibrate(
-    model: nn.Module, forward_loop: Callable[[nn.Module], object] | None = None, distributed_sync: bool = True
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], object] | None = None,
+    distributed_sync: bool = True,
+    headroom: Headroom | None = None,
 ) -> None:
     """Calibrate every enabled quantizer of a model afresh, and promote those of static weights.
 
@@ -27,6 +31,7 @@ def max_calibrate(
         model: with quantizers attached.
         forward_loop: called with the model, to run it on calibration data; None calibrates weights only.
         distributed_sync: take the largest amax of all ranks, where torch.distributed is initialised.
+        headroom: the rule for the amax of inputs; None for their largest magnitude.
 
     Raises:
         UnsupportedError: no quantizer is enabled.
@@ -43,7 +48,7 @@ def max_calibrate(
         with torch.no_grad():
             _calibrate_weights(model)
             if forward_loop is not None:
-                _calibrate_inputs(model, inputs, forward_loop)
+                _calibrate_inputs(model, inputs, forward_loop, headroom)
             if distributed_sync and distributed.is_available() and distributed.is_initialized():
                 _take_largest(model)
             if forward_loop is not None:
@@ -66,7 +71,10 @@ def _calibrate_weights(model: nn.Module) -> None:
 
 
 def _calibrate_inputs(
-    model: nn.Module, inputs: Sequence[TensorQuantizer], forward_loop: Callable[[nn.Module], object]
+    model: nn.Module,
+    inputs: Sequence[TensorQuantizer],
+    forward_loop: Callable[[nn.Module], object],
+    headroom: Headroom | None,
 ) -> None:
     """Observe the inputs while the model runs with unquantized weights."""
     weights = [quantizer for _, quantizer, _ in quantized_weights(model)]
@@ -74,12 +82,12 @@ def _calibrate_inputs(
         quantizer.disable()
     for quantizer in inputs:
         quantizer.reset_amax()
-        quantizer.enable_calib()
+        quantizer.enable_calib(histogram=headroom is not None)
     try:
         forward_loop(model)
     finally:
         for quantizer in inputs:
-            quantizer.disable_calib()
+            quantizer.disable_calib(headroom)
         for quantizer in weights:
             quantizer.enable()
 

@@ -7,8 +7,9 @@ list of experts, whose names are those of their checkpoints.
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp4cast.errors import QuantizerError, UnsupportedError
+from fp4cast.conversion.input_scales import ScalesPer
+from fp4cast.errors import QuantizerError, UnsupportedError, UsageError
+from fp4cast.families.merging import expert_projection
+from fp4cast.ptq.batched_experts import FORWARDS
 from fp4cast.ptq.qformats import QFormat
 from fp4cast.ptq.quantizer import TensorQuantizer
 
@@ -34,59 +38,11 @@ class QuantLinear(nn.Linear):
         return functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
 
-def _through(module: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize an input and a batched weight."""
-    quantizer, weight = getattr(module, f"{name}_weight_quantizer"), getattr(module, name)
-    if quantizer.is_enabled:
-        weight = quantizer(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
-    return getattr(module, f"{name}_input_quantizer")(x), weight
-
-
-def _gpt_oss_forward(
-    self: Any, hidden_states: Tensor, router_indices: Tensor | None = None, routing_weights: Tensor | None = None
-) -> Tensor:
-    """Transformers' eager gpt-oss experts, with every product's input and weight quantized."""
-    if router_indices is None or routing_weights is None:
-        raise UnsupportedError("gpt-oss experts need router_indices and routing_weights")
-    states, gate_up_proj = _through(self, "gate_up_proj", hidden_states)
-    result = torch.zeros_like(hidden_states)
-    routed = []
-    for expert in sorted(set(router_indices.flatten().tolist())):
-        if expert < self.num_experts:
-            slot, token = torch.where(expert == router_indices.T)  # in transformers' order: rows that round alike
-            gate_up = states[token] @ gate_up_proj[expert] + self.gate_up_proj_bias[expert]
-            routed.append((expert, token, slot, self._apply_gate(gate_up)))
-    if not routed:
-        return result
-    # One input quantizer for all experts: it sees what all of them take in.
-    gated, down_proj = _through(self, "down_proj", torch.cat([gate for *_, gate in routed]))
-    parts = torch.split(gated, [len(token) for _, token, *_ in routed])
-    for (expert, token, slot, _), part in zip(routed, parts, strict=True):
-        out = part @ down_proj[expert] + self.down_proj_bias[expert]
-        result.index_add_(0, token, (out * routing_weights[token, slot, None]).to(result.dtype))
-    return result
-
-
-def _llama4_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """Transformers' Llama-4 experts, with every product's input and weight quantized."""
-    states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
-    states, gate_up_proj = _through(self, "gate_up_proj", states)
-    gate, up = torch.bmm(states, gate_up_proj).chunk(2, dim=-1)
-    gated, down_proj = _through(self, "down_proj", up * self.act_fn(gate))
-    result: Tensor = torch.bmm(gated, down_proj).view(-1, self.hidden_size)
-    return result
-
-
-_EXPERTS = {
-    ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"): _gpt_oss_forward,
-    ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): _llama4_forward,
-}
-
-
 class QuantExperts(nn.Module):
     """Experts that transformers 5 holds as [E, 2 I, H] and [E, H, I], as a list of experts of three projections each.
 
-    The inputs of all experts share a quantizer, as in ModelOpt: experts that saw no token have the scale of the others.
+    The inputs of all experts share a quantizer, as in ModelOpt, unless each shall have its own scale. Experts that saw
+    no token have the scale of the others.
     """
 
     fused: type[Any]  # the class that it was, which knows the activation
@@ -119,21 +75,22 @@ def _is_fused(module: nn.Module) -> bool:
     return fits and marks == [True, False, False] and hasattr(type(module), "_apply_gate")
 
 
-def _split(module: Any, quantizers: dict[str, TensorQuantizer], static: bool) -> None:
-    """Make fused experts a list in place; the new weights are views of the old ones."""
+def _split(module: Any, quantizers: dict[str, TensorQuantizer], static: bool, alone: bool) -> None:
+    """Make fused experts a list in place, each with input quantizers of its own if `alone`; weights become views."""
     gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
     module.fused, module.__class__ = type(module), QuantExperts
     del module.gate_up_proj, module.down_proj
     for expert in range(len(down)):
         gate, up = gate_up[expert].chunk(2)
         split = nn.Module()
+        inputs = copy.deepcopy(quantizers) if alone else quantizers
         for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down[expert])):
             linear = QuantLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             key = "down_proj" if name == "down_proj" else "gate_up_proj"
             on = quantizers[f"{key}_weight_quantizer"].is_enabled
             linear.weight_quantizer = TensorQuantizer(static=static, enabled=on).to(weight.device)
-            linear.input_quantizer = quantizers[f"{key}_input_quantizer"]
+            linear.input_quantizer = inputs[f"{key}_input_quantizer"]
             split.add_module(name, linear)
         module.add_module(str(expert), split)
 
@@ -146,7 +103,7 @@ _MADE: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _quantized_experts(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The quantized class of a class of batched experts, or None if it is not one that we know."""
-    forward = _EXPERTS.get((cls.__module__, cls.__name__))
+    forward = FORWARDS.get((cls.__module__, cls.__name__))
     if forward is not None and cls not in _MADE:
         _MADE[cls] = type(f"Quant{cls.__name__}", (cls,), {"forward": forward, "__module__": __name__})
     return _MADE.get(cls)
@@ -154,7 +111,7 @@ def _quantized_experts(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 def __getattr__(name: str) -> type[nn.Module]:
     """The class of quantized experts of that name, for pickle."""
-    for module, cls in _EXPERTS:
+    for module, cls in FORWARDS:
         if name == f"Quant{cls}" and (made := _quantized_experts(getattr(importlib.import_module(module), cls))):
             return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -202,7 +159,7 @@ def _refuse_experts(module: nn.Module, name: str, qformat: QFormat) -> None:
     """Raise for experts that would silently stay as they are."""
     for parameter, value in module.named_parameters(recurse=False):
         if value.ndim == 3 and "experts" in name and qformat.enables(f"{name}.{parameter}_weight_quantizer"):
-            known = ", ".join(cls for _, cls in _EXPERTS)
+            known = ", ".join(cls for _, cls in FORWARDS)
             raise UnsupportedError(
                 f"{name}.{parameter}: {qformat.name} quantizes it, but {type(module).__name__} is not supported, "
                 f"only {known}, and gated experts [E, N, K] without biases. For an MXFP4 checkpoint, use fp4cast "
@@ -210,19 +167,22 @@ def _refuse_experts(module: nn.Module, name: str, qformat: QFormat) -> None:
             )
 
 
-def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
+def attach(model: nn.Module, qformat: QFormat, static: bool = False, input_scales_per: ScalesPer | None = None) -> int:
     """Quantize a model's linear layers and batched experts in place; the output head stays as it is.
 
     Args:
         model: a transformers model, or any other.
         qformat: which quantizers are on.
         static: keep the block amax of weights, as the cast needs.
+        input_scales_per: "bank" for one input quantizer for all experts of a layer, "expert" for one each; None for
+            ModelOpt's choice: experts in one tensor share, a list of experts does not.
 
     Returns:
         The number of quantizers that are on.
 
     Raises:
         UnsupportedError: none is, the model is quantized already, or it has experts that cannot be; nothing is changed.
+        UsageError: experts in one tensor shall have a scale each; nothing is changed.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, TensorQuantizer) for module in modules.values()):
@@ -235,17 +195,38 @@ def attach(model: nn.Module, qformat: QFormat, static: bool = False) -> int:
         raise UnsupportedError(
             f"no quantizer of {type(model).__name__} matches {qformat.name}: nothing would be quantized"
         )
+    if input_scales_per == "expert":
+        _refuse_banks(changes)
     for change in changes:
         if change.kind is QuantExperts:
-            _split(change.module, change.quantizers, static)
+            _split(change.module, change.quantizers, static, alone=input_scales_per == "expert")
             continue
         change.module.__class__ = change.kind
         for key, quantizer in change.quantizers.items():
             setattr(change.module, key, quantizer)
+    if input_scales_per == "bank":
+        _share_inputs(model)
     for change in changes:
         if "_old_forward" in vars(change.module):  # a hook of accelerate, which moves inputs, holds the class's forward
             change.module._old_forward = type(change.module).forward.__get__(change.module)
     return enabled
+
+
+def _refuse_banks(changes: Iterable[_Change]) -> None:
+    for change in changes:
+        if change.kind in _MADE.values() and any(each.is_enabled for each in change.quantizers.values()):
+            raise UsageError(
+                f"{type(change.module).__name__}: its experts lie in one tensor, which has one input scale in every "
+                "layout, so that experts cannot have one each; drop --input_scales_per expert"
+            )
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Give the experts of a list one input quantizer for each projection."""
+    shared: dict[tuple[str, str], TensorQuantizer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and (projection := expert_projection(name)):
+            module.input_quantizer = shared.setdefault(projection, module.input_quantizer)
 
 
 def weight_quantizers(module: nn.Module) -> Iterator[tuple[str, TensorQuantizer, Tensor]]:

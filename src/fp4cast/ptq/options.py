@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4cast.casting.inexact import check_inexact
+from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.errors import UsageError
 from fp4cast.layouts.choose import find_layout
 from fp4cast.layouts.kv_cache import find_kv_cache
 from fp4cast.ptq.data import check_counts
+from fp4cast.ptq.headroom import Headroom
 from fp4cast.ptq.qformats import find_qformat
 
+_FOR_INPUT_SCALES = ("act_headroom", "input_scales_per")
+_FOR_ACTIVATIONS = ("dataset", "calib_size", "calib_seq", "batch_size", *_FOR_INPUT_SCALES)
 _WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
 
 _CACHE_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --kv_cache_qformat fp8_cast."
@@ -41,6 +45,8 @@ class Options:
         jobs: threads that write; None for one a core.
         attn_implementation: the attention that transformers runs; None for the model's own.
         kv_cache_qformat: "none", "fp8" for a KV cache in FP8 with calibrated scales, or "fp8_cast" with scales of 1.
+        act_headroom: the rule for the amax of activations; None for their largest magnitude.
+        input_scales_per: "bank" or "expert", as in `attach`; None for ModelOpt's choice.
     """
 
     pyt_ckpt_path: str | Path
@@ -61,6 +67,8 @@ class Options:
     jobs: int | None = None
     attn_implementation: str | None = None
     kv_cache_qformat: str = "none"
+    act_headroom: Headroom | None = None
+    input_scales_per: ScalesPer | None = None
 
 
 def check_options(options: Options) -> None:
@@ -78,10 +86,9 @@ def check_options(options: Options) -> None:
     cache = find_kv_cache(options.kv_cache_qformat)
     if qformat.activations == "w4a4" and not options.dataset:
         raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
-    if cache == "fp8":
-        if not options.dataset:
-            raise UsageError(f"--kv_cache_qformat fp8 needs text to run the model on. {_CACHE_WAYS_OUT}")
-        return
-    given = [f"--{name}" for name in ("dataset", "calib_size", "calib_seq", "batch_size") if getattr(options, name)]
+    if cache == "fp8" and not options.dataset:
+        raise UsageError(f"--kv_cache_qformat fp8 needs text to run the model on. {_CACHE_WAYS_OUT}")
+    unused = _FOR_ACTIVATIONS if cache != "fp8" else _FOR_INPUT_SCALES
+    given = [f"--{name}" for name in unused if getattr(options, name)]
     if qformat.activations == "w4a16" and given:
         raise UsageError(f"{qformat.name} quantizes no activations: nothing is calibrated, so drop {', '.join(given)}")

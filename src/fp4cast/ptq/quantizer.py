@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fp4cast.errors import ShapeError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.kernels import dynamic_fp4_fake_quant, static_blockwise_fp4_fake_quant
+from fp4cast.ptq.headroom import BlockHistogram, Headroom
 
 
 def _largest(x: Tensor, dim: int | None = None) -> Tensor:
@@ -33,6 +34,7 @@ class TensorQuantizer(nn.Module):
     Attributes:
         is_enabled: whether it does anything.
         calibrating: whether it observes tensors instead of rounding them.
+        histogram: of the blocks that it observes, while its amax shall have headroom; else None.
     """
 
     def __init__(self, static: bool = False, enabled: bool = True) -> None:
@@ -40,6 +42,7 @@ class TensorQuantizer(nn.Module):
         self.static = static
         self.is_enabled = enabled
         self.calibrating = False
+        self.histogram: BlockHistogram | None = None
         self.register_buffer("_amax", None)
         self._here: Tensor
         self.register_buffer("_here", torch.empty(0), persistent=False)  # knows the device before there is an amax
@@ -76,13 +79,17 @@ class TensorQuantizer(nn.Module):
         """Turn the quantizer off, so that tensors pass unchanged."""
         self.is_enabled = False
 
-    def enable_calib(self) -> None:
-        """Observe tensors and remember their amax, instead of rounding them."""
+    def enable_calib(self, histogram: bool = False) -> None:
+        """Observe tensors and remember their amax, instead of rounding them; and a histogram of blocks, if asked to."""
         self.calibrating = True
+        self.histogram = BlockHistogram() if histogram else None
 
-    def disable_calib(self) -> None:
-        """Round tensors again, instead of observing them."""
+    def disable_calib(self, headroom: Headroom | None = None) -> None:
+        """Round tensors again, instead of observing them, under an amax with headroom where blocks were counted."""
         self.calibrating = False
+        if headroom and self.histogram and self._amax is not None:
+            self.amax = headroom.amax(self.histogram)
+        self.histogram = None
 
     def reset_amax(self) -> None:
         """Forget the amax."""
@@ -106,6 +113,8 @@ class TensorQuantizer(nn.Module):
         if self._amax is not None and self._amax.shape != seen.shape:
             raise ShapeError(f"blocks {tuple(seen.shape)}: expected {tuple(self._amax.shape)}, as calibrated before")
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
+        if self.histogram is not None:
+            self.histogram.add(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round x to what NVFP4 would hold, in its dtype; while calibrating or disabled, return it as it is."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import naming, open_checkpoint
 from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import real_path
+from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.families.family import Pair
@@ -25,7 +26,8 @@ from fp4cast.layouts.layout import castable
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.data import check_counts, open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import choose_device, use_device
-from fp4cast.ptq.layerwise.observer import Observer
+from fp4cast.ptq.headroom import BlockHistogram, Headroom
+from fp4cast.ptq.layerwise.observer import Input, Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.layerwise.run import find_decoder, run_layers
 from fp4cast.ptq.load import empty_model, explain_run_errors, load_tokenizer
@@ -81,6 +83,8 @@ def calibrate(
     device: str = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    act_headroom: Headroom | None = None,
+    input_scales_per: ScalesPer | None = None,
     progress: Progress = ignore,
 ) -> Calibrated:
     """Run a model layer by layer and write the amax of its MXFP4 weights' inputs.
@@ -97,10 +101,14 @@ def calibrate(
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one.
         trust_remote_code: run the model code in the checkpoint.
         overwrite: replace an existing file.
+        act_headroom: the rule for the amax; None for the largest magnitude.
+        input_scales_per: "bank" for one amax for all experts of a layer, "expert" for one each; None for what the
+            layout holds: one each, unless all experts lie in one tensor.
         progress: called with ("layers", layers just done, total layers).
 
     Raises:
         UnsupportedError: transformers and the checkpoint name the model's tensors differently.
+        UsageError: experts in one tensor shall have an amax each.
         Fp4CastError: see `fp4cast.errors`.
     """
     begin = time.monotonic()
@@ -109,14 +117,18 @@ def calibrate(
     checkpoint = open_checkpoint(resolve(source))
     found = read_source(checkpoint)
     pairs = castable(found, targets_of(found.family)[0]).cast
+    _check_each(pairs, input_scales_per, checkpoint.path)
     samples = tokenize_all(data, load_tokenizer(checkpoint, trust_remote_code), calib_seq)
     batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
-    model, observer = empty_model(checkpoint, trust_remote_code), Observer()
+    model, observer = empty_model(checkpoint, trust_remote_code), Observer(counting=act_headroom is not None)
     with naming(checkpoint.path), Weights(checkpoint, found.pairs, model, chosen) as weights:
         _check_reached(model, weights, pairs)
         with use_device(chosen), explain_run_errors():
             run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
-    amax, idle = _by_module(observer.amax, weights, pairs)
+    seen = _choose(
+        observer.seen, act_headroom, lambda name: input_scales_per == "bank" or len(weights.modules(name)) == 1
+    )
+    amax, idle = _by_module(seen, weights, pairs)
     _write(path, amax)
     tokens = sum(sample.numel() for sample in samples)
     return Calibrated(str(checkpoint.path), str(out), amax, idle, len(samples), tokens, time.monotonic() - begin)
@@ -145,15 +157,32 @@ def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
         )
 
 
-def _by_module(
-    seen: Mapping[tuple[str, int], Tensor], weights: Weights, pairs: Iterable[Pair]
-) -> tuple[dict[str, float], int]:
+def _check_each(pairs: Iterable[Pair], per: ScalesPer | None, path: Path) -> None:
+    if per == "expert" and (banks := [pair.module for pair in pairs if pair.bank]):
+        raise UsageError(
+            f"{path}: {banks[0]} holds all experts of a layer, which have one input scale in every layout; drop "
+            "--input_scales_per expert"
+        )
+
+
+def _choose(
+    seen: Mapping[Input, BlockHistogram], headroom: Headroom | None, pooled: Callable[[str], bool]
+) -> dict[Input, float]:
+    """The amax of each input: its own, or that of all experts of its weight, as one quantizer would have seen them."""
+    banks = defaultdict[str, BlockHistogram](BlockHistogram)
+    for (name, _), each in seen.items():
+        banks[name].merge(each)
+    chosen = {key: banks[key[0]] if pooled(key[0]) else each for key, each in seen.items()}
+    return {key: float(headroom.amax(each) if headroom else each.largest) for key, each in chosen.items()}
+
+
+def _by_module(seen: Mapping[Input, float], weights: Weights, pairs: Iterable[Pair]) -> tuple[dict[str, float], int]:
     """(amax by the checkpoint's module, number of experts that saw no token)."""
     amax: dict[str, float] = {}
     largest: dict[str, float] = {}  # of any expert, by parameter
     of: dict[str, str] = {}
-    for (parameter, expert), tensor in seen.items():
-        experts, value = weights.modules(parameter), float(tensor)
+    for (parameter, expert), value in seen.items():
+        experts = weights.modules(parameter)
         modules = experts[expert if len(experts) > 1 else 0]
         check_amax(modules[0], value)
         for module in modules:

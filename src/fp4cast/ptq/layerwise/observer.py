@@ -1,14 +1,20 @@
-"""Watch a model's products, and find the largest magnitude in the input of each weight."""
+"""Watch a model's products, and find the largest magnitude in the input of each weight, or count its blocks."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from fp4cast.ptq.headroom import BlockHistogram
+
+Input = tuple[str, int]  # a weight's name, and one of its experts
 
 _PRODUCTS = {
     functional.linear,
@@ -28,13 +34,16 @@ class Observer(TorchFunctionMode):
     It sees what any model computes, however its modules are written, as long as experts are multiplied one by one or
     all together (transformers' eager implementation). Nothing is changed.
 
+    Args:
+        counting: count blocks, for an amax with headroom.
+
     Attributes:
-        amax: float32 by (weight's name, expert); expert 0 for a weight of one projection.
+        seen: the inputs by (weight's name, expert); expert 0 for a weight of one projection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counting: bool = False) -> None:
         super().__init__()
-        self.amax: dict[tuple[str, int], Tensor] = {}
+        self.seen: defaultdict[Input, BlockHistogram] = defaultdict(partial(BlockHistogram, counting))
         self._watched: dict[int, tuple[str, Tensor]] = {}
 
     def watch(self, weights: Mapping[str, Tensor]) -> None:
@@ -61,12 +70,7 @@ class Observer(TorchFunctionMode):
         name, whole = found
         if whole.ndim == 3 and weight.ndim == 3 and weight.shape[0] == whole.shape[0]:
             for expert in range(len(whole)):  # all together, each with rows of its own or all with the same
-                self._widen(name, expert, x[expert] if x.ndim == 3 and len(x) == len(whole) else x)
+                self.seen[name, expert].add(x[expert] if x.ndim == 3 and len(x) == len(whole) else x)
             return
         offset = weight.storage_offset() - whole.storage_offset()
-        self._widen(name, offset // whole.stride(0) if whole.ndim == 3 else 0, x)
-
-    def _widen(self, name: str, expert: int, x: Tensor) -> None:
-        seen = x.detach().abs().amax().float()
-        before = self.amax.get((name, expert))
-        self.amax[name, expert] = seen if before is None else torch.maximum(before, seen)
+        self.seen[name, offset // whole.stride(0) if whole.ndim == 3 else 0].add(x)
