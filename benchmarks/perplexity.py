@@ -68,11 +68,16 @@ def only_experts(model: torch.nn.Module) -> None:
             module.disable()
 
 
+def heldout(path: Path) -> torch.Tensor:
+    """Token ids [windows, tokens] of the held-out text."""
+    text = tokenize(open_dataset(str(path / "heldout.txt")), load_tokenizer(open_checkpoint(path)), 10**6, WINDOW)
+    return torch.cat([sample for sample in text if sample.shape[1] == WINDOW])
+
+
 def measure(path: Path) -> dict[str, Any]:
     """Perplexities, and whether logits are the source's bit for bit."""
     checkpoint = open_checkpoint(path)
-    text = tokenize(open_dataset(str(path / "heldout.txt")), load_tokenizer(checkpoint), 10**6, WINDOW)
-    windows = torch.cat([sample for sample in text if sample.shape[1] == WINDOW])
+    windows = heldout(path)
     source = logits(load_model(checkpoint, "cpu"), windows)
     rows = [{"format": "MXFP4 source", "experts": "", "perplexity": perplexity(source, windows), "same_logits": True}]
     for qformat in ("experts, W4A16", *FORMATS):
@@ -87,11 +92,16 @@ def measure(path: Path) -> dict[str, Any]:
     return {"model": path.name, "tokens": windows.numel(), "date": datetime.now(UTC).date().isoformat(), "rows": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None) -> argparse.Namespace:
+    """The options of a script about the fixture."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=FIXTURE)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments(__doc__)
     found = measure(args.model)
     table = Table("format", "experts", "perplexity", "logits")
     for row in found["rows"]:

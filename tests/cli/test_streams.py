@@ -144,8 +144,9 @@ module.{function} = lambda *_, **__: types.SimpleNamespace(
     out="amax.json", exported=types.SimpleNamespace(destination="dst"), to_json=lambda: dict(a=1)
 )
 module.Options = lambda *_, **__: None
-for name in ("fp4cast.ptq", "fp4cast.ptq.layerwise"):
+for name in ("fp4cast.ptq", "fp4cast.ptq.headroom", "fp4cast.ptq.layerwise"):
     sys.modules[name] = types.ModuleType(name)
+sys.modules["fp4cast.ptq.headroom"].Headroom = None
 sys.modules[module.__name__] = module
 from fp4cast.cli import model_commands, main
 model_commands._show = model_commands._show_amax = lambda *_: print("the report")

@@ -255,16 +255,36 @@ def test_experts_in_one_tensor_cannot_have_a_scale_each(tmp_path):
 def test_the_commands_offer_it_in_both_spellings(tmp_path):
     names = [tmp_path / f"{i}.json" for i in range(3)]
     for out, words in zip(names, ([], ["--act-headroom"], ["--nvfp4_act_headroom"]), strict=True):
-        assert call("calibrate", FIXTURE, "--out", out, *WORDS, *words).exit_code == 0
+        done = call("calibrate", FIXTURE, "--out", out, *WORDS, *words)
+        assert done.exit_code == 0 and ("s; amax with headroom" in plain(done.stdout)) == bool(words)
     plainly, first, second = (json.loads(out.read_text()) for out in names)
     assert first == second != plainly
     args = ["--model", FIXTURE, "--qformat", "nvfp4_mlp_only", "--export_path", tmp_path / "dst", "--act_headroom"]
-    assert call("ptq", *args, "--cast_mxfp4_to_nvfp4", *WORDS).exit_code == 0
+    done = call("ptq", *args, "--cast_mxfp4_to_nvfp4", *WORDS, "--json")
+    rules = {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 16384.0}
+    assert done.exit_code == 0 and json.loads(done.stdout)["act_headroom"] == rules
     assert (
         call("convert", FIXTURE, tmp_path / "file", "--activations", "w4a4", "--input-scales", names[1]).exit_code == 0
     )
     written = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("dst", "file")]
     assert written[0] == written[1]
+
+
+def test_the_documented_table_is_the_measured_one():
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks/results/ptq/headroom.json").read_text())
+    text = (root / "docs/ptq.md").read_text()
+    for row in found["rows"]:
+        cells = (row["rule"], f"{row['tokens']:,} tokens", f"{row['flushed']:,}", f"{row['saturated']:,}")
+        assert f"| {' | '.join(cells)} | {row['snr_db']:.2f} dB | {row['perplexity']:.2f} |" in text
+    by = {(row["tokens"], row["rule"]): row for row in found["rows"]}
+    assert not any(row["flushed"] for row in found["rows"])
+    for tokens in (8235, 128):
+        bank, expert = (by[tokens, f"max, per {each}"] for each in ("bank", "expert"))
+        assert expert["saturated"] > bank["saturated"] > by[tokens, "headroom, per bank"]["saturated"] == 0
+    chance = found["chance"]["perplexity"]
+    assert f"moves from {min(chance):.2f} to {max(chance):.2f} by chance" in " ".join(text.split())
+    assert max(found["chance"]["snr_db"]) - min(found["chance"]["snr_db"]) < 0.02
 
 
 def test_weights_alone_have_no_activations_to_scale(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,7 +201,10 @@ def _show_amax(console: Console, done: Calibrated) -> None:
     values = done.amax.values()
     rows = [
         ("modules", f"{len(values)}, with an amax from {min(values):g} to {max(values):g}"),
-        ("calibration", f"{done.samples} samples, {done.tokens:,} tokens in {done.seconds:.1f} s"),
+        (
+            "calibration",
+            f"{done.samples} samples, {done.tokens:,} tokens in {done.seconds:.1f} s" + _with_headroom(done.rules),
+        ),
     ]
     if done.idle:
         rows.append(
@@ -208,6 +212,10 @@ def _show_amax(console: Console, done: Calibrated) -> None:
         )
     rows.append(("next", f"fp4cast convert {done.source} DST --activations w4a4 --input-scales {done.out}"))
     show_facts(console, f"wrote {done.out}", rows)
+
+
+def _with_headroom(rules: Mapping[str, Any]) -> str:
+    return "; amax with headroom" * (rules["act_headroom"] is not None)
 
 
 def _tell(done: Quantized, as_json: bool, verbose: bool) -> None:
@@ -234,7 +242,7 @@ def _show(console: Console, done: Quantized, verbose: bool) -> None:
         text = (
             f"{calibration['samples']} samples, {calibration['tokens']:,} tokens; {calibration['batch_size']} together"
         )
-        rows.append(("calibration", text))
+        rows.append(("calibration", text + _with_headroom(done.input_scales)))
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
     if exported.kv_cache_qformat != "none":
         rows.append(("KV cache", kv_cache_sentence(exported.kv_cache_qformat)))

@@ -25,6 +25,7 @@ from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains
 from fp4cast.ptq.data import open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import Placement, choose_device, place, use_device
 from fp4cast.ptq.export import Exported, write_model
+from fp4cast.ptq.headroom import chosen_rules
 from fp4cast.ptq.load import empty_model, explain_run_errors, load_model, load_tokenizer
 from fp4cast.ptq.max_calibration import max_calibrate
 from fp4cast.ptq.model_weights import matching_weights
@@ -48,6 +49,7 @@ class Quantized:
         cast: the number of weights cast from the MXFP4 checkpoint in closed form; None without the cast.
         lossless: tensors and blocks of which the cast keeps every value; None without the cast.
         calibration: counts "samples" and "tokens", and the "batch_size".
+        input_scales: how they were chosen: "act_headroom" by its numbers, or None; "input_scales_per" as it was given.
         exported: what was written.
         seconds: wall time of "load", "calibrate", "cast" and "export".
         peak_memory: bytes of the "host" process and of the "device", the fullest GPU (0 without one).
@@ -57,6 +59,7 @@ class Quantized:
     cast: int | None
     lossless: LosslessCounts | None
     calibration: Mapping[str, int]
+    input_scales: Mapping[str, Any]
     exported: Exported
     seconds: Mapping[str, float]
     peak_memory: Mapping[str, int]
@@ -75,6 +78,7 @@ class Quantized:
             "lossless": None if self.lossless is None else dict(self.lossless),
             "exact": self.exact,
             "calibration": dict(self.calibration),
+            **self.input_scales,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory": dict(self.peak_memory),
         }
@@ -127,6 +131,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
         cast=None if applied is None else len(applied),
         lossless=None if applied is None else count_lossless(applied),
         calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
+        input_scales=chosen_rules(options.act_headroom, options.input_scales_per),
         exported=exported,
         seconds=clock,
         peak_memory=_peaks(),

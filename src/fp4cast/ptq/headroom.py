@@ -7,7 +7,8 @@ for values that calibration never saw; a smaller one keeps blocks of small value
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +103,11 @@ class Headroom:
         above = torch.where(torch.arange(_BINS, device=counts.device) < floor, 0, counts)
         anchor = _percentile(above, self.anchor_percentile)
         return torch.tensor(max(self.rho * anchor, upper), dtype=torch.float32, device=largest.device)
+
+
+def chosen_rules(headroom: Headroom | None, per: str | None) -> dict[str, Any]:
+    """The rules of input scales, as reports tell them."""
+    return {"act_headroom": None if headroom is None else asdict(headroom), "input_scales_per": per}
 
 
 def _percentile(counts: Tensor, percentile: float) -> float:

@@ -26,7 +26,7 @@ from fp4cast.layouts.layout import castable
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.data import check_counts, open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import choose_device, use_device
-from fp4cast.ptq.headroom import BlockHistogram, Headroom
+from fp4cast.ptq.headroom import BlockHistogram, Headroom, chosen_rules
 from fp4cast.ptq.layerwise.observer import Input, Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.layerwise.run import find_decoder, run_layers
@@ -45,6 +45,7 @@ class Calibrated:
         out: the file that was written.
         amax: the largest magnitude in the input of each MXFP4 weight, by module.
         idle: the number of experts that saw no token, and take the largest amax of the others in their layer.
+        rules: how the amax was chosen: "act_headroom" by its numbers, or None; "input_scales_per" as it was given.
         samples: the number of samples that were run.
         tokens: the number of tokens in all of them.
         seconds: wall time.
@@ -54,6 +55,7 @@ class Calibrated:
     out: str
     amax: Mapping[str, float]
     idle: int
+    rules: Mapping[str, Any]
     samples: int
     tokens: int
     seconds: float
@@ -66,6 +68,7 @@ class Calibrated:
             "modules": len(self.amax),
             "amax": {"least": min(self.amax.values()), "most": max(self.amax.values())},
             "idle": self.idle,
+            **self.rules,
             "samples": self.samples,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
@@ -131,7 +134,8 @@ def calibrate(
     amax, idle = _by_module(seen, weights, pairs)
     _write(path, amax)
     tokens = sum(sample.numel() for sample in samples)
-    return Calibrated(str(checkpoint.path), str(out), amax, idle, len(samples), tokens, time.monotonic() - begin)
+    rules, seconds = chosen_rules(act_headroom, input_scales_per), time.monotonic() - begin
+    return Calibrated(str(checkpoint.path), str(out), amax, idle, rules, len(samples), tokens, seconds)
 
 
 def _check_out(out: Path, overwrite: bool) -> Path:
