@@ -3,10 +3,10 @@
     python benchmarks/ptq.py --dir DIR [--layers 6] [--source SRC] [--device cuda] [--json FILE]
 
 Makes a gpt-oss checkpoint of gpt-oss-20b's true layer shapes in DIR (or takes SRC), and runs in processes of their own:
-`fp4cast ptq --cast_mxfp4_to_nvfp4`; the same steps with nvidia-modelopt (load, quantize with static weights, calibrate,
-pin the closed form's amax, export); `fp4cast calibrate` and `fp4cast convert`, which need no model in memory. All
-calibrate on the same samples. Afterwards every value of our output is compared with the source, and every tensor with
-the peer's. The first use of each library's kernels, which compiles them, is not timed.
+`fp4cast ptq --cast_mxfp4_to_nvfp4`; the same with `--low_memory_mode`; the same steps with nvidia-modelopt (load,
+quantize with static weights, calibrate, pin the closed form's amax, export); `fp4cast calibrate` and `fp4cast convert`,
+which need no model in memory. All calibrate on the same samples. Afterwards every value of our output is compared with
+the source, and every tensor with the peer's. The first use of each library's kernels, which compiles them, is not timed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def import_transformers() -> None:
     from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: F401
 
 
-def run_ours(source: Path, out: Path, text: Path, device: str) -> dict[str, Any]:
+def run_ours(source: Path, out: Path, text: Path, device: str, low_memory_mode: bool = False) -> dict[str, Any]:
     from fp4cast.kernels import dynamic_fp4_fake_quant, quantize_nvfp4
     from fp4cast.ptq import Options, quantize
 
@@ -81,6 +82,7 @@ def run_ours(source: Path, out: Path, text: Path, device: str) -> dict[str, Any]
             calib_seq=LENGTH,
             batch_size=BATCH,
             device=device,
+            low_memory_mode=low_memory_mode,
         )
     )
     return {"seconds": dict(done.seconds), "peak_memory": dict(done.peak_memory), "exact": done.exact}
@@ -158,6 +160,7 @@ def run_convert(source: Path, out: Path, _: Path, __: str) -> dict[str, Any]:
 
 RUNS: dict[str, Callable[[Path, Path, Path, str], dict[str, Any]]] = {
     "ours": run_ours,
+    "layers": partial(run_ours, low_memory_mode=True),
     "peer": run_peer,
     "calibrate": run_calibrate,
     "convert": run_convert,
@@ -247,6 +250,7 @@ def main() -> None:
         "model": {"layers": args.layers, "bytes": size},
         "samples": {"count": SAMPLES, "tokens": LENGTH, "batch": BATCH},
         "rows": rows,
+        "low_memory_mode writes the same": not differences(args.dir / "ours", args.dir / "layers"),
         "ours equals convert with calibrate's scales": not differences(args.dir / "ours", args.dir / "convert"),
     }
     if "error" not in rows["peer"]:

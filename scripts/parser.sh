@@ -41,6 +41,7 @@ usage_of_options() {
   --use_seq_device_map       Fill one GPU after the other, where the model needs several, instead of all alike.
   --gpu_max_mem_percentage SHARE Of each GPU's free memory, for weights; above 0, at most 1.
   --trust_remote_code        Run the model code in the checkpoint.
+  --low_memory_mode          Hold the weights of one decoder layer at a time: read to calibrate it, and once more, expert by expert, to export it. The result is the same.
   --no-verbose               Say what was done; --no-verbose: only where it was written, and what was lost.
   --tp N                     Accepted; changes nothing: a Hugging Face checkpoint is the same for any number of serving GPUs.
   --pp N                     Accepted; changes nothing: a Hugging Face checkpoint is the same for any number of serving GPUs.
@@ -53,7 +54,6 @@ EOF
 # docs/generate.py: refusals
 refusal() {
   case "$1" in
-    --low_memory_mode) echo "--low_memory_mode: an MXFP4 checkpoint goes layer by layer through fp4cast calibrate SRC --dataset DATA --out FILE, followed by fp4cast convert SRC DST --activations w4a4 --input-scales FILE." ;;
     --recipe) echo "--recipe: recipes are not read; choose a format with --qformat (--quant)." ;;
     --awq_block_size) echo "--awq_block_size: no AWQ here; NVFP4 blocks always have 16 values, so drop it." ;;
     --auto_quantize_bits) echo "--auto_quantize_bits: no format is searched here; choose one with --qformat (--quant)." ;;
@@ -90,7 +90,7 @@ parse_options() {
     [ -z "$sentence" ] || fail "$sentence"
     case $1 in
       -h | --help) usage && exit 0 ;;
-      --cast_mxfp4_to_nvfp4 | --trust_remote_code | --use_seq_device_map | --overwrite | --verbose | --no-verbose)
+      --cast_mxfp4_to_nvfp4 | --low_memory_mode | --trust_remote_code | --use_seq_device_map | --overwrite | --verbose | --no-verbose)
         ARGS+=("$1") && shift && continue
         ;;
       --*) known "$name" || fail "unknown option: $name" ;;

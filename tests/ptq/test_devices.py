@@ -114,7 +114,9 @@ def test_a_model_that_does_not_fit_in_one_gpu_is_spread(gpus, sequential):
 def test_a_model_that_fits_nowhere_is_refused_before_it_is_loaded(gpus, device, free):
     model = large()
     gpus(*(int(part * size(model)) for part in free))
-    with pytest.raises(UsageError, match=r"weights take .* GiB, and 100% of the GPUs' free memory is .*calibrate"):
+    with pytest.raises(
+        UsageError, match=r"weights take .* GiB, and 100% of the GPUs' free memory is .*low_memory_mode"
+    ):
         place(model, device, 1.0, False)
 
 

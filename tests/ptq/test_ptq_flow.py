@@ -124,7 +124,16 @@ def test_the_shell_entry_as_modelopts_users_call_it(tmp_path):
     spaced.symlink_to(FIXTURE)
     args = ["--model", spaced, "--quant", "nvfp4_experts_only", "--cast_mxfp4_to_nvfp4", "--calib_dataset", TEXT]
     args += ["--calib=2", "--calib_seq", "16", "--tp", "8", "--pp", "2", "--tasks", "quant", "--sparsity", "dense"]
-    args += ["--no-verbose", "--inexact", "nearest", "--device", "cpu", "--attn_implementation", "eager"]
+    args += [
+        "--low_memory_mode",
+        "--no-verbose",
+        "--inexact",
+        "nearest",
+        "--device",
+        "cpu",
+        "--attn_implementation",
+        "eager",
+    ]
     done = run_shell(*args, cwd=ROOT, ROOT_SAVE_PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "saved_models_gpt-oss_0_1_nvfp4_experts_only"

@@ -68,6 +68,7 @@ Attention = Annotated[
 KvCache = Annotated[
     str, typer.Option("--kv_cache_qformat", "--kv_cache_quant", metavar="NAME", help=meaning("--kv_cache_qformat"))
 ]
+LowMemory = Annotated[bool, typer.Option("--low_memory_mode", help=meaning("--low_memory_mode"))]
 Verbose = Annotated[bool, typer.Option("--verbose/--no-verbose", help=meaning("--verbose"))]
 SkipGenerate = Annotated[bool, typer.Option("--skip_generate", help=meaning("--skip_generate"))]
 ExportFmt = Annotated[str, typer.Option("--export_fmt", metavar="hf", help=meaning("--export_fmt"))]
@@ -123,6 +124,7 @@ def ptq(
     attn_implementation: Attention = None,
     act_headroom: ActHeadroom = False,
     input_scales_per: ScalesOf = None,
+    low_memory_mode: LowMemory = False,
     verbose: Verbose = True,
     skip_generate: SkipGenerate = False,
     export_fmt: ExportFmt = "hf",

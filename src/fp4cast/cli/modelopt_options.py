@@ -36,7 +36,7 @@ class Row:
     only: str = ""
 
 
-_GPUS_ALONE = "a model runs on the GPUs alone; for one that does not fit, use fp4cast calibrate and fp4cast convert."
+_GPUS_ALONE = "a model runs on the GPUs alone; for one that does not fit, use --low_memory_mode."
 _SEARCH = "no format is searched here; choose one with --qformat (--quant)."
 _NO_EVAL = "nothing is evaluated here; run the evaluation on the exported directory, in the engine that serves it."
 _NO_SERVER = "no engine is started here; give this to the engine that serves the exported directory."
@@ -85,6 +85,12 @@ ROWS = (
         "Of each GPU's free memory, for weights; above 0, at most 1.",
     ),
     Row(("--trust_remote_code", "--trust_remote_code"), "", "Run the model code in the checkpoint."),
+    Row(
+        ("--low_memory_mode", "--low_memory_mode"),
+        "",
+        "Hold the weights of one decoder layer at a time: read to calibrate it, and once more, expert by expert, to "
+        "export it. The result is the same.",
+    ),
     Row(("--attn_implementation", ""), "NAME", "The attention that transformers runs, such as eager."),
     Row(
         ("--verbose, --no-verbose", "--no-verbose"),
@@ -109,11 +115,6 @@ ROWS = (
         "dense",
     ),
     Row(("", "--tasks"), "quant", "Accepted as quant, which is what is done.", _NO_EVAL, "quant"),
-    Row(
-        ("--low_memory_mode", "--low_memory_mode"),
-        refusal="an MXFP4 checkpoint goes layer by layer through fp4cast calibrate SRC --dataset DATA --out FILE, "
-        "followed by fp4cast convert SRC DST --activations w4a4 --input-scales FILE.",
-    ),
     Row(("--recipe", "--recipe"), refusal="recipes are not read; choose a format with --qformat (--quant)."),
     Row(
         ("--awq_block_size", "--awq_block_size"),

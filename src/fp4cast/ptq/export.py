@@ -30,7 +30,7 @@ from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.attention import calibrated_kv_scales
-from fp4cast.ptq.model_weights import Weight, calibrated_weights, check_untouched
+from fp4cast.ptq.model_weights import ReadRows, Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
 from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
@@ -155,10 +155,11 @@ def write_model(
     overwrite: bool,
     jobs: int | None,
     progress: Progress,
+    read: ReadRows | None = None,
 ) -> Exported:
-    """Like `export`, with an open checkpoint and a chosen target."""
+    """Like `export`, with an open checkpoint and a chosen target; `read` as in `calibrated_weights`."""
     begin, checkpoint = time.monotonic(), opened.checkpoint
-    weights = calibrated_weights(model, opened, target)
+    weights = calibrated_weights(model, opened, target, read)
     replaced = {tensor.name for weight in weights for tensor in weight.replaces}
     check_untouched(model, checkpoint, replaced)
     engine = make_engine("local", jobs)

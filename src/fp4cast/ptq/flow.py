@@ -5,14 +5,14 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fp4cast.checkpoints.directory import check_stamps
+from fp4cast.checkpoints.directory import check_stamps, naming
 from fp4cast.conversion.destination import check_destination, real_path
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
@@ -26,6 +26,8 @@ from fp4cast.ptq.data import open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import Placement, choose_device, place, use_device
 from fp4cast.ptq.export import Exported, write_model
 from fp4cast.ptq.headroom import chosen_rules
+from fp4cast.ptq.layerwise.loop import LayerLoop
+from fp4cast.ptq.layerwise.parameters import Weights
 from fp4cast.ptq.load import empty_model, explain_run_errors, load_model, load_tokenizer
 from fp4cast.ptq.max_calibration import max_calibrate
 from fp4cast.ptq.model_weights import matching_weights
@@ -97,19 +99,22 @@ def quantize(options: Options, progress: Progress = ignore) -> Quantized:
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
     job = _check(options)
-    with use_device(job.device):
-        return _quantize(options, job, progress)
+    with naming(job.opened.checkpoint.path), use_device(job.device), ExitStack() as stack:
+        return _quantize(options, job, stack, progress)
 
 
-def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
+def _quantize(options: Options, job: _Job, stack: ExitStack, progress: Progress) -> Quantized:
     checkpoint, samples, clock = job.opened.checkpoint, job.samples, dict[str, float]()
+    asked = (options.trust_remote_code, options.attn_implementation)
     with _timed(clock, "load"):
-        model = load_model(checkpoint, job.placement, options.trust_remote_code, options.attn_implementation)
-    loop = _Loop(samples, options.batch_size, job.device, progress)
+        if options.low_memory_mode:
+            model = empty_model(checkpoint, *asked)
+        else:
+            model = load_model(checkpoint, job.placement, *asked)
     with _timed(clock, "calibrate"):
-        loop.fit(model)  # before there are quantizers: trial runs must leave no trace
-        _attach(model, options, static=options.cast_mxfp4_to_nvfp4)
-        max_calibrate(model, loop if samples else None, headroom=options.act_headroom)
+        loop = _prepare(model, options, job, stack, progress)
+        read = loop.rows if isinstance(loop, LayerLoop) else None
+        max_calibrate(model, loop if samples or read else None, headroom=options.act_headroom)
     with _timed(clock, "cast"):
         applied = apply_domains(model, job.domains) if options.cast_mxfp4_to_nvfp4 else None
     check_stamps(checkpoint, job.opened.stamps, "export")
@@ -124,6 +129,7 @@ def _quantize(options: Options, job: _Job, progress: Progress) -> Quantized:
             overwrite=options.overwrite,
             jobs=options.jobs,
             progress=progress,
+            read=read,
         )
     tokens = sum(sample.numel() for sample in samples)
     return Quantized(
@@ -169,7 +175,9 @@ def _check(options: Options) -> _Job:
     opened = open_model(options.pyt_ckpt_path)
     _check_cast(opened, options)
     model = empty_model(opened.checkpoint, options.trust_remote_code, options.attn_implementation)
-    placement = place(model, device, options.gpu_max_mem_percentage, options.use_seq_device_map)
+    placement: Placement = device
+    if not options.low_memory_mode:
+        placement = place(model, device, options.gpu_max_mem_percentage, options.use_seq_device_map)
     target, domains = _check_source(opened, options, model)
     check_destination(opened.checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
     samples: list[Tensor] = []
@@ -213,6 +221,18 @@ def _attach(model: nn.Module, options: Options, static: bool = False) -> None:
     attach(model, QFORMATS[options.qformat], static, options.input_scales_per)
     if options.kv_cache_qformat == "fp8":
         attach_kv_cache(model)
+
+
+def _prepare(model: nn.Module, options: Options, job: _Job, stack: ExitStack, progress: Progress) -> _Loop | LayerLoop:
+    """Attach the format; returns what runs the model. `stack` holds the source's files open until all is written."""
+    loop = _Loop(job.samples, options.batch_size, job.device, progress)
+    if not options.low_memory_mode:
+        loop.fit(model)  # before there are quantizers: trial runs must leave no trace
+    _attach(model, options, static=options.cast_mxfp4_to_nvfp4)
+    if not options.low_memory_mode:
+        return loop
+    weights = stack.enter_context(Weights(job.opened.checkpoint, job.opened.pairs, model, job.device))
+    return LayerLoop(model, weights, job.samples, options.batch_size, progress)
 
 
 @dataclass

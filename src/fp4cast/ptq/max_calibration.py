@@ -61,13 +61,23 @@ def max_calibrate(
 def _calibrate_weights(model: nn.Module) -> None:
     for name, quantizer, weight in quantized_weights(model):
         quantizer.reset_amax()
-        try:
-            quantizer.collect(weight)
-        except ShapeError as error:
-            raise ShapeError(f"{name}: {error}") from error
-        top = quantizer.tensor_amax
-        if top is not None and not top.is_meta and not torch.isfinite(top):
-            raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot hold; is the checkpoint damaged?")
+        calibrate_weight(name, quantizer, weight)
+
+
+def calibrate_weight(name: str, quantizer: TensorQuantizer, weight: Tensor) -> None:
+    """Observe a weight, its blocks along the last axis.
+
+    Raises:
+        ShapeError: its rows are not whole blocks.
+        QuantizerError: it holds NaN or infinity.
+    """
+    try:
+        quantizer.collect(weight)
+    except ShapeError as error:
+        raise ShapeError(f"{name}: {error}") from error
+    top = quantizer.tensor_amax
+    if top is not None and not top.is_meta and not torch.isfinite(top):
+        raise QuantizerError(f"{name}: holds NaN or infinity, which NVFP4 cannot hold; is the checkpoint damaged?")
 
 
 def _calibrate_inputs(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from safetensors import safe_open
@@ -25,6 +26,8 @@ from fp4cast.ptq.modules import input_quantizer, is_bank, quantized_weights
 from fp4cast.ptq.opened import OpenedModel
 from fp4cast.ptq.quantizer import TensorQuantizer
 
+ReadRows = Callable[[str, int], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -32,13 +35,14 @@ class Weight:
 
     Attributes:
         module: its name in a checkpoint, as in `fp4cast.families.family.Pair`.
-        rows: the weight, [N, K] or [E, N, K], blocks along the last axis; of any strides.
+        rows: the weight, [N, K] or [E, N, K], blocks along the last axis; of any strides. It may be on the meta device.
         quantizer: calibrated.
         input_scale: its input's, a float32 number; None for W4A16.
         replaces: the source's tensors: codes and scales where it is MXFP4, else the weight.
         pair: the source's MXFP4 tensor.
         form: how it is named and oriented.
         bank: it holds all experts of a layer.
+        read: reads [N, K] of an expert, or of a projection, where `rows` is on the meta device.
     """
 
     module: str
@@ -49,6 +53,12 @@ class Weight:
     pair: Pair | None
     form: Form
     bank: bool
+    read: Callable[[int], torch.Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return self.module if self.bank else f"{self.module}.weight"
 
     @property
     def experts(self) -> int:
@@ -83,6 +93,8 @@ class Weight:
         return self._stored(scales.view(torch.uint8).reshape(lines, width // NV_BLOCK))
 
     def _rows(self, expert: int) -> torch.Tensor:
+        if self.read is not None:
+            return self.read(expert).contiguous()
         return (self.rows[expert] if self.bank else self.rows).contiguous()
 
     def _amax(self, expert: int) -> torch.Tensor | None:
@@ -96,8 +108,16 @@ class Weight:
         return stored
 
 
-def calibrated_weights(model: nn.Module, opened: OpenedModel, target: Target) -> list[Weight]:
+def calibrated_weights(
+    model: nn.Module, opened: OpenedModel, target: Target, read: ReadRows | None = None
+) -> list[Weight]:
     """The quantized weights of a calibrated model, checked against its checkpoint.
+
+    Args:
+        model: calibrated; on the meta device if `read` is given.
+        opened: its checkpoint.
+        target: how they will be stored.
+        read: reads the rows of a weight, by its name and expert.
 
     Raises:
         QuantizerError: nothing is quantized, a quantizer is not calibrated, or a weight is not the checkpoint's.
@@ -111,6 +131,8 @@ def calibrated_weights(model: nn.Module, opened: OpenedModel, target: Target) ->
             f"{missing[0].module}: its input is not calibrated, but that of {len(amax)} others is; expected all (W4A4) "
             "or none"
         )
+    if read is not None:
+        weights = [replace(weight, read=partial(read, weight.name)) for weight in weights]
     for weight in weights:
         _check_calibrated(weight)
     scales = _shared_input_scales(amax)
@@ -136,7 +158,7 @@ def matching_weights(model: nn.Module, opened: OpenedModel, target: Target) -> l
 
 def _check_calibrated(weight: Weight) -> None:
     top = weight.quantizer.tensor_amax
-    if weight.rows.is_meta or top is None or top.is_meta:
+    if (weight.rows.is_meta and weight.read is None) or top is None or top.is_meta:
         raise QuantizerError(
             f"{weight.module}: is on the meta device or was not calibrated; load the model and calibrate it"
         )

@@ -47,6 +47,7 @@ class Options:
         kv_cache_qformat: "none", "fp8" for a KV cache in FP8 with calibrated scales, or "fp8_cast" with scales of 1.
         act_headroom: the rule for the amax of activations; None for their largest magnitude.
         input_scales_per: "bank" or "expert", as in `attach`; None for ModelOpt's choice.
+        low_memory_mode: hold the weights of one decoder layer at a time.
     """
 
     pyt_ckpt_path: str | Path
@@ -69,6 +70,7 @@ class Options:
     kv_cache_qformat: str = "none"
     act_headroom: Headroom | None = None
     input_scales_per: ScalesPer | None = None
+    low_memory_mode: bool = False
 
 
 def check_options(options: Options) -> None:

@@ -91,6 +91,10 @@ class TensorQuantizer(nn.Module):
             self.amax = headroom.amax(self.histogram)
         self.histogram = None
 
+    def place(self, device: torch.device | str) -> None:
+        """Move an uncalibrated quantizer to a device, from the meta device too."""
+        self._buffers["_here"] = torch.empty(0, device=device)
+
     def reset_amax(self) -> None:
         """Forget the amax."""
         self._buffers["_amax"] = None

@@ -29,11 +29,9 @@ from fp4cast.ptq.devices import choose_device, use_device
 from fp4cast.ptq.headroom import BlockHistogram, Headroom, chosen_rules
 from fp4cast.ptq.layerwise.observer import Input, Observer
 from fp4cast.ptq.layerwise.parameters import Weights
-from fp4cast.ptq.layerwise.run import find_decoder, run_layers
+from fp4cast.ptq.layerwise.run import BATCH, find_decoder, run_layers
 from fp4cast.ptq.load import empty_model, explain_run_errors, load_tokenizer
 from fp4cast.ptq.max_calibration import check_amax
-
-_BATCH = {"cpu": 4, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def calibrate(
     pairs = castable(found, targets_of(found.family)[0]).cast
     _check_each(pairs, input_scales_per, checkpoint.path)
     samples = tokenize_all(data, load_tokenizer(checkpoint, trust_remote_code), calib_seq)
-    batches = split(samples, batch_size or _BATCH[torch.device(chosen).type])
+    batches = split(samples, batch_size or BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer(counting=act_headroom is not None)
     with naming(checkpoint.path), Weights(checkpoint, found.pairs, model, chosen) as weights:
         _check_reached(model, weights, pairs)

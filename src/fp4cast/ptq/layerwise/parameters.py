@@ -109,6 +109,23 @@ class Weights(ExitStack):
             out.copy_(value)
         return bank
 
+    def rows(self, parameter: str, expert: int, dtype: torch.dtype) -> Tensor:
+        """Rows [N, K] of a parameter that is one tensor of the checkpoint: a projection, or one expert of a bank.
+
+        Raises:
+            UnsupportedError: the checkpoint has nothing for it, or several tensors.
+        """
+        parts = self._parts.get(parameter, [])
+        if len(parts) != 1 or parts[0].pattern is not None:
+            raise UnsupportedError(f"{self.checkpoint.path}: {len(parts)} tensors give {parameter}; expected one")
+        name = parts[0].name
+        pair = self.pairs.get(name.removesuffix(".weight"))
+        if pair is not None and pair.bank:
+            return self._expert(pair, expert, dtype)
+        if pair is None and len(self.checkpoint.tensors[name].shape) == 3:
+            return self._raw(name, expert).to(dtype).T
+        return self._value(name, dtype)
+
     def _check_shape(self, parameter: str, found: torch.Size, expected: torch.Size) -> None:
         if found != expected:
             parts = self._parts[parameter]
@@ -129,13 +146,12 @@ class Weights(ExitStack):
         """A plain tensor, [N, K] of a projection, or a bank as the model holds it, [E, K, N]."""
         module = name.removesuffix(".weight")
         if (pair := self.pairs.get(module)) is not None:
-            codes, scales = self._raw(pair.codes.name), self._raw(pair.scales.name)
             if not pair.bank:
-                return self._mxfp4(codes, scales, pair.bias, dtype)
+                return self._mxfp4(self._raw(pair.codes.name), self._raw(pair.scales.name), pair.bias, dtype)
             experts, rows, columns = pair.shape
             bank = torch.empty(experts, columns, rows, dtype=dtype, device=self.device)
             for expert, out in enumerate(bank):
-                out.copy_(self._mxfp4(codes[expert].flatten(1), scales[expert], pair.bias, dtype).T)
+                out.copy_(self._expert(pair, expert, dtype).T)
             return bank
         raw = self._raw(name)
         scale = next((module + suffix for suffix in _FP8_SCALES if module + suffix in self.checkpoint.tensors), None)
@@ -147,12 +163,19 @@ class Weights(ExitStack):
             )
         return raw.to(dtype)
 
-    def _raw(self, name: str) -> Tensor:
+    def _expert(self, pair: Pair, expert: int, dtype: torch.dtype) -> Tensor:
+        """One expert of a bank, [N, K]."""
+        codes, scales = (self._raw(tensor.name, expert) for tensor in (pair.codes, pair.scales))
+        return self._mxfp4(codes.flatten(1), scales, pair.bias, dtype)
+
+    def _raw(self, name: str, expert: int | None = None) -> Tensor:
+        """A tensor as it is stored, or one expert of it."""
         path = self.checkpoint.tensors[name].path
         if path not in self._files:  # headers are long: each is parsed once
             self._files[path] = self.enter_context(safe_open(path, "pt"))
-        found: Tensor = self._files[path].get_tensor(name).to(self.device)
-        return found
+        file = self._files[path]
+        found: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+        return found.to(self.device)
 
     def _mxfp4(self, codes: Tensor, scales: Tensor, bias: int, dtype: torch.dtype) -> Tensor:
         """Packed codes [N, K/2] and E8M0 [N, K/32] as [N, K]: exact in BF16 and float32."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fp4cast.errors import UnsupportedError
 from fp4cast.parallel.progress import AdvanceOf
-from fp4cast.ptq.layerwise.observer import Observer
 from fp4cast.ptq.layerwise.parameters import Weights
 
+BATCH = {"cpu": 4, "cuda": 16}  # samples that run together, by the kind of device
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Watcher(AbstractContextManager[object], Protocol):
+    """What is active while a layer runs."""
+
+    def watch(self, weights: Mapping[str, Tensor]) -> None:
+        """The layer's parameters by their full names; none once it has run."""
 
 
 def find_decoder(model: Any) -> tuple[str, Any]:
@@ -24,10 +31,11 @@ def find_decoder(model: Any) -> tuple[str, Any]:
     Raises:
         UnsupportedError: it has no list of layers.
     """
-    decoder = model.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not len(decoder.layers):
-        raise UnsupportedError(f"{type(decoder).__name__} has no list of layers to run one by one")
-    return next(name for name, module in model.named_modules() if module is decoder), decoder
+    for decoder in (model.get_decoder(), getattr(model, "model", None)):  # Llama-4's method returns the whole model
+        layers = getattr(decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            return next(name for name, module in model.named_modules() if module is decoder), decoder
+    raise UnsupportedError(f"{type(model).__name__} has no list of layers to run one by one")
 
 
 @torch.no_grad()
@@ -35,7 +43,7 @@ def run_layers(
     model: Any,
     weights: Weights,
     batches: Sequence[Tensor],
-    observer: Observer,
+    observer: Watcher,
     progress: AdvanceOf,
 ) -> None:
     """Send batches of token ids through a model's decoder, observing every product of its layers.
@@ -44,7 +52,7 @@ def run_layers(
         model: empty, as `empty_model` gives it.
         weights: its checkpoint's.
         batches: int64 [n, length] each.
-        observer: sees the layers' parameters by their full names.
+        observer: sees the layers' parameters.
         progress: called with (layers just done, total layers).
     """
     name, decoder = find_decoder(model)
