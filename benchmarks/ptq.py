@@ -6,7 +6,7 @@ Makes a gpt-oss checkpoint of gpt-oss-20b's true layer shapes in DIR (or takes S
 `fp4cast ptq --cast_mxfp4_to_nvfp4`; the same with `--low_memory_mode`; the same steps with nvidia-modelopt (load,
 quantize with static weights, calibrate, pin the closed form's amax, export); `fp4cast calibrate` and `fp4cast convert`,
 which need no model in memory. All calibrate on the same samples. Afterwards every value of our output is compared with
-the source, and every tensor with the peer's. The first use of each library's kernels, which compiles them, is not timed.
+the source, and every tensor with the peer's. The first use of each library's kernels is not timed: it compiles them.
 """
 
 from __future__ import annotations

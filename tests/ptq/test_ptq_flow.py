@@ -292,7 +292,7 @@ def test_a_model_that_does_not_run(tmp_path, monkeypatch):
     for batch in ("0", "2"):
         result = call("ptq", *args, "--batch_size", batch, "--json")
         message = json.loads(result.stdout)["error"]["message"]
-        assert result.exit_code == 1 and "--batch_size or --calib_seq, or fp4cast calibrate" in message
+        assert result.exit_code == 1 and "--batch_size or --calib_seq, or ptq's --low_memory_mode" in message
     assert not list(tmp_path.iterdir())
 
 

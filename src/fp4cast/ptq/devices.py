@@ -65,7 +65,7 @@ def place(model: nn.Module, device: str, share: float, sequential: bool) -> Plac
         sizes = ", ".join(f"{size / 2**30:.1f}" for size in room.values())
         raise UsageError(
             f"the model's weights take {need / 2**30:.1f} GiB, and {share:.0%} of the GPUs' free memory is {sizes} "
-            "GiB; use more GPUs, a larger --gpu_max_mem_percentage, or --low_memory_mode, which holds one layer at a time"
+            "GiB; use more GPUs, a larger --gpu_max_mem_percentage, or --low_memory_mode: one layer at a time"
         )
     return spread
 

@@ -37,7 +37,7 @@ def explain_run_errors() -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise QuantizerError(
             f"the model cannot be run on the calibration data: {error}. If memory is short, try a smaller --batch_size "
-            "or --calib_seq, or fp4cast calibrate, which holds one layer at a time."
+            "or --calib_seq, or ptq's --low_memory_mode, which holds one layer at a time."
         ) from error
 
 

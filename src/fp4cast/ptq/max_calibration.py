@@ -104,15 +104,13 @@ def _calibrate_inputs(
 
 def _take_largest(model: nn.Module) -> None:
     """Set every amax to the largest of all ranks; a rank that saw nothing takes that of the others."""
-    device = next(model.parameters()).device  # of a rank's several GPUs, the one that takes part
-    for quantizer in (module for module in model.modules() if isinstance(module, TensorQuantizer)):
-        if not quantizer.is_enabled:
-            continue
+    found = [each for each in model.modules() if isinstance(each, TensorQuantizer) and each.is_enabled]
+    for quantizer in found:
         known = quantizer.amax
         scalar = torch.full((), -1.0) if known is None else known
         if quantizer.static and known is None:
             continue  # weights are calibrated on every rank
-        largest = scalar.to(device)
+        largest = scalar.to(found[0].device)  # of a rank's several GPUs, one takes part
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         if (largest >= 0).all():
             quantizer.amax = largest.to(quantizer.device)

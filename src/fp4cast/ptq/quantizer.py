@@ -49,7 +49,7 @@ class TensorQuantizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its module is."""
+        """Where its amax is, or will be."""
         return self._here.device
 
     @property
