@@ -217,7 +217,11 @@ def _show_amax(console: Console, done: Calibrated) -> None:
 
 
 def _with_headroom(rules: Mapping[str, Any]) -> str:
-    return "; amax with headroom" * (rules["act_headroom"] is not None)
+    chosen = rules["act_headroom"]
+    if chosen is None:
+        return ""
+    but = f", but for {chosen['none_left']} inputs whose blocks span too much" if chosen["none_left"] else ""
+    return f"; amax with headroom{but}"
 
 
 def _tell(done: Quantized, as_json: bool, verbose: bool) -> None:

@@ -35,6 +35,7 @@ from fp4cast.ptq.modules import attach
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.options import Options, check_options
 from fp4cast.ptq.qformats import QFORMATS
+from fp4cast.ptq.quantizer import TensorQuantizer
 
 __all__ = ["Options", "Quantized", "quantize"]
 
@@ -137,7 +138,7 @@ def _quantize(options: Options, job: _Job, stack: ExitStack, progress: Progress)
         cast=None if applied is None else len(applied),
         lossless=None if applied is None else count_lossless(applied),
         calibration={"samples": len(samples), "tokens": tokens, "batch_size": loop.batch_size},
-        input_scales=chosen_rules(options.act_headroom, options.input_scales_per),
+        input_scales=chosen_rules(options.act_headroom, options.input_scales_per, _cramped(model)),
         exported=exported,
         seconds=clock,
         peak_memory=_peaks(),
@@ -269,6 +270,10 @@ class _Loop:
         first = min(_FIRST_BATCH[torch.device(self.device).type], len(self.samples))
         with explain_run_errors():
             self.batch_size = find(attempt, starting_batch_size=first)()
+
+
+def _cramped(model: nn.Module) -> list[bool]:
+    return [module.cramped for module in model.modules() if isinstance(module, TensorQuantizer)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ for values that calibration never saw; a smaller one keeps blocks of small value
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,19 +96,30 @@ class Headroom:
 
     def amax(self, seen: BlockHistogram) -> Tensor:
         """The amax, float32 []; the largest magnitude where no block was counted, or where it is NaN or infinite."""
+        if (ends := self._ends(seen)) is None:
+            return seen.largest
+        return torch.tensor(max(ends), dtype=torch.float32, device=seen.largest.device)
+
+    def leaves_none(self, seen: BlockHistogram) -> bool:
+        """Whether the blocks span so much that the amax is but the upper end of what was seen."""
+        ends = self._ends(seen)
+        return ends is None or ends[0] <= ends[1]
+
+    def _ends(self, seen: BlockHistogram) -> tuple[float, float] | None:
+        """(rho * anchor, upper), None where neither is known."""
         largest, counts = seen.largest, seen.counts
         if counts is None or not largest.isfinite():
-            return largest
+            return None
         upper = float(largest) if self.upper_percentile >= 100 else _percentile(counts, self.upper_percentile)
         floor = int(_bins(torch.tensor(upper / _NEGLIGIBLE)))
         above = torch.where(torch.arange(_BINS, device=counts.device) < floor, 0, counts)
-        anchor = _percentile(above, self.anchor_percentile)
-        return torch.tensor(max(self.rho * anchor, upper), dtype=torch.float32, device=largest.device)
+        return self.rho * _percentile(above, self.anchor_percentile), upper
 
 
-def chosen_rules(headroom: Headroom | None, per: str | None) -> dict[str, Any]:
-    """The rules of input scales, as reports tell them."""
-    return {"act_headroom": None if headroom is None else asdict(headroom), "input_scales_per": per}
+def chosen_rules(headroom: Headroom | None, per: str | None, cramped: Iterable[bool]) -> dict[str, Any]:
+    """The rules of input scales as reports tell them, and of how many inputs with one the rule leaves no headroom."""
+    chosen = None if headroom is None else asdict(headroom) | {"none_left": sum(cramped)}
+    return {"act_headroom": chosen, "input_scales_per": per}
 
 
 def _percentile(counts: Tensor, percentile: float) -> float:

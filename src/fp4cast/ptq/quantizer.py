@@ -35,6 +35,7 @@ class TensorQuantizer(nn.Module):
         is_enabled: whether it does anything.
         calibrating: whether it observes tensors instead of rounding them.
         histogram: of the blocks that it observes, while its amax shall have headroom; else None.
+        cramped: whether its amax should have had headroom, but its blocks span too much.
     """
 
     def __init__(self, static: bool = False, enabled: bool = True) -> None:
@@ -43,6 +44,7 @@ class TensorQuantizer(nn.Module):
         self.is_enabled = enabled
         self.calibrating = False
         self.histogram: BlockHistogram | None = None
+        self.cramped = False
         self.register_buffer("_amax", None)
         self._here: Tensor
         self.register_buffer("_here", torch.empty(0), persistent=False)  # knows the device before there is an amax
@@ -88,7 +90,7 @@ class TensorQuantizer(nn.Module):
         """Round tensors again, instead of observing them, under an amax with headroom where blocks were counted."""
         self.calibrating = False
         if headroom and self.histogram and self._amax is not None:
-            self.amax = headroom.amax(self.histogram)
+            self.amax, self.cramped = headroom.amax(self.histogram), headroom.leaves_none(self.histogram)
         self.histogram = None
 
     def place(self, device: torch.device | str) -> None:

@@ -126,13 +126,14 @@ def calibrate(
         _check_reached(model, weights, pairs)
         with use_device(chosen), explain_run_errors():
             run_layers(model, weights, batches, observer, lambda n, total: progress("layers", n, total))
-    seen = _choose(
-        observer.seen, act_headroom, lambda name: input_scales_per == "bank" or len(weights.modules(name)) == 1
-    )
-    amax, idle = _by_module(seen, weights, pairs)
+    seen = _pooled(observer.seen, lambda name: input_scales_per == "bank" or len(weights.modules(name)) == 1)
+    values = {key: float(act_headroom.amax(each) if act_headroom else each.largest) for key, each in seen.items()}
+    amax, idle = _by_module(values, weights, pairs)
     _write(path, amax)
     tokens = sum(sample.numel() for sample in samples)
-    rules, seconds = chosen_rules(act_headroom, input_scales_per), time.monotonic() - begin
+    written = {each for (name, _), each in seen.items() if weights.modules(name)[0][0] in amax}  # attention is not
+    cramped = [act_headroom.leaves_none(each) for each in written] if act_headroom else []
+    rules, seconds = chosen_rules(act_headroom, input_scales_per, cramped), time.monotonic() - begin
     return Calibrated(str(checkpoint.path), str(out), amax, idle, rules, len(samples), tokens, seconds)
 
 
@@ -167,15 +168,13 @@ def _check_each(pairs: Iterable[Pair], per: ScalesPer | None, path: Path) -> Non
         )
 
 
-def _choose(
-    seen: Mapping[Input, BlockHistogram], headroom: Headroom | None, pooled: Callable[[str], bool]
-) -> dict[Input, float]:
-    """The amax of each input: its own, or that of all experts of its weight, as one quantizer would have seen them."""
+def _pooled(seen: Mapping[Input, BlockHistogram], shared: Callable[[str], bool]) -> dict[Input, BlockHistogram]:
+    """What decides the amax of each input: its own, or what all experts of a weight took in, as one quantizer would."""
     banks = defaultdict[str, BlockHistogram](BlockHistogram)
     for (name, _), each in seen.items():
-        banks[name].merge(each)
-    chosen = {key: banks[key[0]] if pooled(key[0]) else each for key, each in seen.items()}
-    return {key: float(headroom.amax(each) if headroom else each.largest) for key, each in chosen.items()}
+        if shared(name):
+            banks[name].merge(each)
+    return {key: banks[key[0]] if shared(key[0]) else each for key, each in seen.items()}
 
 
 def _by_module(seen: Mapping[Input, float], weights: Weights, pairs: Iterable[Pair]) -> tuple[dict[str, float], int]:
