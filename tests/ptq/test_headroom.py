@@ -16,6 +16,7 @@ from torch import nn
 
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.errors import QuantizerError, UsageError
+from fp4cast.kernels import dynamic_fp4_fake_quant
 from fp4cast.ptq import QFORMATS, Headroom, TensorQuantizer, attach, max_calibrate
 from fp4cast.ptq.data import open_dataset, split, tokenize
 from fp4cast.ptq.headroom import BlockHistogram, _bins, _percentile
@@ -111,6 +112,24 @@ def test_what_was_not_seen_has_the_plain_maximum():
         assert float(Headroom().amax(seen)) == 0 and seen.counts is None
     seen.add(torch.tensor([[1.0, float("nan")] + [2.0] * 30]))
     assert int(seen.counts.sum()) == 1 and Headroom().amax(seen).isnan()
+
+
+@pytest.mark.parametrize(
+    ("loud_blocks", "lost"), [(20, {"max": 1.0, "headroom": 1.0}), (1, {"max": 1.0, "headroom": 0})]
+)
+def test_a_quiet_expert_starves_beside_a_loud_one_unless_that_is_rare(loud_blocks, lost):
+    """Parts of 20,000 blocks of the quiet one that round to zeros under a scale that both share; none under its own."""
+    quiet, loud = torch.rand(20_000, 16) + 0.5, torch.full((loud_blocks, 16), 2.0**24)
+    shared, alone = BlockHistogram(), BlockHistogram()
+    for histogram, inputs in ((shared, (quiet, loud)), (alone, (quiet,))):
+        for x in inputs:
+            histogram.add(x)
+
+    def flushed(amax):
+        return float((dynamic_fp4_fake_quant(quiet, amax) == 0).all(dim=1).float().mean())
+
+    assert {"max": flushed(shared.largest), "headroom": flushed(Headroom().amax(shared))} == lost
+    assert flushed(alone.largest) == flushed(Headroom().amax(alone)) == 0
 
 
 def test_merged_histograms_are_those_of_all_data():
