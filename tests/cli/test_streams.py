@@ -138,12 +138,12 @@ def test_errors_keep_their_message_and_their_exit_status(miniatures, converted, 
 
 
 STUB = """
-import sys, types
+import dataclasses, sys, types
 module = types.ModuleType("fp4cast.ptq.{module}")
 module.{function} = lambda *_, **__: types.SimpleNamespace(
     out="amax.json", exported=types.SimpleNamespace(destination="dst"), to_json=lambda: dict(a=1)
 )
-module.Options = lambda *_, **__: None
+module.Options = dataclasses.make_dataclass("Options", [])
 for name in ("fp4cast.ptq", "fp4cast.ptq.headroom", "fp4cast.ptq.layerwise"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["fp4cast.ptq.headroom"].Headroom = None

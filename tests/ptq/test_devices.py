@@ -17,6 +17,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.errors import UsageError
 from fp4cast.ptq import QFORMATS, Options, attach, max_calibrate, quantize
+from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.devices import place
 from fp4cast.ptq.load import empty_model, load_model
 from fp4cast.ptq.quantizer import TensorQuantizer
@@ -46,6 +47,7 @@ def mixture():
 
 def amaxes(model):
     attach(model, QFORMATS["nvfp4"], static=True)
+    attach_kv_cache(model)
     max_calibrate(model, lambda m: m(input_ids=TOKENS))
     return {name: module.amax for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
 

@@ -73,6 +73,8 @@ CASES = {
     "experts": ("qwen3", "nvfp4", DATA),
     "experts, MXFP4": ("qwen3, MXFP4", "nvfp4_experts_only", CAST | DATA),
     "a scale for each": ("qwen3, MXFP4", "nvfp4_experts_only", {**CAST, **DATA, "input_scales_per": "expert"}),
+    "an FP8 cache": ("gpt-oss", "nvfp4_experts_only", {**CAST, **DATA, "kv_cache_qformat": "fp8"}),
+    "an FP8 cache alone": ("dense", "w4a16_nvfp4", {**DATA, "kv_cache_qformat": "fp8"}),
     "banks in BF16": ("llama4", "nvfp4_mlp_only", DATA),
 }
 

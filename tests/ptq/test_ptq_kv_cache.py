@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 import fp4cast
 from fp4cast.errors import QuantizerError, UnsupportedError, UsageError
-from fp4cast.ptq import QFORMATS, attach, attach_kv_cache, export, flow, max_calibrate
+from fp4cast.ptq import QFORMATS, Headroom, attach, attach_kv_cache, export, flow, max_calibrate
 from fp4cast.ptq.flow import Options, quantize
 from helpers import edit
 from models import FIXTURE, TINY, load_gpt_oss, pack, tensors
@@ -151,6 +151,22 @@ def test_the_flow_writes_it_and_verify_knows_it(tmp_path):
     quantize(Options(FIXTURE, tmp_path / "dst", "nvfp4_mlp_weight_only", kv_cache_qformat="fp8_cast"))
     report = fp4cast.verify(FIXTURE, tmp_path / "dst")
     assert report.ok and report.kv_cache_qformat == "fp8_cast"
+
+
+def test_headroom_is_not_for_the_cache(tmp_path):
+    """Its rule is one for NVFP4's blocks: FP8 has one scale for a whole cache."""
+    scales = []
+    for name, headroom in (("plain", None), ("headroom", Headroom())):
+        options = {
+            "dataset": str(FIXTURE / "calibration.txt"),
+            "calib_size": 4,
+            "calib_seq": 32,
+            "device": "cpu",
+            "kv_cache_qformat": "fp8",
+        }
+        quantize(Options(FIXTURE, tmp_path / name, "nvfp4_mlp_only", act_headroom=headroom, **options))
+        scales.append(cache_scales(tmp_path / name))
+    assert scales[0] and scales[0] == scales[1]
 
 
 def test_verify_finds_scales_that_were_not_written(tmp_path):

@@ -183,7 +183,8 @@ SERVICES: tuple[Service, ...] = (
     ),
     Service(
         "gpt-oss", "modelopt", BOTH, "vLLM + fp4cast.vllm", "0.26.0", "serves", _TESTED, _H100,
-        "hidden 256 and 2880, up to 32 experts, TP 2 and EP 2, CUDA graphs; W4A4 is computed as W4A16 there", seen=True,
+        "hidden 256 and 2880, up to 32 experts, TP 2 and EP 2, CUDA graphs; on an H100, W4A4 is computed as W4A16",
+        seen=True,
     ),
     Service(
         "gpt-oss", "modelopt", BOTH, "vLLM + fp4cast.vllm", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
@@ -223,7 +224,7 @@ SERVICES: tuple[Service, ...] = (
     ),
     Service(
         "compressed-tensors", "modelopt", BOTH, "vLLM", "0.26.0", "serves", _TESTED, _H100,
-        "TP 2 and EP 2 too; W4A4 is computed as W4A16 there", seen=True,
+        "TP 2 and EP 2 too; on an H100, W4A4 is computed as W4A16", seen=True,
     ),
     Service(
         "compressed-tensors", "modelopt", BOTH, "vLLM", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
