@@ -13,7 +13,8 @@ from fp4cast.ptq.amax import (
 )
 from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.cast import apply_to_model, build_amax_map
-from fp4cast.ptq.export import Exported, export
+from fp4cast.ptq.export import export
+from fp4cast.ptq.exported import Exported
 from fp4cast.ptq.flow import Quantized, quantize
 from fp4cast.ptq.headroom import Headroom
 from fp4cast.ptq.max_calibration import max_calibrate, set_expert_quantizer_amax

@@ -10,9 +10,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
 
 from torch import nn
 
@@ -24,74 +22,19 @@ from fp4cast.conversion.execute import Finished, execute
 from fp4cast.conversion.recipe import FromModel, Output, OutputShard, index, kv_constants, kv_scales, nvfp4, place
 from fp4cast.conversion.staging import ONCE, Staging, staging
 from fp4cast.errors import VerificationError
-from fp4cast.formats import NV_BLOCK, Activations, KvCache
+from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.attention import calibrated_kv_scales
+from fp4cast.ptq.exported import Exported, WeightCounts
 from fp4cast.ptq.model_weights import ReadRows, Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
 from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.receipt import Receipt, weight_digest
-from fp4cast.verification.report import ByteCounts, InexactTensor
-
-
-class WeightCounts(TypedDict):
-    """Counts of quantized weights, of exact and inexact ones from MXFP4, and of copied tensors."""
-
-    quantized: int
-    exact: int
-    inexact: int
-    copied: int
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `export` wrote.
-
-    Attributes:
-        source: the directory that the model was loaded from.
-        destination: the new directory.
-        layout: as in `fp4cast.convert`.
-        activations: "w4a16" or "w4a4".
-        kv_cache_qformat: the format of the KV cache.
-        tensors: counts of weights "quantized", of those from MXFP4 "exact" and "inexact", and of tensors "copied".
-        inexact: weights from MXFP4 whose written values are not the source's, with the measured errors.
-        bytes: "read" from the source's files, and "written".
-        seconds: wall time.
-        served: where the result is served, for people.
-        serve: the command that serves the result, or that none is known yet.
-    """
-
-    source: str
-    destination: str
-    layout: str
-    activations: Activations
-    kv_cache_qformat: KvCache
-    tensors: WeightCounts
-    inexact: Sequence[InexactTensor]
-    bytes: ByteCounts
-    seconds: float
-    served: str
-    serve: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {
-            "source": self.source,
-            "destination": self.destination,
-            "layout": self.layout,
-            "activations": self.activations,
-            "kv_cache_qformat": self.kv_cache_qformat,
-            "tensors": dict(self.tensors),
-            "inexact": [tensor.to_json() for tensor in self.inexact],
-            "bytes": dict(self.bytes),
-            "seconds": round(self.seconds, 3),
-            "served": self.served,
-            "serve": self.serve,
-        }
+from fp4cast.verification.report import InexactTensor
 
 
 def export(

@@ -24,7 +24,8 @@ from fp4cast.ptq.attention import attach_kv_cache
 from fp4cast.ptq.cast import LosslessCounts, Scaled, apply_domains, cast_domains, count_lossless, lossless_modules
 from fp4cast.ptq.data import open_datasets, split, tokenize_all
 from fp4cast.ptq.devices import Placement, choose_device, place, use_device
-from fp4cast.ptq.export import Exported, write_model
+from fp4cast.ptq.export import write_model
+from fp4cast.ptq.exported import Exported
 from fp4cast.ptq.headroom import chosen_rules
 from fp4cast.ptq.layerwise.loop import LayerLoop
 from fp4cast.ptq.layerwise.parameters import Weights
