@@ -16,14 +16,16 @@ GROUND = {"_require_torch", "_version", "errors", "extras", "formats"}
 ALLOWED = {
     "parallel": GROUND,
     "checkpoints": GROUND | {"parallel.progress"},
+    "hub": GROUND | {"checkpoints", "parallel.progress", "parallel.workers"},
     "families": GROUND | {"checkpoints"},
     "layouts": GROUND | {"checkpoints", "families"},
     "casting": GROUND,
     "verification": GROUND
-    | {"checkpoints", "families", "layouts.choose", "layouts.engine_rules", "layouts.engine_view", "layouts.layout"}
-    | {"parallel"},
+    | {"checkpoints", "families", "hub", "layouts.choose", "layouts.engine_rules", "layouts.engine_view"}
+    | {"layouts.layout", "parallel"},
     "cards": GROUND | {"casting", "checkpoints", "families", "layouts", "verification"},
-    "conversion": GROUND | {"cards", "casting", "checkpoints", "families", "layouts", "parallel", "verification"},
+    "conversion": GROUND
+    | {"cards", "casting", "checkpoints", "families", "hub", "layouts", "parallel", "verification"},
     "__init__": GROUND | {"casting", "conversion", "verification"},
     "kernels": GROUND,
     "torch": GROUND | {"casting", "kernels"},
@@ -31,10 +33,10 @@ ALLOWED = {
     "hf": GROUND | {"checkpoints", "layouts"},
     "vllm": GROUND | {"casting", "layouts", "torch"},
     "ptq": GROUND
-    | {"casting", "checkpoints", "conversion", "families", "kernels", "layouts", "parallel", "verification"},
+    | {"casting", "checkpoints", "conversion", "families", "hub", "kernels", "layouts", "parallel", "verification"},
     "study": GROUND | {"casting", "checkpoints", "parallel"},
     "cli": GROUND
-    | {"__init__", "casting", "checkpoints", "conversion", "layouts", "miniatures", "parallel", "ptq", "study"}
+    | {"__init__", "casting", "checkpoints", "conversion", "hub", "layouts", "miniatures", "parallel", "ptq", "study"}
     | {"verification"},
     "__main__": {"cli"},
 }

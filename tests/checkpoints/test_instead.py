@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from fp4cast.checkpoints.directory import open_checkpoint
-from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.instead import model_id
 from fp4cast.errors import CheckpointError, HeaderError, UnsupportedError
 from fp4cast.families.recognise import read_source
+from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.engine_view import read_claims
 
 

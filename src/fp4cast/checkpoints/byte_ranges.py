@@ -9,13 +9,12 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fp4cast.checkpoints.readable import Readable
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import Bytes
 from fp4cast.parallel.progress import Advance, ignore
@@ -68,7 +67,7 @@ class Buffers(threading.local):
 BUFFERS = Buffers()
 
 
-class File:
+class File(Readable):
     """A file opened for reading ranges of it; a short read is an error, never a silent zero."""
 
     def __init__(self, path: Path, flags: int = 0) -> None:
@@ -126,18 +125,6 @@ class File:
             with contextlib.suppress(OSError):  # it is only advice
                 os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def gather(self, start: int, blocks: np.ndarray[Any, np.dtype[np.int64]], size: int, gap: int = 256) -> Bytes:
-        """Read records of `size` bytes at ascending positions, near ones in one read: uint8 [len(blocks), size]."""
-        out = np.empty((len(blocks), size), np.uint8)
-        cuts = np.flatnonzero(np.diff(blocks) > gap) + 1
-        bounds = [0, *cuts.tolist(), len(blocks)]
-        for a, b in pairwise(bounds):
-            if a < b:
-                first, last = int(blocks[a]), int(blocks[b - 1])
-                records = self.read(start + first * size, (last - first + 1) * size).reshape(-1, size)
-                out[a:b] = records[blocks[a:b] - first]
-        return out
-
 
 class Files:
     """Files that threads share, opened when they are needed; only the last used stay open.
@@ -166,6 +153,11 @@ class Files:
                 file = File(path)
             self._files[path] = file
             return file
+
+    def prefetch(self, ranges: Iterable[tuple[Path, int, int]]) -> None:
+        """See `ReadableFiles`."""
+        for path, start, nbytes in ranges:
+            self[path].prefetch(start, min(nbytes, CHUNK_BYTES))
 
 
 def copy_range(

@@ -16,14 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp4cast.checkpoints.header import Shard, Tensor, read_header
+from fp4cast.checkpoints.index import INDEX, check_index, weight_map
 from fp4cast.checkpoints.instead import refuse_path, refuse_without_weights
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import CheckpointError, IndexFileError
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_FILE_NAME = 230  # bytes: most file systems take 255, and notes, unfinished shards and working directories add some
 QUANT_CONFIG = "hf_quant_config.json"
 RECEIPT = "fp4cast.json"
 
@@ -173,48 +172,6 @@ def resolve_link(root: Path, path: Path) -> Path:
     return target
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """Read the index's weight_map, and check that its file names are plain names inside the directory."""
-    weights = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise IndexFileError(f"{path / INDEX}: expected a non-empty weight_map, got {str(weights)[:200]}")
-    usable: set[str] = set()
-    for name, file in weights.items():
-        if not isinstance(file, str) or file not in usable:
-            _check_file_name(path, name, file)
-            usable.add(file)
-    return weights
-
-
-def _check_file_name(path: Path, name: str, file: object) -> None:
-    if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file or file in {".", ".."}:
-        raise IndexFileError(
-            f"{path / INDEX}: tensor {name!r} points to {file!r}; expected the name of a file in the same directory"
-        )
-    try:
-        length = len(file.encode())
-    except UnicodeEncodeError:
-        length = MAX_FILE_NAME + 1
-    if length > MAX_FILE_NAME:
-        raise IndexFileError(
-            f"{path / INDEX}: tensor {name!r} points to {file[:100]!r}; expected at most {MAX_FILE_NAME} bytes of UTF-8"
-        )
-    if not file.endswith(".safetensors"):
-        raise IndexFileError(f"{path / INDEX}: tensor {name!r} is in {file!r}; expected a .safetensors file")
-
-
-def _check_index(path: Path, weights: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
-    for name, file in weights.items():
-        if name not in shards[file].tensors:
-            raise IndexFileError(f"{path / INDEX}: tensor {name!r} is not in {file}, where the index says it is")
-    for file, shard in shards.items():
-        for name in shard.tensors:
-            if weights.get(name) != file:
-                raise IndexFileError(
-                    f"{path / file}: tensor {name!r} is in this file, but {INDEX} says {weights.get(name, 'nowhere')!r}"
-                )
-
-
 @contextmanager
 def gc_paused() -> Iterator[None]:
     """Pause the garbage collector while millions of small objects are built; also a decorator.
@@ -265,7 +222,7 @@ def _open(path: Path, config: str) -> Checkpoint:
         if (path / name).exists():
             resolve_link(path, path / name)
     if (path / INDEX).exists() or (path / INDEX).is_symlink():  # a broken link is an index that cannot be read
-        weights = _weight_map(path)
+        weights = weight_map(path, read_json(path / INDEX))
         files = sorted(set(weights.values()))
     elif (path / SINGLE).exists():
         weights, files = {}, [SINGLE]
@@ -281,5 +238,5 @@ def _open(path: Path, config: str) -> Checkpoint:
         resolve_link(path, path / file)
     shards = {file: read_header(path / file) for file in files}  # threads would only wait for each other
     if weights:
-        _check_index(path, weights, shards)
+        check_index(path, weights, shards)
     return Checkpoint(path, document, shards)

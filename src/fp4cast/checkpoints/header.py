@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -80,32 +80,36 @@ def _count(shape: list[int], limit: int) -> int:
     return total
 
 
-def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """(header, size of the file)."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file")
-            if LFS_POINTER.startswith(prefix):
-                raise HeaderError(
-                    f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull` there, or download "
-                    "the model again with `hf download`."
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > min(HEADER.nbytes, size - 8):
-                raise HeaderError(
-                    f"{path}: the header claims {length} bytes, but the file has {size} "
-                    f"(and at most {HEADER.nbytes} are allowed). "
-                    "It is truncated or not a safetensors file: download it again."
-                )
-            header = file.read(length)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+def header_bytes(path: Path, size: int, read: Callable[[int, int], bytes]) -> bytes:
+    """The JSON text of a header, wherever the file is.
+
+    Args:
+        path: the file, which errors name.
+        size: its bytes.
+        read: returns bytes of the file, given the first and how many.
+
+    Raises:
+        HeaderError: there is none.
+    """
+    prefix = read(0, min(8, size))
+    if len(prefix) < 8:
+        raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file")
+    if LFS_POINTER.startswith(prefix):
+        raise HeaderError(
+            f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull` there, or download "
+            "the model again with `hf download`."
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > min(HEADER.nbytes, size - 8):
+        raise HeaderError(
+            f"{path}: the header claims {length} bytes, but the file has {size} "
+            f"(and at most {HEADER.nbytes} are allowed). "
+            "It is truncated or not a safetensors file: download it again."
+        )
+    header = read(8, length)
     if len(header) != length:
         raise HeaderError(f"{path}: expected a header of {length} bytes, got {len(header)}")
-    return header, size
+    return header
 
 
 def _is_size(value: object) -> bool:
@@ -161,7 +165,26 @@ def read_header(path: Path) -> Shard:
         CheckpointError: the file cannot be opened.
         HeaderError: the header is malformed or does not fit the file.
     """
-    raw, size = _header_bytes(path)
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            raw = header_bytes(path, status.st_size, lambda start, nbytes: os.pread(file.fileno(), nbytes, start))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_header(path, raw, status.st_size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> Shard:
+    """Parse and check the JSON text of a header.
+
+    Args:
+        path: the file, which errors and tensors name.
+        raw: the text.
+        size: bytes of the file.
+
+    Raises:
+        HeaderError: it is malformed or does not fit the file.
+    """
     if excess := HEADER.excess(raw):
         raise HeaderError(f"{path}: the header {excess}")
     try:

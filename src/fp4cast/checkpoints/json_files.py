@@ -58,13 +58,27 @@ def read_json(path: Path) -> dict[str, Any]:
             if size > DOCUMENT.nbytes:
                 raise CheckpointError(f"{path}: has {size} bytes; at most {DOCUMENT.nbytes} are read as JSON")
             raw = file.read(size)
-        if excess := DOCUMENT.excess(raw):
-            raise CheckpointError(f"{path}: {excess}")
-        text = raw.decode()
-        del raw  # before the objects take their place
-        document = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return parse_json(path, raw)
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        path: where it is from, which errors name.
+        raw: its text.
+
+    Raises:
+        CheckpointError: it is too large, or not a JSON object.
+    """
+    if excess := DOCUMENT.excess(raw):
+        raise CheckpointError(f"{path}: {excess}")
+    try:
+        document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(document, dict):

@@ -54,6 +54,7 @@ def show_inspection(console: Console, info: Inspection) -> None:
         ("cast", f"{info.cast} MXFP4 tensors in {len(domains)} scale domains"),
         ("copied", f"{info.copied} tensors, byte for byte"),
         ("size", f"{format_bytes(size['source'])} -> {format_bytes(size['destination'])}"),
+        *_downloaded(size),
         ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
         ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
     ]
@@ -69,6 +70,13 @@ def show_inspection(console: Console, info: Inspection) -> None:
     if inexact:
         console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]))
         console.print("convert with --inexact nearest to write the nearest values there")
+
+
+def _downloaded(size: dict[str, int]) -> list[tuple[str, str]]:
+    if "downloaded" not in size:
+        return []
+    read = format_bytes(size["downloaded"])
+    return [("read", f"{read} of {format_bytes(size['source'])}, by ranges; nothing is on the disk")]
 
 
 def _exact_sentence(exact: int, total: int) -> str:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.card_files import CARD
-from fp4cast.checkpoints.hub import resolve
 from fp4cast.conversion.complete import complete_or_write, marked
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
@@ -16,6 +15,7 @@ from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_
 from fp4cast.conversion.publish import publish
 from fp4cast.conversion.staging import staging
 from fp4cast.errors import UsageError
+from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore

@@ -12,13 +12,12 @@ from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import checksum_of_path
 from fp4cast.checkpoints.directory import (
     CONFIG,
-    INDEX,
-    MAX_FILE_NAME,
     QUANT_CONFIG,
     RECEIPT,
     Checkpoint,
     companion_sizes,
 )
+from fp4cast.checkpoints.index import INDEX, MAX_FILE_NAME
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.verification.receipt import Receipt
 

@@ -10,6 +10,7 @@ from fp4cast.casting.nearest import choose_nearest, cost_of_nearest
 from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
+from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.errors import InexactError
 from fp4cast.families.family import Pair
 from fp4cast.families.merging import shared_scale_group
@@ -34,7 +35,7 @@ class FileBlocks:
     """
 
     pair: Pair
-    files: Files
+    files: ReadableFiles
     check: Callable[[], None] = lambda: None
 
     @property
@@ -118,7 +119,9 @@ def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
     return list(domains.items())
 
 
-def _scan_one(name: str, pairs: tuple[Pair, ...], files: Files, nearest: bool, check: Callable[[], None]) -> Domain:
+def _scan_one(
+    name: str, pairs: tuple[Pair, ...], files: ReadableFiles, nearest: bool, check: Callable[[], None]
+) -> Domain:
     blocks: list[BlockSource] = [FileBlocks(pair, files, check) for pair in pairs]
     scaling, search = choose(blocks)
     if nearest and not scaling.exact:
@@ -132,6 +135,7 @@ def find_domains(
     inexact: str = "fail",
     jobs: int | None = None,
     progress: AdvanceOf = ignore,
+    files: ReadableFiles | None = None,
 ) -> list[Domain]:
     """Read every scale once and choose every domain's tensor scale.
 
@@ -140,6 +144,7 @@ def find_domains(
         inexact: "nearest" looks for the scale of least error where none is exact, "fail" and "report" do not.
         jobs: threads.
         progress: called with (scale bytes just read, total scale bytes).
+        files: reads the source; None where it lies on this machine.
 
     Raises:
         ScaleError: a scale byte of 255.
@@ -147,24 +152,24 @@ def find_domains(
     """
     groups = group_domains(pairs)
     total = sum(pair.scales.nbytes for pair in pairs)
-    with Files() as files, workers(jobs) as pool:
+    with files or Files() as opened, workers(jobs) as pool:
 
         def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
-            for scales in (pair.scales for _, members in part for pair in members):
-                files[scales.path].prefetch(scales.start, min(scales.nbytes, _SLICE_BYTES))
-            domains = [_scan_one(name, members, files, inexact == "nearest", pool.check) for name, members in part]
+            scales = (pair.scales for _, members in part for pair in members)
+            opened.prefetch((tensor.path, tensor.start, tensor.nbytes) for tensor in scales)
+            domains = [_scan_one(name, members, opened, inexact == "nearest", pool.check) for name, members in part]
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains
 
         sized = ((group, sum(pair.scales.nbytes for pair in group[1])) for group in groups)
         domains = [domain for part in pool.map(work, grouped(sized, _SLICE_BYTES, _SLICE)) for domain in part]
     if inexact == "fail" and (bad := [domain for domain in domains if not domain.exact]):
-        with Files() as files:
-            raise InexactError(f"{pairs[0].codes.path.parent}: {_explain(bad, domains, files)}")
+        with files or Files() as opened:
+            raise InexactError(f"{pairs[0].codes.path.parent}: {_explain(bad, domains, opened)}")
     return domains
 
 
-def _explain(bad: Sequence[Domain], domains: Sequence[Domain], files: Files) -> str:
+def _explain(bad: Sequence[Domain], domains: Sequence[Domain], files: ReadableFiles) -> str:
     """Name the first inexact domains, what decides them, and what rounding would cost them, as measured."""
     total = sum(pair.blocks for domain in domains for pair in domain.pairs)
     lines = [f"{len(bad)} of {len(domains)} scale domains cannot be represented exactly in NVFP4; nothing was written."]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp4cast.checkpoints.directory import gc_paused, open_checkpoint
-from fp4cast.checkpoints.hub import resolve
+from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
+from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.families.recognise import read_source
+from fp4cast.hub.opened import CONNECTIONS, open_repository
+from fp4cast.hub.ranges import RemoteFiles
+from fp4cast.hub.repository import look_up
+from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
@@ -27,7 +31,8 @@ class Inspection:
         domains: every scale domain that would be cast, with its tensor scale.
         cast: MXFP4 tensors that would be cast.
         copied: tensors that would be carried over byte for byte.
-        bytes: of "source", its "codes", its "scales", its "other" tensors, and of the "destination".
+        bytes: of "source", its "codes", its "scales", its "other" tensors, and of the "destination"; of a model on the
+            Hub also those that were "downloaded" to find all this.
         targets: the family's layouts, and the engines that serve each.
     """
 
@@ -69,9 +74,11 @@ class Inspection:
 def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = ignore) -> Inspection:
     """Say what a checkpoint is and what a conversion would do; nothing is written.
 
+    Of a model on the Hub that its cache does not hold, headers and scales are read, and nothing else: by ranges.
+
     Args:
         src: a directory, or a Hugging Face model id.
-        jobs: threads; None for one a core.
+        jobs: threads; None for one a core, or for 16 requests at a time.
         progress: called, from worker threads, with (scale bytes just read, total scale bytes).
 
     Returns:
@@ -80,20 +87,28 @@ def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = i
     Raises:
         CheckpointError: the source is malformed, or holds nothing to cast.
     """
-    return _inspect(resolve(src), jobs, progress)
+    repository = look_up(src)
+    if repository is None or not repository.missing():
+        return _inspect(open_checkpoint(resolve(src)), jobs, progress)
+    with RemoteFiles(repository) as files:
+        checkpoint = open_repository(files, Path(str(repository)))
+        found = _inspect(checkpoint, jobs or CONNECTIONS, progress, files)
+        return replace(found, bytes=found.bytes | {"downloaded": files.downloaded})
 
 
 @gc_paused()
-def _inspect(path: Path, jobs: int | None, progress: AdvanceOf) -> Inspection:
-    source = read_source(open_checkpoint(path))
+def _inspect(
+    checkpoint: Checkpoint, jobs: int | None, progress: AdvanceOf, files: ReadableFiles | None = None
+) -> Inspection:
+    source = read_source(checkpoint)
     targets = targets_of(source.family)
     selection = castable(source, targets[0])
     cast = selection.cast
-    domains = find_domains(cast, inexact="report", jobs=jobs, progress=progress)
+    domains = find_domains(cast, inexact="report", jobs=jobs, progress=progress, files=files)
     codes, scales = sum(pair.codes.nbytes for pair in cast), sum(pair.scales.nbytes for pair in cast)
-    total = source.checkpoint.total_size
+    total = checkpoint.total_size
     return Inspection(
-        source=str(path),
+        source=str(checkpoint.path),
         family=source.family.name,
         title=source.family.title,
         domains=domains,

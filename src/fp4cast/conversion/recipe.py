@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.casting.tight_rule import Scaling
-from fp4cast.checkpoints.directory import INDEX, SINGLE, Checkpoint
+from fp4cast.checkpoints.directory import SINGLE, Checkpoint
 from fp4cast.checkpoints.header import METADATA, FileLayout, Shard, Tensor, lay_out
+from fp4cast.checkpoints.index import INDEX
 from fp4cast.checkpoints.json_files import index_bytes
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from fp4cast.checkpoints.directory import Checkpoint, Stamps, open_checkpoint, stamp
-from fp4cast.checkpoints.hub import resolve
 from fp4cast.errors import QuantizerError, UnsupportedError
 from fp4cast.families.compressed_tensors import COMPRESSED_TENSORS
 from fp4cast.families.family import Family, Pair, Source
@@ -17,6 +16,7 @@ from fp4cast.families.gpt_oss import GPT_OSS
 from fp4cast.families.recognise import read_source
 from fp4cast.families.served import ANY_BANKS
 from fp4cast.formats import Activations
+from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.layout import Target
 from fp4cast.ptq.attention import quantizes_kv_cache

@@ -11,9 +11,10 @@ from typing import Any
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import Checksum, checksum
-from fp4cast.checkpoints.directory import CONFIG, INDEX, QUANT_CONFIG, RECEIPT, resolve_link
-from fp4cast.checkpoints.hub import resolve
+from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG, RECEIPT, resolve_link
+from fp4cast.checkpoints.index import INDEX
 from fp4cast.errors import CheckpointError
+from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.workers import Workers

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import checksum_of_path
-from fp4cast.checkpoints.directory import CONFIG, INDEX, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
+from fp4cast.checkpoints.directory import CONFIG, OTHER_SUFFIXES, QUANT_CONFIG, RECEIPT, walk
+from fp4cast.checkpoints.index import INDEX
 from fp4cast.checkpoints.json_files import read_json
 from fp4cast.layouts.layout import DTYPES
 from fp4cast.verification.configs import config_faults

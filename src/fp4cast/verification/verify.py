@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG, RECEIPT
-from fp4cast.checkpoints.hub import resolve
 from fp4cast.families.family import Pair
 from fp4cast.families.merging import shared_scale_group
 from fp4cast.formats import usable_scale
+from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.verification.fast_path import Converted

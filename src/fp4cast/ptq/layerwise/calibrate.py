@@ -13,7 +13,6 @@ import torch
 
 from fp4cast.checkpoints.byte_ranges import write_whole
 from fp4cast.checkpoints.directory import naming, open_checkpoint
-from fp4cast.checkpoints.hub import resolve
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.input_scales import ScalesPer
@@ -21,6 +20,7 @@ from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.families.family import Pair
 from fp4cast.families.recognise import read_source
+from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import castable
 from fp4cast.parallel.progress import Progress, ignore
