@@ -70,6 +70,7 @@ class Repo:
     pushed: dict = field(default_factory=dict)  # path -> bytes, or the oid of a stored file
     commits: list = field(default_factory=list)
     digests: dict = field(default_factory=dict)
+    claimed: dict = field(default_factory=dict)  # path -> the size that is said
 
     @property
     def sha(self):
@@ -241,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         for path, file in repo.files().items():
             entry = {"rfilename": path}
             if blobs and repo.path is not None:
-                size = file.stat().st_size
+                size = repo.claimed.get(path, file.stat().st_size)
                 entry |= {"size": size, "blobId": git_id(path.encode())}
                 if is_large(path):
                     entry["lfs"] = {"sha256": repo.digest(file), "size": size, "pointerSize": 134}

@@ -72,7 +72,7 @@ def test_neighbours_are_read_together_and_the_storage_is_asked_directly(hub, pla
 
 def test_broken_connections_and_busy_servers_are_waited_for(hub, miniatures, monkeypatch):
     waits = []
-    monkeypatch.setattr("fp4cast.hub.ranges.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("fp4cast.hub.client.time", SimpleNamespace(sleep=waits.append))
     hub.add("org/model", miniatures["moe"])
     hub.fault("/storage/", "cut", times=2)
     hub.fault("/resolve/.*safetensors$", "status", status=429, headers={"Retry-After": "7"})

@@ -14,6 +14,7 @@ import typer
 
 import fp4cast
 from fp4cast.cli import card_command, model_commands
+from fp4cast.cli.consent import agree_to_download
 from fp4cast.cli.console import DONE, exit_with, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
 from fp4cast.cli.display import show_demo, show_facts, show_files, show_inspection, show_part, show_report
@@ -38,6 +39,7 @@ from fp4cast.cli.options import (
     Source,
     SourceId,
     Where,
+    Yes,
 )
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import open_streams
@@ -120,6 +122,7 @@ def convert(
     no_sync: NoSync = False,
     no_card: NoCard = False,
     source_id: SourceId = None,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.
@@ -128,6 +131,7 @@ def convert(
     """
     alone = resume or restart
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
+    agree_to_download([source], yes=yes, as_json=as_json)
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
@@ -183,12 +187,14 @@ def verify(
     jobs: Jobs = None,
     engine: Where = "local",
     strict: Annotated[bool, typer.Option("--strict", help="A companion file that differs is a failure, too.")] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Read SRC and DST and compare every value; say what differs, where and by how much.
 
     With DST alone: compare the sizes and checksums of its files with its receipt, as after a copy.
     """
+    agree_to_download([source, *([destination] if destination else [])], yes=yes, as_json=as_json)
     if destination is None:
         verify_copy(source, jobs, engine, strict=strict, as_json=as_json)
         return

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 
 from fp4cast.casting.inexact import Inexact
+from fp4cast.cli.consent import agree_to_download
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
 from fp4cast.cli.modelopt_options import PtqCommand, meaning
-from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source
+from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source, Yes
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.errors import UsageError
@@ -166,12 +167,14 @@ def calibrate(
     act_headroom: ActHeadroom = False,
     input_scales_per: ScalesOf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Find the activation scales of an MXFP4 checkpoint for `convert --activations w4a4`. Needs torch.
 
     The model runs layer by layer: one layer's weights are in memory at a time.
     """
+    agree_to_download([source], yes=yes, as_json=as_json)
 
     def work(meter: Any) -> Calibrated:
         from fp4cast.ptq.headroom import Headroom

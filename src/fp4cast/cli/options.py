@@ -70,6 +70,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Agree beforehand, as to a download of more than 1 GB.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Write no model card; README.md stays the source's.")]

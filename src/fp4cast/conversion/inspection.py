@@ -14,7 +14,7 @@ from fp4cast.families.recognise import read_source
 from fp4cast.hub.opened import CONNECTIONS, open_repository
 from fp4cast.hub.ranges import RemoteFiles
 from fp4cast.hub.repository import look_up
-from fp4cast.hub.resolve import resolve
+from fp4cast.hub.resolve import in_cache, resolve
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.layout import Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
@@ -89,7 +89,7 @@ def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = i
     """
     repository = look_up(src)
     if repository is None or not repository.missing():
-        return _inspect(open_checkpoint(resolve(src)), jobs, progress)
+        return _inspect(open_checkpoint(in_cache(str(repository or src)) or resolve(src)), jobs, progress)
     with RemoteFiles(repository) as files:
         checkpoint = open_repository(files, Path(str(repository)))
         found = _inspect(checkpoint, jobs or CONNECTIONS, progress, files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,23 +13,12 @@ import numpy as np
 from fp4cast.checkpoints.readable import Readable
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import Bytes
-from fp4cast.hub.client import client_utils, connection_error, explaining
+from fp4cast.hub.client import Passing, client_utils, explaining, patiently
 from fp4cast.hub.repository import Repository
 
 WINDOW_BYTES = 8 << 20  # of one request, at most
 _HELD_BYTES = 4 * WINDOW_BYTES  # that a thread keeps until it announces other ranges
-_ATTEMPTS = 6
-_LONGEST_WAIT = 300.0  # seconds: the Hub counts requests in windows of five minutes
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses after which it is worth to try again
 _EXPIRED = frozenset({401, 403, 404, 410})  # statuses of the storage for an address that has ended
-
-
-class _Passing(Exception):  # noqa: N818
-    """An answer that another try may mend; `wait` is what the server asks for, in seconds."""
-
-    def __init__(self, why: str, wait: float | None = None) -> None:
-        super().__init__(why)
-        self.wait = wait
 
 
 class RemoteFiles:
@@ -105,20 +93,7 @@ class RemoteFiles:
             return b""
         what = f"{self.repository}/{file}, bytes {start} to {start + nbytes - 1}"
         with explaining(what):
-            for attempt in range(_ATTEMPTS):
-                try:
-                    return self._ask(file, start, nbytes)
-                except (_Passing, connection_error()) as error:
-                    if getattr(error, "response", None) is not None and not isinstance(error, _Passing):
-                        raise  # a status that no second try mends
-                    if attempt + 1 == _ATTEMPTS:
-                        why = str(error) or type(error).__name__
-                        raise CheckpointError(
-                            f"{what}: could not be read in {_ATTEMPTS} attempts, the last: {why}. Try again later."
-                        ) from error
-                    wait = getattr(error, "wait", None)
-                    time.sleep(min(2.0**attempt if wait is None else wait, _LONGEST_WAIT))
-        raise CheckpointError(f"{what}: could not be read")
+            return patiently(what, lambda: self._ask(file, start, nbytes))
 
     def _ask(self, file: str, start: int, nbytes: int) -> bytes:
         """One request, to the storage where the Hub has sent an earlier one."""
@@ -132,9 +107,7 @@ class RemoteFiles:
             if address is not None and status in _EXPIRED:
                 with self._lock:
                     self._addresses.pop(file, None)
-                raise _Passing(f"the address of {file} has expired", 0.0)
-            if status in _PASSING:
-                raise _Passing(f"the Hub answers with status {status}", _wait(answer.headers.get("Retry-After")))
+                raise Passing(f"the address of {file} has expired")
             if status >= 400:
                 getattr(answer, "read", bytes)()  # its words, for the error
                 client_utils().hf_raise_for_status(answer)
@@ -171,7 +144,7 @@ class RemoteFiles:
             if len(out) > nbytes:
                 break
         if len(out) != nbytes:
-            raise _Passing(f"the connection ended after {len(out)} of {nbytes} bytes")
+            raise Passing(f"the connection ended after {len(out)} of {nbytes} bytes")
         return bytes(out)
 
 
@@ -201,8 +174,3 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Callable[[
     else:
         with session.get(url, headers=headers, timeout=timeout, stream=True) as answer:
             yield answer, lambda: answer.iter_content(1 << 16)
-
-
-def _wait(text: str | None) -> float | None:
-    """Seconds of a Retry-After header; None where it names none."""
-    return float(text) if text is not None and text.strip().isdigit() else None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.directory import OTHER_FORMATS
 from fp4cast.errors import CheckpointError
-from fp4cast.hub.client import connection_error, explaining
-from fp4cast.hub.resolve import model_of
+from fp4cast.hub.client import connection_error, explaining, patiently
+from fp4cast.hub.resolve import in_cache, model_of
 
 
 class Stored(NamedTuple):
@@ -64,7 +64,8 @@ def look_up(source: str | Path) -> Repository | None:
         source: as in `resolve`.
 
     Returns:
-        The repository; None where `source` is no model id, or the Hub cannot be reached and its cache must do.
+        The repository; None where `source` is no model id, or the Hub cannot be reached or refuses, and its cache must
+        do.
 
     Raises:
         CheckpointError: the Hub refuses, or its answer cannot be used.
@@ -75,15 +76,24 @@ def look_up(source: str | Path) -> Repository | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    def ask() -> Any:
+        return HfApi().model_info(model[0], revision=model[1], files_metadata=True)
+
     with explaining(str(source)):
         try:
-            info = HfApi().model_info(model[0], revision=model[1], files_metadata=True)
+            info = patiently(str(source), ask, alone=True)
         except HfHubHTTPError:
-            raise
+            if in_cache(source) is None:
+                raise
+            return None
         except (OfflineModeIsEnabled, connection_error()):
             return None
+    return Repository(model[0], str(info.sha), _files(str(source), info.siblings or ()))
+
+
+def _files(source: str, siblings: Iterable[Any]) -> dict[str, Stored]:
     files: dict[str, Stored] = {}
-    for sibling in info.siblings or ():
+    for sibling in siblings:
         name = str(sibling.rfilename)
         if any(fnmatch(name, pattern) for pattern in OTHER_FORMATS):
             continue
@@ -92,4 +102,4 @@ def look_up(source: str | Path) -> Repository | None:
             raise CheckpointError(f"{source}: lists a file {name[:200]!r} of {sibling.size} bytes, which is not usable")
         lfs = sibling.lfs
         files[name] = Stored(sibling.size, str(lfs.sha256) if lfs is not None else "")
-    return Repository(model[0], str(info.sha), files)
+    return files

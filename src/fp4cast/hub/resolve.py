@@ -43,3 +43,20 @@ def resolve(source: str | Path) -> Path:
 
     with explaining(str(source)):
         return Path(snapshot_download(model[0], revision=model[1], ignore_patterns=list(OTHER_FORMATS)))
+
+
+def in_cache(source: str | Path) -> Path | None:
+    """Like `resolve`, but nothing is downloaded: None where the Hub cache does not hold the model."""
+    model = model_of(source)
+    if model is None:
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            model[0], revision=model[1], ignore_patterns=list(OTHER_FORMATS), local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return Path(found)

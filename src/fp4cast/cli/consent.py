@@ -1,0 +1,56 @@
+"""What is asked before it is done: large downloads."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fp4cast.cli.console import DONE, exit_with, people_console, run_or_exit
+from fp4cast.cli.progress import format_bytes
+from fp4cast.errors import UsageError
+from fp4cast.hub.repository import Repository, look_up
+
+ASK_BYTES = 1_000_000_000  # of a download, from which on the user is asked
+
+
+def agree_to_download(sources: list[str], *, yes: bool, as_json: bool) -> None:
+    """Show how much a command would download, and ask where that is much; exit where the answer is no.
+
+    Args:
+        sources: what the user has named, models or directories.
+        yes: the user has agreed beforehand.
+        as_json: see `exit_with`.
+    """
+    found = run_or_exit(as_json, lambda _: [look_up(source) for source in sources])
+    DONE.result = None
+    for repository in filter(None, found):
+        missing = repository.missing()
+        if sum(missing.values()) >= ASK_BYTES:
+            agree(f"{_sizes(repository, missing)}.", "Download that?", yes=yes, as_json=as_json)
+
+
+def _sizes(repository: Repository, missing: dict[str, int]) -> str:
+    total = format_bytes(sum(stored.size for stored in repository.files.values()))
+    here = len(repository.files) - len(missing)
+    cached = f"; {here} of {len(repository.files)} files are in the Hub cache" if here else ""
+    size = format_bytes(sum(missing.values()))
+    return f"{repository}: {size} of {total} would be downloaded, in {len(missing)} files{cached}"
+
+
+def agree(what: str, question: str, *, yes: bool, as_json: bool) -> None:
+    """Say what a command would do, and ask; exit where the answer is no.
+
+    Args:
+        what: a sentence.
+        question: asked on a terminal.
+        yes: the user has agreed beforehand.
+        as_json: see `exit_with`.
+    """
+    if yes:
+        people_console(True).print(what, soft_wrap=True, markup=False)
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        exit_with(UsageError(f"{what} Pass --yes to agree; there is no terminal to ask on."), as_json, 2)
+    if not typer.confirm(f"{what} {question}", err=True):
+        exit_with(UsageError("nothing was done, as you wished"), as_json, 1)
