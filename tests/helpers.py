@@ -1,10 +1,13 @@
 """What tests share: reading and changing checkpoints, interrupting a conversion, calling the command line."""
 
 import hashlib
+import os
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from fp4cast.cli.app import app
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import targets_of
 from fp4cast.verification.receipt import Receipt
+
+MOUNT, UMOUNT = shutil.which("mount") or "", shutil.which("umount") or ""
 
 
 def _targets(kind):
@@ -126,3 +131,19 @@ def call(*args):
 
 def plain(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@contextmanager
+def mounted(path, *options):
+    """A file system of its own; skipped where nobody may mount."""
+    path.mkdir(exist_ok=True)
+    done = subprocess.run([MOUNT, *options, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run([UMOUNT, "-l", str(path)], check=True)
+
+
+root_only = pytest.mark.skipif(os.geteuid() != 0 or not MOUNT, reason="only root may mount")

@@ -7,16 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import fp4cast
 from fp4cast.errors import Fp4CastError
-from helpers import call, options, tree
+from helpers import MOUNT, call, mounted, options, root_only, tree
 
-MOUNT, UMOUNT = shutil.which("mount") or "", shutil.which("umount") or ""
 COMMAND = [sys.executable, "-m", "fp4cast"]
 QUIET = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 MB = 1 << 20
@@ -43,22 +41,6 @@ def clean(result):
     """No traceback, and a sentence for an error."""
     assert "Traceback" not in result.stderr + result.stdout
     assert (result.returncode == 0) != ("error:" in result.stderr)
-
-
-@contextmanager
-def mounted(path, *options):
-    """A file system of its own; skipped where nobody may mount."""
-    path.mkdir(exist_ok=True)
-    done = subprocess.run([MOUNT, *options, str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run([UMOUNT, "-l", str(path)], check=True)
-
-
-root_only = pytest.mark.skipif(os.geteuid() != 0 or not MOUNT, reason="only root may mount")
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

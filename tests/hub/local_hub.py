@@ -43,7 +43,7 @@ class Fault:
     """What happens to the next requests whose method and path match: a status, a cut, or another file.
 
     Attributes:
-        pattern: searched in "METHOD path".
+        pattern: searched in "METHOD path range", or "... whole" where no range is asked for.
         kind: "status", "cut" (half of the body, then the connection ends), "ignore range", or "swap" (`data` instead).
         times: how many requests it meets.
         status: the answer's status.
@@ -106,7 +106,7 @@ class LocalHub:
         self.requests, self.faults = [], []
         self.lock = threading.Lock()
         self.leaks = []  # tokens that the storage has seen
-        self.slow = 0.0  # seconds before each half of a large body
+        self.slow = 0.0  # seconds before each half of a shard that is downloaded
         self.open = Counter()
         hub = self
 
@@ -182,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.where, self.query = unquote(url.path), parse_qs(url.query)
         length = int(self.headers.get("Content-Length") or 0)
         self.content = self.rfile.read(length) if length else b""
-        self.trouble = hub.take_fault(f"{self.command} {self.where}")
+        kind = "range" if "Range" in self.headers else "whole"
+        self.trouble = hub.take_fault(f"{self.command} {self.where} {kind}")
         try:
             if self.trouble and self.trouble.kind == "status":
                 self.reply(b"{}", self.trouble.status, self.trouble.headers)
@@ -300,9 +301,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if sent:
-            half = sent // 2
+            half, whole = sent // 2, is_large(file.name) and "Range" not in self.headers
             for part in (body[:half], body[half:sent]):
-                time.sleep(self.server_hub.slow if len(data) > 4096 else 0)
+                time.sleep(self.server_hub.slow if whole else 0)
                 self.wfile.write(part)
         self.close_connection = cut < len(body)
 

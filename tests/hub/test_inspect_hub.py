@@ -75,7 +75,7 @@ def test_broken_connections_and_busy_servers_are_waited_for(hub, miniatures, mon
     monkeypatch.setattr("fp4cast.hub.client.time", SimpleNamespace(sleep=waits.append))
     hub.add("org/model", miniatures["moe"])
     hub.fault("/storage/", "cut", times=2)
-    hub.fault("/resolve/.*safetensors$", "status", status=429, headers={"Retry-After": "7"})
+    hub.fault("/resolve/.*safetensors ", "status", status=429, headers={"Retry-After": "7"})
     hub.fault("/storage/", "status", status=503, headers={}, skip=4)
     hub.fault("/storage/", "status", status=403, headers={}, skip=8)  # a signed address has expired
     info = fp4cast.inspect("org/model")

@@ -53,12 +53,21 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file whose header has been checked; its tensors are in the order of their bytes."""
+    """A safetensors file whose header has been checked.
+
+    Attributes:
+        path: where it is.
+        tensors: by name, in the order of their bytes.
+        metadata: the header's `__metadata__`.
+        size: its bytes.
+        mode: its permissions; those of a new file where it does not lie on this machine.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     size: int
+    mode: int = 0o666
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -171,16 +180,17 @@ def read_header(path: Path) -> Shard:
             raw = header_bytes(path, status.st_size, lambda start, nbytes: os.pread(file.fileno(), nbytes, start))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return parse_header(path, raw, status.st_size)
+    return parse_header(path, raw, status.st_size, status.st_mode)
 
 
-def parse_header(path: Path, raw: bytes, size: int) -> Shard:
+def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
     """Parse and check the JSON text of a header.
 
     Args:
         path: the file, which errors and tensors name.
         raw: the text.
         size: bytes of the file.
+        mode: see `Shard`.
 
     Raises:
         HeaderError: it is malformed or does not fit the file.
@@ -205,7 +215,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> Shard:
     tensors = [_entry(path, name, entry, base) for name, entry in header.items()]
     tensors.sort(key=attrgetter("start", "nbytes"))
     _check_contiguous(path, tensors, base, size)
-    return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size)
+    return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size, mode)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 import typer
 
 import fp4cast
-from fp4cast.cli import card_command, model_commands
+from fp4cast.cli import card_command, model_commands, show_commands
 from fp4cast.cli.consent import agree_to_download
-from fp4cast.cli.console import DONE, exit_with, finish_output, people_console, print_json, run_or_exit
-from fp4cast.cli.demo import run_demo
-from fp4cast.cli.display import show_demo, show_facts, show_files, show_inspection, show_part, show_report
+from fp4cast.cli.console import DONE, finish_output, people_console, print_json, run_or_exit
+from fp4cast.cli.display import show_facts, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.environment import environment, rows
 from fp4cast.cli.options import (
     Destination,
@@ -38,16 +36,17 @@ from fp4cast.cli.options import (
     Shards,
     Source,
     SourceId,
+    Stream,
     Where,
     Yes,
 )
-from fp4cast.cli.progress import Meter, Steps
+from fp4cast.cli.progress import Meter
 from fp4cast.cli.streams import open_streams
-from fp4cast.cli.usage import Commands, refuse_together
+from fp4cast.cli.usage import Commands, refuse_to_stream, refuse_together
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
-from fp4cast.errors import UsageError
+from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.parallel.engines import EngineName
 from fp4cast.parallel.progress import Progress
 from fp4cast.verification.files import verify_files
@@ -122,6 +121,7 @@ def convert(
     no_sync: NoSync = False,
     no_card: NoCard = False,
     source_id: SourceId = None,
+    stream: Stream = False,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -131,7 +131,8 @@ def convert(
     """
     alone = resume or restart
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
-    agree_to_download([source], yes=yes, as_json=as_json)
+    refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
+    agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
@@ -143,6 +144,8 @@ def convert(
         )
         if finish:
             return job_array.finish(source, destination, options, **how)
+        if stream:
+            return convert_streamed(source, destination, options, resume=resume, restart=restart, **how)
         return convert_checkpoint(source, destination, options, resume=resume, restart=restart, **how)
 
     report = run_or_exit(as_json, work)
@@ -234,54 +237,6 @@ def verify_copy(destination: str, jobs: int | None, engine: EngineName, *, stric
 
 
 @app.command()
-def demo(
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the checkpoints in DIR.", show_default="thrown away")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Make a miniature of each family, then inspect, cast and verify it. Takes seconds, offline."""
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        exit_with(UsageError(f"{out}: exists and is not an empty directory"), as_json, 2)
-    with tempfile.TemporaryDirectory(prefix="fp4cast-demo-") as scratch:
-        rows = run_or_exit(as_json, lambda _: list(run_demo(out or Path(scratch))))
-    exact = all(row["exact"] and row["flip_found"] for row in rows)
-    if as_json:
-        print_json({"exact": exact, "families": rows})
-    else:
-        show_demo(people_console(as_json), rows)
-    if not exact:
-        raise typer.Exit(1)
-
-
-@app.command()
-def study(
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write the page to DIR: index.md, index.html, pictures, study.json."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only tensors of up to a million weights.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compare every algorithm on every scenario: what is exact, what is lost, which claims hold. Takes 1-2 minutes."""
-    from fp4cast.study import page, show, survey
-
-    def work(steps: Steps) -> dict[str, Any]:
-        if out is not None:
-            page.check(out)
-        document = survey.study(quick, steps)
-        if out is not None:
-            page.write(document, out)
-        return document
-
-    document = run_or_exit(as_json, work, Steps)
-    if as_json:
-        print_json(document)
-    else:
-        show.show(people_console(as_json), document, out)
-
-
-@app.command()
 def env(as_json: Json = False) -> None:
     """Say what a bug report should: versions, the compiled kernel, extras, engines, GPUs."""
     found = environment()
@@ -292,6 +247,8 @@ def env(as_json: Json = False) -> None:
 
 
 app.command()(card_command.card)
+app.command()(show_commands.demo)
+app.command()(show_commands.study)
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
 app.command(**model_commands.LIKE_MODELOPT)(model_commands.ptq)
 

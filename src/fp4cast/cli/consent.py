@@ -14,20 +14,22 @@ from fp4cast.hub.repository import Repository, look_up
 ASK_BYTES = 1_000_000_000  # of a download, from which on the user is asked
 
 
-def agree_to_download(sources: list[str], *, yes: bool, as_json: bool) -> None:
+def agree_to_download(sources: list[str], *, yes: bool, as_json: bool, streamed: bool = False) -> None:
     """Show how much a command would download, and ask where that is much; exit where the answer is no.
 
     Args:
         sources: what the user has named, models or directories.
         yes: the user has agreed beforehand.
         as_json: see `exit_with`.
+        streamed: shard by shard, whatever the Hub cache holds.
     """
     found = run_or_exit(as_json, lambda _: [look_up(source) for source in sources])
     DONE.result = None
     for repository in filter(None, found):
-        missing = repository.missing()
+        missing = repository.sizes() if streamed else repository.missing()
         if sum(missing.values()) >= ASK_BYTES:
-            agree(f"{_sizes(repository, missing)}.", "Download that?", yes=yes, as_json=as_json)
+            how = ", shard by shard: only a few are on the disk at a time" if streamed else ""
+            agree(f"{_sizes(repository, missing)}{how}.", "Download that?", yes=yes, as_json=as_json)
 
 
 def _sizes(repository: Repository, missing: dict[str, int]) -> str:

@@ -70,6 +70,12 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Insist: refuse to begin anew where an interrupted run had other options.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew; lose what an interrupted run has finished.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="Of a model on the Hub, have only the shards on the disk that are being converted, and DST."
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Agree beforehand, as to a download of more than 1 GB.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")]

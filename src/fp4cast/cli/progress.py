@@ -22,6 +22,7 @@ from rich.text import Text
 
 _PHASES = {
     "scan": "reading scales",
+    "download": "downloading",
     "calibrate": "calibrating",
     "layers": "calibrating",
     "write": "writing",

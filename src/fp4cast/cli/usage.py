@@ -53,3 +53,13 @@ def refuse_together(
         )
     if shards is not None and engine == "ray":
         exit_with(UsageError("--shards and --engine ray are two ways to spread the work: pass one"), as_json, 2)
+
+
+def refuse_to_stream(stream: bool, *, spread: bool, as_json: bool) -> None:
+    """Exit with 2 for `--stream` together with options that spread the work over machines."""
+    if stream and spread:
+        exit_with(
+            UsageError("--stream is for one process, without --shards, --finish and --engine ray: shards come and go"),
+            as_json,
+            2,
+        )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import RECEIPT
@@ -18,8 +19,11 @@ from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, 
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
-from fp4cast.verification.report import Report
+from fp4cast.verification.files import verify_files
+from fp4cast.verification.report import HalfBlockCounts, InexactTensor, Report
 from fp4cast.verification.verify import verify_checkpoint
+
+_INEXACT = ("name", "rounded_half_blocks", "max_abs_error", "mse", "snr_db")  # the fields of an InexactTensor
 
 
 def complete_or_write(
@@ -90,6 +94,44 @@ def complete(plan: Plan, destination: Path, engine: Engine, *, overwrite: bool, 
         )
     _remove_left(plan, destination)
     return replace(report, notes=[*report.notes, "it was complete already, and has been compared; nothing was written"])
+
+
+def as_noted(plan: Plan, destination: Path, jobs: int | None, *, overwrite: bool, progress: Progress) -> Report | None:
+    """Like `complete`, by the receipt: the values of the source are not on this machine."""
+    if not looks_complete(plan, destination):
+        return None
+    found = verify_files(destination, jobs=jobs, progress=lambda n, of: progress("check", n, of))
+    if overwrite and found.differences:
+        return None
+    if not found.ok:
+        raise DestinationError(
+            f"{destination}: was written with these options, but {len(found.differences)} files are not as they were "
+            f"written, the first is {found.differences[0]}; pass --overwrite to write it again"
+        )
+    _remove_left(plan, destination)
+    return _noted(plan, destination, found.facts)
+
+
+def _noted(plan: Plan, destination: Path, facts: Mapping[str, Any]) -> Report:
+    """The report that a receipt makes."""
+    try:
+        counts = {name: int(facts["half_blocks"][name]) for name in ("verbatim", "shifted", "rounded")}
+        inexact = [InexactTensor(*(each[name] for name in _INEXACT)) for each in facts["inexact"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise DestinationError(
+            f"{destination / RECEIPT}: does not say what was made; pass --overwrite to write {destination} again"
+        ) from error
+    return Report.of(
+        plan.source,
+        plan.target,
+        plan.selection,
+        str(destination),
+        half_blocks=cast(HalfBlockCounts, counts),
+        inexact=inexact,
+        marlin_exact=all(domain.marlin_exact for domain in plan.domains),
+        bytes={"read": 0, "written": 0},
+        notes=["it was complete already, and its files are as they were written; nothing was downloaded or written"],
+    )
 
 
 def looks_complete(plan: Plan, destination: Path) -> bool:

@@ -14,6 +14,7 @@ from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import publish
 from fp4cast.conversion.staging import staging
+from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.errors import UsageError
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
@@ -40,6 +41,7 @@ def convert(
     sync: bool = True,
     card: bool = True,
     source_id: str | None = None,
+    stream: bool = False,
     progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one.
@@ -66,6 +68,7 @@ def convert(
         card: write a model card, README.md, with a picture; the source's then lies beside it as README.source.md.
         source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, for the card and the receipt, where `src`
             does not say it.
+        stream: of a model on the Hub, have only the shards on the disk that are being converted.
         progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
@@ -75,7 +78,8 @@ def convert(
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id)
-    return convert_checkpoint(
+    run = convert_streamed if stream else convert_checkpoint
+    return run(
         src,
         dst,
         options,

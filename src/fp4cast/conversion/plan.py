@@ -17,6 +17,7 @@ from fp4cast.casting.inexact import check_inexact
 from fp4cast.checkpoints.directory import (
     CONFIG,
     QUANT_CONFIG,
+    Checkpoint,
     Stamps,
     check_stamps,
     gc_paused,
@@ -25,6 +26,7 @@ from fp4cast.checkpoints.directory import (
 )
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.checkpoints.origin import UNKNOWN, Origin, origin_of
+from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.destination import companions_to_carry
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
@@ -147,7 +149,6 @@ def check_unchanged(plan: Plan) -> None:
     check_stamps(plan.source.checkpoint, plan.stamps, "convert")
 
 
-@gc_paused()
 def make_plan(
     path: Path,
     options: ConvertOptions = ConvertOptions(),
@@ -155,13 +156,30 @@ def make_plan(
     jobs: int | None = None,
     progress: AdvanceOf = ignore,
 ) -> Plan:
-    """Read a checkpoint's headers and scales and decide everything; nothing is written.
+    """Like `plan_conversion`, of a directory."""
+    checkpoint = open_checkpoint(path)
+    return plan_conversion(checkpoint, stamp(checkpoint), options, jobs=jobs, progress=progress)
+
+
+@gc_paused()
+def plan_conversion(
+    checkpoint: Checkpoint,
+    stamps: Stamps,
+    options: ConvertOptions,
+    *,
+    jobs: int | None = None,
+    progress: AdvanceOf = ignore,
+    reader: ReadableFiles | None = None,
+) -> Plan:
+    """Read a checkpoint's scales and decide everything; nothing is written.
 
     Args:
-        path: the source's directory.
+        checkpoint: the opened source.
+        stamps: what tells its shards from others.
         options: see `ConvertOptions`.
         jobs: threads; None for one a core.
         progress: called with (scale bytes just read, total scale bytes).
+        reader: reads the scales; None where the shards lie on this machine.
 
     Raises:
         CheckpointError: the source is malformed, or holds nothing to cast.
@@ -170,9 +188,8 @@ def make_plan(
         InputScaleError: w4a4 without usable scales.
     """
     check_inexact(options.inexact)
+    path, source = checkpoint.path, read_source(checkpoint)
     origin, day = origin_of(path, options.source_id), source_date()
-    source = read_source(open_checkpoint(path))
-    stamps = stamp(source.checkpoint)
     target = choose_target(source.family, options.layout, options.activations, path, options.kv_cache_qformat)
     if target.kv_cache == "fp8":
         raise UsageError(
@@ -181,7 +198,7 @@ def make_plan(
         )
     selection = castable(source, target)
     amax = _activation_scales(target, options.input_scales, selection.modules)
-    found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress)
+    found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress, files=reader)
     domains = tuple(_storable(domain, target) for domain in found)
     new: dict[str, list[Output]] = {}
     for domain in domains:

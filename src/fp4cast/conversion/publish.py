@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import PurePosixPath
 
 from fp4cast.cards.metadata import read_metadata
@@ -35,6 +36,7 @@ def publish(
     verify: bool,
     overwrite: bool,
     progress: Progress,
+    look: Callable[[], Report] | None = None,
 ) -> Report:
     """Publish a destination whose shards are written.
 
@@ -47,6 +49,7 @@ def publish(
         verify: compare every value first.
         overwrite: replace an existing destination.
         progress: see `convert`.
+        look: makes the comparison; None for one of both directories.
 
     Raises:
         VerificationError: something differs; nothing is published. If weights do, the next run writes all shards again.
@@ -58,7 +61,8 @@ def publish(
         files |= stage.write_documents(_card(plan, stage, report, files), {}, plan.source.checkpoint)
     stage.write_receipt(RECEIPT, _receipt(plan, stage, report, files).to_bytes())
     if verify:
-        report = _verified(plan, stage, report, engine, lambda n, of: progress("verify", n, of))
+        look = look or partial(_look, plan, stage, engine, lambda n, of: progress("verify", n, of))
+        report = _verified(plan, stage, report, look())
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     return report
 
@@ -98,9 +102,13 @@ def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Che
     )
 
 
-def _verified(plan: Plan, stage: Staging, report: Report, engine: Engine, progress: AdvanceOf) -> Report:
+def _look(plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> Report:
     source = plan.source.checkpoint.path
-    found = verify_checkpoint(source, stage.out, engine=engine, config=stage.config, strict=True, progress=progress)
+    return verify_checkpoint(source, stage.out, engine=engine, config=stage.config, strict=True, progress=progress)
+
+
+def _verified(plan: Plan, stage: Staging, report: Report, found: Report) -> Report:
+    source = plan.source.checkpoint.path
     if not found.ok:
         if found.wrong("weights") or any(difference.kind == "header" for difference in found.differences):
             stage.forget_shards()

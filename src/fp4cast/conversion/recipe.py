@@ -228,7 +228,7 @@ def _place(file: str, shard: Shard, outputs: list[Output]) -> OutputShard:
     metadata = {"format": "pt"} | dict(shard.metadata)
     placed = lay_out(((output.name, output.dtype, output.shape) for output in outputs), metadata)
     ordered = tuple(sorted(outputs, key=lambda output: placed.offsets[output.name]))
-    return OutputShard(file, ordered, placed, shard.path.stat().st_mode & 0o666 | 0o600)
+    return OutputShard(file, ordered, placed, shard.mode & 0o666 | 0o600)
 
 
 def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fp4cast.checkpoints.byte_ranges import File, copy_range, created, exchange, sync_path, write_file, write_whole
+from fp4cast.checkpoints.byte_ranges import exchange, sync_path, write_file, write_whole
 from fp4cast.checkpoints.card_files import beside_card
-from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes, checksum_of_path
-from fp4cast.checkpoints.directory import CONFIG, Checkpoint, resolve_link
+from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes
+from fp4cast.checkpoints.directory import CONFIG, Checkpoint
+from fp4cast.conversion.companions import copy_companion
 from fp4cast.conversion.destination import check_destination
-from fp4cast.conversion.execute import writing
 from fp4cast.conversion.working_directory import (
     alone,
     clear,
@@ -29,11 +29,12 @@ from fp4cast.conversion.working_directory import (
     enter,
     finished_shards,
     note_of,
+    notes_of_comparisons,
     plan_of,
     remove,
     state_of,
 )
-from fp4cast.errors import CheckpointError, DestinationError
+from fp4cast.errors import DestinationError
 
 LOG = logging.getLogger(__name__)
 FREE_MARGIN = 64 << 20
@@ -84,7 +85,9 @@ class Staging:
         if shards:
             LOG.warning("%s: shards kept from an earlier run: %d; --restart begins anew", self.state, len(shards))
         (self.out / CONFIG).unlink(missing_ok=True)  # first of all: what goes piece by piece must not be loadable
-        clear(self.state, keep={note_of(self.state, shard).name for shard in shards} | {"lock", "out"})
+        notes = {note_of(self.state, shard).name for shard in shards}
+        streamed = {"downloads", *notes_of_comparisons(self.state)} if shards else set()
+        clear(self.state, keep=notes | streamed | {"lock", "out"})
         clear(self.out, keep=shards)
         write_whole(self.state / "plan", fingerprint.encode())
 
@@ -208,18 +211,6 @@ class Staging:
         except OSError:
             old.rename(self.destination)
             raise
-
-
-def copy_companion(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
-    """Copy a companion inside the kernel; it must still be the file that was planned."""
-    path = resolve_link(source, source / companion)
-    with File(path, os.O_NOFOLLOW) as file:
-        status = os.fstat(file.fd)
-        if status.st_size != size:
-            raise CheckpointError(f"{path}: changed meanwhile: expected {size} bytes, got {status.st_size}")
-        with writing(target), created(target, status.st_mode & 0o777 | 0o600) as copy:
-            copy_range(file, 0, copy, 0, size)
-    return checksum_of_path(target)
 
 
 def _write_first(path: Path, data: bytes) -> None:

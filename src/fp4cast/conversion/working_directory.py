@@ -20,8 +20,8 @@ from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.errors import DestinationError
 
 LOG = logging.getLogger(__name__)
-_CONTENTS = {"lock", "plan", "out", "old", CONFIG}
-_ENDINGS = (".done", ".partial", ".new")  # all that may be left where a run was killed while it cleared up
+_CONTENTS = {"lock", "plan", "out", "old", "downloads", CONFIG}
+_ENDINGS = (".done", ".compared", ".partial", ".new")  # all that may be left where a run was killed while it cleared up
 _ATTEMPTS = 5  # to enter, while others that are done remove theirs
 
 
@@ -34,6 +34,11 @@ def plan_of(state: Path) -> str:
     """The fingerprint of the plan that runs there have followed; empty if none has begun."""
     mark = state / "plan"
     return mark.read_text(errors="replace") if mark.is_file() else ""
+
+
+def downloads_of(destination: Path) -> Path:
+    """Where shards of a source on the Hub lie while they are needed."""
+    return state_of(destination) / "downloads"
 
 
 def note_of(state: Path, file: str) -> Path:
@@ -116,7 +121,7 @@ def _check_ours(state: Path) -> None:
     Raises:
         DestinationError: it is one of these.
     """
-    for path in (state, state / "out", state / "old", state / "plan", state / "lock"):
+    for path in (state, *(state / name for name in ("out", "old", "downloads", "plan", "lock"))):
         try:
             status = path.lstat()  # once: another process may be removing it
         except FileNotFoundError:
@@ -184,6 +189,11 @@ def sweep(destination: Path) -> None:
 def finished_shards(state: Path) -> list[str]:
     """The names of the shards that a run has finished."""
     return [note.name.removesuffix(".done") for note in state.glob("*.done")]
+
+
+def notes_of_comparisons(state: Path) -> set[str]:
+    """The names of the notes of what was compared while its source was there."""
+    return {note.name for note in state.glob("*.compared")}
 
 
 def drop_unfinished(state: Path) -> None:

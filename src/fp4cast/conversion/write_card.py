@@ -14,10 +14,10 @@ from fp4cast.checkpoints.card_files import CARD, beside_card, is_card_file
 from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes, checksum_of_path
 from fp4cast.checkpoints.directory import CONFIG, RECEIPT, companion_sizes
 from fp4cast.checkpoints.origin import UNKNOWN, Origin, origin_of
+from fp4cast.conversion.companions import copy_companion
 from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.domains import find_domains
 from fp4cast.conversion.execute import writing
-from fp4cast.conversion.staging import copy_companion
 from fp4cast.errors import DestinationError, UsageError, VerificationError
 from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import make_engine

@@ -34,11 +34,12 @@ def connection_error() -> type[Exception]:
 
 
 @contextmanager
-def explaining(source: str) -> Iterator[None]:
+def explaining(source: str, unreachable: str = _UNREACHABLE) -> Iterator[None]:
     """Turn the client's errors into a CheckpointError that names the model.
 
     Args:
         source: what the user called it.
+        unreachable: what to say where the Hub is.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -51,7 +52,7 @@ def explaining(source: str) -> Iterator[None]:
     try:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(f"{source}: {_UNREACHABLE}") from error
+        raise CheckpointError(f"{source}: {unreachable}") from error
     except HFValidationError as error:
         raise CheckpointError(f"{source}: is neither a directory nor a model id: {error}") from error
     except GatedRepoError as error:

@@ -49,6 +49,10 @@ class Repository:
 
         return hf_hub_url(self.name, file, revision=self.commit)
 
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all files."""
+        return {file: stored.size for file, stored in self.files.items()}
+
     def missing(self) -> dict[str, int]:
         """The sizes of the files that the Hub cache does not hold."""
         from huggingface_hub import try_to_load_from_cache

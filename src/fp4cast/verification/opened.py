@@ -42,13 +42,18 @@ class Opened:
 
 
 @gc_paused()
-def open_both(source: Path, destination: Path, config: str) -> Opened:
+def open_both(source: Path | Checkpoint, destination: Path, config: str) -> Opened:
     """Open both checkpoints and recognise what they claim to be.
+
+    Args:
+        source: the MXFP4 checkpoint: a directory, or opened already, where its shards do not all lie on this machine.
+        destination: the directory of the NVFP4 one.
+        config: the name of the destination's config file.
 
     Raises:
         CheckpointError: one of them cannot be read, or the destination claims a target that its source does not have.
     """
-    found = read_source(open_checkpoint(source))
+    found = read_source(source if isinstance(source, Checkpoint) else open_checkpoint(source))
     opened = open_checkpoint(destination, config)
     claims = read_claims(opened.config, destination / config)
     try:

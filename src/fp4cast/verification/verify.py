@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from fp4cast.verification.scales import input_scale_differences, shared_scale_di
 from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredScales, check_shard
 from fp4cast.verification.structure import document_differences, tensor_differences
 from fp4cast.verification.values import Comparison
+from fp4cast.verification.work import work_of
 
 _NAMED = 5  # names in a note
 
@@ -71,15 +72,30 @@ def verify_checkpoint(
     progress: AdvanceOf = ignore,
 ) -> Report:
     """Like `verify`, on directories, with the config under any name: `convert` verifies before it publishes."""
-    begin = time.monotonic()
-    opened = open_both(source, destination, config)
+    begin, opened = time.monotonic(), open_both(source, destination, config)
     total = opened.source.checkpoint.total_size + opened.destination.total_size
 
+    def compare(todo: list[ShardWork]) -> Iterator[ShardFindings]:
+        return engine.map(check_shard, todo, lambda n: progress(n, total))
+
+    return judge(opened, compare, strict=strict, begin=begin)
+
+
+def judge(
+    opened: Opened, compare: Callable[[list[ShardWork]], Iterable[ShardFindings]], *, strict: bool, begin: float
+) -> Report:
+    """Judge a destination.
+
+    Args:
+        opened: both sides.
+        compare: makes the comparisons, or knows them: the findings of each shard's work, in its order.
+        strict: see `verify`.
+        begin: when it began, by `time.monotonic`.
+    """
     structural = [*tensor_differences(opened), *document_differences(opened)]
     wrong = {difference.name for difference in structural}
-    found = _Found(structural)
-    todo = _work(opened, wrong)
-    for work, findings in zip(todo, engine.map(check_shard, todo, lambda n: progress(n, total)), strict=True):
+    todo, found = work_of(opened, wrong), _Found(structural)
+    for work, findings in zip(todo, compare(todo), strict=True):
         found.add(_judge_shard(opened, work, findings))
     far, found.noise = judge_quantized(opened.selection, opened.target.layout.projection, opened.destination, wrong)
     found.differences += far
@@ -88,7 +104,7 @@ def verify_checkpoint(
         *input_scale_differences(opened, wrong),
         *kv_scale_differences(opened.target.layout, opened.kv_scales, opened.receipt),
     ]
-    return _check_receipt(opened, _report(opened, destination, found, strict, time.monotonic() - begin))
+    return _check_receipt(opened, _report(opened, opened.destination.path, found, strict, time.monotonic() - begin))
 
 
 def _check_receipt(opened: Opened, report: Report) -> Report:
@@ -120,22 +136,6 @@ class _Found:
         self.differences += other.differences
         self.measured |= other.measured
         self.scales |= other.scales
-
-
-def _work(opened: Opened, wrong: set[str]) -> list[ShardWork]:
-    """The comparisons of each destination shard, without the tensors that `wrong` names."""
-    table = {shard.path: ShardWork() for shard in opened.destination.shards.values()}
-    tensors, target = opened.destination.tensors, opened.target
-    for pair in opened.selection.cast:
-        if not wrong.intersection(target.names(pair.module)):
-            rounded = pair.module in opened.receipt.rounded and pair.module not in opened.receipt.quantized
-            converted = Converted.of(pair, target.form, target.activations, tensors, rounded=rounded)
-            table[converted.codes.path].converted.append(converted)
-    for tensor in opened.selection.untouched:
-        if tensor.name not in wrong:
-            copy = tensors[tensor.name]
-            table[copy.path].copies.append((tensor, copy))
-    return list(table.values())
 
 
 def _judge_shard(opened: Opened, work: ShardWork, findings: ShardFindings) -> _Found:
