@@ -36,7 +36,7 @@ def test_every_command_and_option_has_a_help_text(command):
 
 
 def test_the_commands_are_these():
-    assert set(COMMANDS) == {"inspect", "convert", "verify", "card", "calibrate", "ptq", "study", "demo", "env"}
+    assert set(COMMANDS) == {"inspect", "convert", "verify", "card", "calibrate", "ptq", "study", "demo", "env", "push"}
     assert {"--shards", "--finish", "--engine"} <= {opt for p in COMMANDS["convert"].params for opt in p.opts}
 
 

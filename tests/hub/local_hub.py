@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def repo(self, name, revision="main"):
         repo = self.server_hub.repos.get(name)
-        if repo is None:
+        if repo is None or (repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
             self.refused("RepoNotFound")
             return None
         if revision not in ("main", "v1", repo.sha):
@@ -242,13 +242,21 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = []
         for path, file in repo.files().items():
             entry = {"rfilename": path}
-            if blobs and repo.path is not None:
-                size = repo.claimed.get(path, file.stat().st_size)
+            if blobs:
+                size, digest = self._stored(repo, file)
+                size = repo.claimed.get(path, size)
                 entry |= {"size": size, "blobId": git_id(path.encode())}
                 if is_large(path):
-                    entry["lfs"] = {"sha256": repo.digest(file), "size": size, "pointerSize": 134}
+                    entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
             siblings.append(entry)
         self.reply_json({"id": name, "modelId": name, "sha": repo.sha, "private": repo.private, "siblings": siblings})
+
+    def _stored(self, repo, file):
+        """(size, SHA-256) of a file of a directory, or of one that was pushed."""
+        if isinstance(file, Path):
+            return file.stat().st_size, repo.digest(file)
+        data = file if isinstance(file, bytes) else self.server_hub.stored[file]
+        return len(data), hashlib.sha256(data).hexdigest()
 
     def tree(self, name, revision):
         if (repo := self.repo(name, revision)) is None:

@@ -12,8 +12,8 @@ from typing import Annotated, TypedDict
 import typer
 
 import fp4cast
-from fp4cast.cli import card_command, model_commands, show_commands
-from fp4cast.cli.consent import agree_to_download
+from fp4cast.cli import card_command, model_commands, push_commands, show_commands
+from fp4cast.cli.consent import agree_to_download, agree_to_push
 from fp4cast.cli.console import DONE, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.environment import environment, rows
@@ -31,6 +31,8 @@ from fp4cast.cli.options import (
     NoVerify,
     OptionalActivations,
     Overwrite,
+    Public,
+    Push,
     Restart,
     Resume,
     Shards,
@@ -42,7 +44,7 @@ from fp4cast.cli.options import (
 )
 from fp4cast.cli.progress import Meter
 from fp4cast.cli.streams import open_streams
-from fp4cast.cli.usage import Commands, refuse_to_stream, refuse_together
+from fp4cast.cli.usage import Commands, refuse_to_push, refuse_to_stream, refuse_together
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
@@ -122,6 +124,8 @@ def convert(
     no_card: NoCard = False,
     source_id: SourceId = None,
     stream: Stream = False,
+    push: Push = None,
+    public: Public = False,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -132,7 +136,9 @@ def convert(
     alone = resume or restart
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
+    refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
     agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
+    place = agree_to_push(push, str(destination), public=public, yes=yes, as_json=as_json) if push else None
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
@@ -149,10 +155,7 @@ def convert(
         return convert_checkpoint(source, destination, options, resume=resume, restart=restart, **how)
 
     report = run_or_exit(as_json, work)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        show_report(people_console(as_json), report, "wrote")
+    push_commands.push_and_show(report, place, destination, as_json)
 
 
 def convert_part(
@@ -247,6 +250,7 @@ def env(as_json: Json = False) -> None:
 
 
 app.command()(card_command.card)
+app.command()(push_commands.push)
 app.command()(show_commands.demo)
 app.command()(show_commands.study)
 app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)

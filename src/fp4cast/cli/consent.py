@@ -1,4 +1,4 @@
-"""What is asked before it is done: large downloads."""
+"""What is asked before it is done: large downloads, and uploads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fp4cast.cli.console import DONE, exit_with, people_console, run_or_exit
 from fp4cast.cli.progress import format_bytes
 from fp4cast.errors import UsageError
 from fp4cast.hub.repository import Repository, look_up
+from fp4cast.hub.upload import Place, find_place
 
 ASK_BYTES = 1_000_000_000  # of a download, from which on the user is asked
 
@@ -30,6 +31,28 @@ def agree_to_download(sources: list[str], *, yes: bool, as_json: bool, streamed:
         if sum(missing.values()) >= ASK_BYTES:
             how = ", shard by shard: only a few are on the disk at a time" if streamed else ""
             agree(f"{_sizes(repository, missing)}{how}.", "Download that?", yes=yes, as_json=as_json)
+
+
+def agree_to_push(name: str, what: str, *, public: bool, yes: bool, as_json: bool) -> Place:
+    """Show where a command would upload something, and ask; exit where the answer is no.
+
+    Args:
+        name: the repository, ORG/NAME.
+        what: what is uploaded.
+        public: everybody may see it.
+        yes: the user has agreed beforehand.
+        as_json: see `exit_with`.
+    """
+    place = run_or_exit(as_json, lambda _: find_place(name, public=public))
+    DONE.result = None
+    kind = "public" if place.public else "private"
+    there = (
+        f"the new {kind} repository {name}"
+        if place.files is None
+        else f"the {kind} repository {name}, whose files of the same names would be replaced (it has {place.files})"
+    )
+    agree(f"{what} would be uploaded to {there}.", "Upload it?", yes=yes, as_json=as_json)
+    return place
 
 
 def _sizes(repository: Repository, missing: dict[str, int]) -> str:

@@ -76,6 +76,11 @@ Stream = Annotated[
         "--stream", help="Of a model on the Hub, have only the shards on the disk that are being converted, and DST."
     ),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME", help="Upload DST to this repository on the Hub then; private, and asked for."),
+]
+Public = Annotated[bool, typer.Option("--public", help="With --push: everybody may see the repository.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Agree beforehand, as to a download of more than 1 GB.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read the result back.")]
 NoSync = Annotated[bool, typer.Option("--no-sync", help="Do not wait for the disk; a power cut may then cost data.")]

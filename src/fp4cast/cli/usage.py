@@ -63,3 +63,11 @@ def refuse_to_stream(stream: bool, *, spread: bool, as_json: bool) -> None:
             as_json,
             2,
         )
+
+
+def refuse_to_push(push: str | None, *, public: bool, part: bool, as_json: bool) -> None:
+    """Exit with 2 for `--push` where nothing is published, and for `--public` where nothing is pushed."""
+    if push is not None and part:
+        exit_with(UsageError("--shards publishes nothing; pass --push with --finish"), as_json, 2)
+    if public and push is None:
+        exit_with(UsageError("--public belongs to --push ORG/NAME"), as_json, 2)

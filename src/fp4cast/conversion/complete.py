@@ -103,10 +103,10 @@ def as_noted(plan: Plan, destination: Path, jobs: int | None, *, overwrite: bool
     found = verify_files(destination, jobs=jobs, progress=lambda n, of: progress("check", n, of))
     if overwrite and found.differences:
         return None
-    if not found.ok:
+    if wrong := [difference for difference in found.differences if difference.area != "companions"]:
         raise DestinationError(
-            f"{destination}: was written with these options, but {len(found.differences)} files are not as they were "
-            f"written, the first is {found.differences[0]}; pass --overwrite to write it again"
+            f"{destination}: was written with these options, but files are not as they were written: {len(wrong)}, the "
+            f"first is {wrong[0]}; pass --overwrite to write it again"
         )
     _remove_left(plan, destination)
     return _noted(plan, destination, found.facts)
