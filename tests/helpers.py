@@ -1,6 +1,7 @@
 """What tests share: reading and changing checkpoints, interrupting a conversion, calling the command line."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,16 @@ def tree(path):
     """Every file below a directory by its digest."""
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def unnamed(path):
+    """Like `tree`, but for what says where the source is from: the card, and a line of the receipt and its digest."""
+    found = {name: digest for name, digest in tree(path).items() if name not in ("README.md", "fp4cast.json")}
+    receipt = json.loads((path / "fp4cast.json").read_text())
+    receipt.pop("source", None)
+    receipt.pop("digest")
+    receipt["files"].pop("README.md")
+    return found | {"fp4cast.json": receipt}
 
 
 def raw(path, name):

@@ -111,7 +111,7 @@ def test_a_companion_that_cannot_be_written_names_the_destination(source, tmp_pa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fp4cast.conversion.staging.copy_range", full)
+    monkeypatch.setattr("fp4cast.conversion.companions.copy_range", full)
     with pytest.raises(DestinationError, match=r"\.dst\.fp4cast/out/\S+: cannot be written: No space left on device"):
         fp4cast.convert(source, tmp_path / "dst")
 

@@ -213,6 +213,12 @@ class _Handler(BaseHTTPRequestHandler):
     def reply_json(self, document, status=200):
         self.reply(json.dumps(document).encode(), status, {"Content-Type": "application/json"})
 
+    def validate(self):
+        """What the Hub says of a card's metadata: that it is a block of YAML at the top."""
+        content = json.loads(self.content)["content"]
+        good = re.match(r"---\n(?:.+\n)+---\n", content) is not None
+        self.reply_json({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}, 200 if good else 400)
+
     def refused(self, code):
         self.reply(b'{"error": "no"}', 404 if code != "Unauthorized" else 401, {"X-Error-Code": code})
 
@@ -389,6 +395,7 @@ ROUTES = (
     ("GET", rf"/storage/{_NAME}/(.+)", _Handler.storage),
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
+    ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", rf"/api/models/{_NAME}/preupload/([^/]+)", _Handler.preupload),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/upload/(\w+)", _Handler.upload),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers import call, plain, tree
+from helpers import call, plain, unnamed
 
 SHARD = "model-00001-of-00002.safetensors"
 SAID = r"would be downloaded, in 7 files"
@@ -36,7 +36,7 @@ def test_who_agrees_is_not_asked(hub, converted, tmp_path):
     result = call("convert", "org/model", tmp_path / "dst", "--yes", "--json")
     assert result.exit_code == 0, result.output
     assert SAID in result.stderr
-    assert tree(tmp_path / "dst") == tree(converted["moe"])
+    assert unnamed(tmp_path / "dst") == unnamed(converted["moe"])
     again = call("verify", "org/model", tmp_path / "dst")  # the Hub cache has it now
     assert again.exit_code == 0
     assert SAID not in again.stderr
@@ -46,7 +46,7 @@ def test_who_agrees_is_not_asked(hub, converted, tmp_path):
 def test_small_downloads_and_directories_are_not_asked_for(hub, miniatures, converted, tmp_path):
     hub.add("org/model", miniatures["dense"])
     assert SAID not in call("convert", "org/model", tmp_path / "dst").output
-    assert tree(tmp_path / "dst") == tree(converted["dense"])
+    assert unnamed(tmp_path / "dst") == unnamed(converted["dense"])
     hub.requests.clear()
     assert call("verify", miniatures["dense"], tmp_path / "dst").exit_code == 0
     assert not hub.requests

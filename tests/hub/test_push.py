@@ -8,7 +8,7 @@ from local_hub import TOKEN, Repo
 
 from fp4cast.checkpoints.header import read_header
 from fp4cast.hub.upload import find_place
-from helpers import call, flip, plain, tree
+from helpers import call, flip, plain, unnamed
 
 # huggingface_hub hands an open file to its client as `data`, which that calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -143,8 +143,8 @@ def test_convert_pushes_what_it_has_compared(hub, miniatures, converted, tmp_pat
     done = json.loads(result.stdout)
     assert done["exact"]
     assert done["pushed"]["repository"] == "someone/model"
-    assert hub.pushed("someone/model") == contents(converted["moe"])
-    assert tree(tmp_path / "dst") == tree(converted["moe"])
+    assert hub.pushed("someone/model") == contents(tmp_path / "dst")
+    assert unnamed(tmp_path / "dst") == unnamed(converted["moe"])
     shown = plain(call("convert", miniatures["moe"], tmp_path / "dst", "--push", "someone/model", "--yes").stdout)
     assert f"pushed {hub.url}/someone/model" in shown
     assert "you and your organisation: the repository is private" in shown

@@ -1,6 +1,7 @@
 """`convert ORG/NAME DST --stream`: the same DST, and never more of the source on the disk than it needs."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,7 @@ from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.errors import CheckpointError, DestinationError, HeaderError, UsageError, VerificationError
 from fp4cast.miniatures import KINDS, write_checkpoint
-from fp4cast.verification.receipt import Receipt
-from helpers import Interrupted, call, flip, lossy, mounted, options, plain, raw, root_only, tree
+from helpers import Interrupted, call, flip, lossy, mounted, options, plain, raw, root_only, tree, unnamed
 
 
 def streamed(dst, kind="moe", **how):
@@ -99,12 +99,21 @@ class Disk:
 def test_the_destination_is_that_of_an_ordinary_conversion(hub, miniatures, converted, tmp_path, kind):
     commit = hub.add("org/model", miniatures[kind])
     report = streamed(tmp_path / "dst", kind)
-    assert tree(tmp_path / "dst") == tree(converted[kind])  # the receipt, too
+    assert unnamed(tmp_path / "dst") == unnamed(converted[kind])  # the receipt, too
     assert report.ok
     assert report.exact
     assert report.verified
     assert report.source == f"org/model@{commit}"
     assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+
+
+def test_card_and_receipt_name_the_model_and_its_commit_either_way(hub, miniatures, tmp_path):
+    hub.add("org/model", miniatures["moe"])
+    fp4cast.convert("org/model", tmp_path / "whole")
+    streamed(tmp_path / "dst")
+    assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
+    said = json.loads((tmp_path / "dst" / "fp4cast.json").read_text())["source"]
+    assert said["id"] == "org/model" and len(said["revision"]) == 40
 
 
 @pytest.mark.parametrize("kind", ["gpt-oss", "deepseek-v4", "dense"])
@@ -113,7 +122,7 @@ def test_partners_in_other_shards_are_kept_as_long_as_needed(hub, miniatures, tm
     hub.add("org/model", source)
     fp4cast.convert(source, tmp_path / "expected", **options(kind))
     assert streamed(tmp_path / "dst", kind).ok
-    assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
+    assert unnamed(tmp_path / "dst") == unnamed(tmp_path / "expected")
     assert len(downloads(hub)) == 9
 
 
@@ -123,7 +132,7 @@ def test_few_shards_are_on_the_disk_at_a_time(hub, parts, tmp_path, ahead):
     hub.add("org/model", source)
     disk = Disk(tmp_path / "dst")
     streamed(tmp_path / "dst", ahead=ahead, progress=disk)
-    assert tree(tmp_path / "dst") == tree(expected)
+    assert unnamed(tmp_path / "dst") == unnamed(expected)
     largest = max(shard.size for shard in open_checkpoint(source).shards.values())
     pairs = 2  # the two parts of a pair lie in two shards at most here
     assert disk.held <= max(ahead + 1, pairs)
@@ -143,7 +152,7 @@ def test_a_disk_that_holds_the_destination_and_a_few_shards(hub, parts, tmp_path
     slack = 200_000  # notes, and the pages of many small files
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={size + 2 * largest + slack}", "tmpfs") as disk:
         streamed(disk / "dst", ahead=9)
-        assert tree(disk / "dst") == tree(expected)
+        assert unnamed(disk / "dst") == unnamed(expected)
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={size * 3 // 4}", "tmpfs") as disk:
         with pytest.raises(DestinationError, match="GB are needed there"):
             streamed(disk / "dst")
@@ -176,7 +185,7 @@ def test_a_run_goes_on_where_another_has_stopped(hub, parts, tmp_path, phase, af
     assert finished
     hub.requests.clear()
     report = streamed(tmp_path / "dst")
-    assert tree(tmp_path / "dst") == tree(expected)
+    assert unnamed(tmp_path / "dst") == unnamed(expected)
     again = {r.path.rpartition("/")[2] for r in downloads(hub)}
     assert not again & kept  # what was downloaded is not downloaded again
     assert len(again) <= 12 - len(finished) + 1  # nor what was written, but for a partner that is still to compare
@@ -201,7 +210,7 @@ def test_a_killed_run_leaves_nothing_that_the_next_does_not_take_up(hub, parts, 
     hub.requests.clear()
     disk = Disk(tmp_path / "dst")
     streamed(tmp_path / "dst", progress=disk)
-    assert tree(tmp_path / "dst") == tree(expected)
+    assert unnamed(tmp_path / "dst") == unnamed(expected)
     assert len(downloads(hub)) <= 12 - finished + 1
     assert disk.held <= 3, left
     assert not state.exists()
@@ -235,7 +244,7 @@ def test_broken_connections_are_mended(hub, parts, tmp_path, monkeypatch):
     hub.fault("GET /storage/.*00007-of.*whole", "status", status=503)
     hub.fault("GET /storage/.*00009-of.*whole", "swap", data=b"x" * read_header(source / name_of(9)).size)
     streamed(tmp_path / "dst")
-    assert tree(tmp_path / "dst") == tree(expected)
+    assert unnamed(tmp_path / "dst") == unnamed(expected)
     assert not hub.leaks
     assert [len(downloads(hub, f"{name:05d}-of")) for name in (3, 5, 7, 9, 11)] == [2, 2, 2, 2, 1]
 
@@ -319,7 +328,7 @@ def test_a_damaged_note_or_shard_is_compared_again(hub, parts, tmp_path):
     notes[0].write_text(notes[0].read_text().replace('"shards"', '"shard"'))
     flip(next(iter(read_header(state / "out" / name_of(2)).tensors.values())), 1)
     streamed(tmp_path / "dst")
-    assert tree(tmp_path / "dst") == tree(expected)
+    assert unnamed(tmp_path / "dst") == unnamed(expected)
 
 
 def test_rounded_tensors_are_judged_as_ever(hub, miniatures, tmp_path):
@@ -329,7 +338,7 @@ def test_rounded_tensors_are_judged_as_ever(hub, miniatures, tmp_path):
     report = convert_streamed("org/model", tmp_path / "dst", ConvertOptions(inexact="nearest"))
     assert report.ok
     assert [tensor.name for tensor in report.inexact] == ["model.layers.0.mlp.experts.0.down_proj"]
-    assert tree(tmp_path / "dst") == tree(tmp_path / "expected")
+    assert unnamed(tmp_path / "dst") == unnamed(tmp_path / "expected")
     done = convert_streamed("org/model", tmp_path / "dst", ConvertOptions(inexact="nearest"))
     assert done.facts() == report.facts() | {"marlin_exact": done.marlin_exact}
 
@@ -347,14 +356,14 @@ def test_a_complete_destination_is_a_success_without_a_download(hub, parts, tmp_
     with pytest.raises(DestinationError, match=rf"files are not as they were written: 1, the first is {name_of(3)}"):
         streamed(tmp_path / "dst")
     streamed(tmp_path / "dst", overwrite=True)
-    assert tree(tmp_path / "dst") == tree(parts[1])
+    assert unnamed(tmp_path / "dst") == unnamed(parts[1])
 
 
 def test_without_verification_it_is_the_same(hub, parts, tmp_path):
     hub.add("org/model", parts[0])
     report = fp4cast.convert("org/model", tmp_path / "dst", stream=True, verify=False)
     assert not report.verified
-    assert Receipt.read(tmp_path / "dst").files == Receipt.read(parts[1]).files
+    assert unnamed(tmp_path / "dst") == unnamed(parts[1])
     assert fp4cast.verify(parts[0], tmp_path / "dst").ok
 
 
@@ -363,7 +372,7 @@ def test_the_command(hub, parts, tmp_path):
     result = call("convert", "org/model@v1", tmp_path / "dst", "--stream", "--json")
     assert result.exit_code == 0, result.output
     assert f'"source": "org/model@{commit}"' in result.stdout
-    assert tree(tmp_path / "dst") == tree(parts[1])
+    assert unnamed(tmp_path / "dst") == unnamed(parts[1])
     hub.repos["org/model"].claimed[name_of(1)] = 2 * 10**9
     asked = call("convert", "org/model", tmp_path / "other", "--stream")
     assert asked.exit_code == 2
