@@ -35,7 +35,7 @@ class Choice:
         """The method of a layer."""
         if not moe_config.has_bias or _vllm_does_it():
             return self.theirs(quant_config=quant_config, moe_config=moe_config)
-        gpt_oss.take_banks(importlib.import_module(_MODELS).GptOssForCausalLM)
+        gpt_oss.take_banks(importlib.import_module(_MODELS).GptOssForCausalLM, BiasedExperts)
         return biased(self.theirs)(quant_config=quant_config, moe_config=moe_config)
 
 

@@ -26,15 +26,20 @@ _NAMES = {
 }
 
 
-def take_banks(model_class: Any) -> None:
-    """Let `GptOssForCausalLM.load_weights` load NVFP4 banks with fp4cast; done once, and harmless when repeated."""
+def take_banks(model_class: Any, method: type) -> None:
+    """Let `GptOssForCausalLM.load_weights` load NVFP4 banks with fp4cast; done once, and harmless when repeated.
+
+    Args:
+        model_class: the model's class.
+        method: the quantization method of the layers that are ours.
+    """
     theirs = model_class.load_weights
     if hasattr(theirs, "fp4cast"):
         return
 
     @wraps(theirs)
     def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        banks, loaded = _banks(self), set[str]()
+        banks, loaded = _banks(self, method), set[str]()
         if not banks:
             return set(theirs(self, weights))
         return set(theirs(self, _others(weights, banks, loaded))) | loaded
@@ -43,14 +48,12 @@ def take_banks(model_class: Any) -> None:
     model_class.load_weights = load_weights
 
 
-def _banks(model: Any) -> dict[str, tuple[str, Any]]:
+def _banks(model: Any, method: type) -> dict[str, tuple[str, Any]]:
     """The layers whose method is ours, with their names in vLLM, by the names of their banks in the checkpoint."""
-    from fp4cast.vllm.experts import BiasedExperts
-
     return {
         name[: name.index(_BANK) + len(_BANK)]: (name, module)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "quant_method", None), BiasedExperts) and _BANK in name
+        if isinstance(getattr(module, "quant_method", None), method) and _BANK in name
     }
 
 
