@@ -224,6 +224,7 @@ def test_ctrl_c_does_not_wait_for_downloads(hub, parts, tmp_path):
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while not list((tmp_path / ".dst.fp4cast" / "downloads").rglob("*.incomplete")):
             time.sleep(0.01)
+            assert process.poll() is None
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)

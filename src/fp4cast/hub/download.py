@@ -167,6 +167,8 @@ class Downloads:
         supported = "tqdm_class" in inspect.signature(hf_hub_download).parameters
         more: Mapping[str, Any] = {"tqdm_class": Bar} if supported else {}
         hf_hub_download(self.repository.name, file, revision=self.repository.commit, local_dir=self.directory, **more)
+        if not supported:
+            self._progress(self.repository.files[file].size)
 
     def _wrong(self, file: str) -> str:
         """What is wrong with a downloaded file, in words; empty if nothing is."""

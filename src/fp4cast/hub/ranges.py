@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fp4cast.hub.client import Passing, client_utils, explaining, patiently
 from fp4cast.hub.repository import Repository
 
 WINDOW_BYTES = 8 << 20  # of one request, at most
-_HELD_BYTES = 4 * WINDOW_BYTES  # that a thread keeps until it announces other ranges
+_HELD_BYTES = WINDOW_BYTES  # of earlier requests, that a thread keeps until it announces other ranges
 _EXPIRED = frozenset({401, 403, 404, 410})  # statuses of the storage for an address that has ended
 
 
@@ -129,10 +130,11 @@ class RemoteFiles:
                 "has changed on the Hub, or a proxy serves no ranges. Run the command again."
             )
         tags = [str(each.headers.get("X-Linked-Etag", "")).strip('"') for each in (*answer.history, answer)]
-        if stored.sha256 and any(tag and tag != stored.sha256 for tag in tags):
+        other = [tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag) and tag != stored.sha256]
+        if stored.sha256 and other:
             raise CheckpointError(
-                f"{self.repository}/{file}: expected contents of SHA-256 {stored.sha256}, the Hub has "
-                f"{next(filter(None, tags))} now: the file has changed. Run the command again."
+                f"{self.repository}/{file}: expected contents of SHA-256 {stored.sha256}, the Hub has {other[0]} now: "
+                "the file has changed. Run the command again."
             )
 
     def _body(self, parts: Callable[[], Iterator[bytes]], nbytes: int) -> bytes:
@@ -168,7 +170,7 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Callable[[
 
     session: Any = client_utils().get_session()
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    if hasattr(session, "stream"):  # httpx
+    if callable(getattr(session, "stream", None)):  # httpx; of requests it is a flag
         with session.stream("GET", url, headers=headers, timeout=timeout) as answer:
             yield answer, answer.iter_bytes
     else:

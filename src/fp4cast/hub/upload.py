@@ -109,8 +109,8 @@ def _explaining(name: str) -> Iterator[None]:
     except (HfHubHTTPError, OfflineModeIsEnabled, RuntimeError, connection_error()) as error:
         # The client wraps what went wrong with a file in a RuntimeError.
         why = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
-        if isinstance(why, HfHubHTTPError):
-            answer: Any = why.response
+        answer: Any = getattr(why, "response", None)
+        if isinstance(why, HfHubHTTPError) or answer is not None:
             hint = f" {_LOG_IN}" if answer is not None and answer.status_code in (401, 403) else ""
             raise DestinationError(f"{name}: the Hub refuses: {why}{hint}") from error
         if isinstance(why, (OfflineModeIsEnabled, connection_error())):
