@@ -1,7 +1,8 @@
 """Run the examples: every `console` command of the pages with its output, every `python` block, all of examples/.
 
 In a console block, lines after `$ ` are commands; the lines below are the output, where a line `...` stands for any
-number of lines. Commands run one after another in one directory, which holds nothing but the way to `tests/fixtures`.
+number of lines. Commands run one after another in one directory, which holds nothing but the ways to `tests/fixtures`
+and to `examples`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "tests").mkdir()
-        Path(scratch, "tests", "fixtures").symlink_to(ROOT / "tests" / "fixtures")
-        scripts = [([sys.executable, str(script)], None) for script in sorted((ROOT / "examples").glob("*.py"))]
-        for command, expected in [*(each for page in PAGES for each in examples((ROOT / page).read_text())), *scripts]:
+        for shown in ("tests/fixtures", "examples"):
+            Path(scratch, shown).symlink_to(ROOT / shown)
+        of_pages = [each for page in PAGES for each in examples((ROOT / page).read_text())]
+        there = {part for command, _ in of_pages for part in command}
+        paths = [f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py"))]
+        for command, expected in [*of_pages, *(([sys.executable, path], None) for path in paths if path not in there)]:
             done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
             good = done.returncode == 0 and (expected is None or matches(expected, done.stdout.splitlines()))
             print("ok" if good else "FAILED", " ".join(command)[:100].split("\n")[0])

