@@ -27,6 +27,11 @@ ROOT = Path(__file__).parent.parent
 MARK, END = "<!-- docs/generate.py: {} -->", "<!-- end -->"
 
 
+def proof() -> str:
+    """The proof, as the study's page has it."""
+    return (SOURCE / "study" / "proof.md").read_text().rstrip()
+
+
 def families_table() -> str:
     """One line for each thing that is served alike, from the rows of `fp4cast.families.served`."""
     lines = ["| family | layout | activations | served by |", "|---|---|---|---|"]
@@ -243,6 +248,7 @@ def shell_refusals() -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"families": families_summary},
+    "docs/exactness.md": {"proof": proof},
     "docs/ptq.md": {"options": options_table},
     "docs/targets.md": {"families": families_table},
     "docs/engines.md": {"gpu": gpu_table, "rates": rates_table, "matrix": matrix},

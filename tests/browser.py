@@ -15,13 +15,13 @@ FLAGS = (
 )  # fmt: skip
 
 
-def screenshot(page: str, directory: Path, width: int, height: int) -> np.ndarray:
-    """The first pixels of the page at a URI, uint8 [height, width, 3]."""
+def screenshot(page: str, directory: Path, width: int, height: int, dark: bool = False) -> np.ndarray:
+    """The first pixels of the page at a URI, uint8 [height, width, 3], for a reader who prefers it bright or dark."""
     image = pytest.importorskip("matplotlib.image")
     out = directory / "page.png"
     command = [
         CHROMIUM, *FLAGS, f"--user-data-dir={directory / 'profile'}", f"--window-size={width},{height}",
-        f"--screenshot={out}", page,
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={out}", page,
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return np.round(image.imread(out)[:, :, :3] * 255).astype(np.uint8)

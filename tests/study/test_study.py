@@ -21,6 +21,7 @@ from fp4cast.study.added import ADDED
 from fp4cast.study.algorithms import ALGORITHMS, closed_form, hybrid, requantize, sweep_errors
 from fp4cast.study.claims import Facts, claims
 from fp4cast.study.measure import measure
+from fp4cast.study.plots import told
 from fp4cast.study.record import examine
 from fp4cast.study.scenarios import LARGE, ORIGINAL, Scenario
 from fp4cast.study.survey import study
@@ -264,6 +265,62 @@ def test_the_kept_page_is_made_of_the_kept_document(kept):
     assert text == page.html(page.markdown(kept), {name: (KEPT / f"{name}.svg").read_text() for name in page.PLOTS})
     assert set(re.findall(r"https?://([^/\"]+)", text)) <= KNOWN
     assert text.count("<svg") == 4 and "<img" not in text and "<script" not in text
+
+
+def test_the_page_works_wherever_it_lies():
+    """In `--out DIR` there is nothing beside it but what the study writes."""
+    text = (KEPT / "index.html").read_text()
+    links, ids = (
+        re.findall(r'href="([^"]+)"', re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)),
+        set(re.findall(r'id="([^"]+)"', text)),
+    )
+    assert "#the-proof" in links and len(ids) == len(re.findall(r'\bid="', text))
+    for link in links:
+        assert link.startswith("https://") or link[1:] in ids, link
+    written = {f"{name}.svg" for name in page.PLOTS}
+    for link in re.findall(r"\]\(([^)]+)\)", (KEPT / "index.md").read_text()):
+        assert link.startswith("https://") or link[1:] in ids or link in written, link
+    # The proof itself is there, from its formats to its end, and not a reference to it.
+    proof = text.split('id="the-proof"')[1]
+    assert "if and only if" in proof and proof.count("∎") == 3 and text.count("<details>") == 3
+
+
+def test_the_page_begins_with_a_conclusion_that_is_true(kept):
+    beginning = " ".join(page.markdown(kept).split("## ")[0].split())
+    exact = {name: [s["algorithms"][name]["exact"] for s in kept["scenarios"]] for name in ALGORITHMS}
+    narrow = [s["spread"] <= 17 for s in kept["scenarios"]]
+    kept_codes = [all(each) for each in zip(*(exact[name] for name in ALGORITHMS if name != "1"), strict=True)]
+    assert kept_codes == narrow  # so that the text may speak of the other tensors as those that span more
+    assert f"is lossless for {sum(narrow)} of {len(narrow)} tensors" in beginning
+    assert f"is lossy for {exact['1'].count(False)}**" in beginning
+    three, four = (sum(exact[name]) - sum(narrow) for name in ("3", "4"))
+    assert f"Algorithm 4 casts {four} exactly, the original's Algorithm 3 {three}, and Algorithm 2 none" in beginning
+    assert "4 is never worse than any other" in beginning and "claims below: 8 reproduced, 4 corrected." in beginning
+
+
+def test_a_conclusion_is_no_better_than_the_figures(kept):
+    worse = json.loads(json.dumps(kept))
+    worse["scenarios"][4]["winners"] = ["3"]
+    worse["claims"][0]["status"] = "refuted"
+    text = page.markdown(worse)
+    assert "4 is worse than another in 1." in text and "7 reproduced, 4 corrected, 1 refuted." in text
+
+
+def test_pictures_have_few_rows_and_are_told_in_words(kept):
+    own, alike = told(kept)
+    assert len(own) + len(alike) == len(kept["scenarios"]) and len(own) < 20
+    text = (KEPT / "index.html").read_text()
+    alts = dict(zip(page.PLOTS, re.findall(r'<svg role="img" aria-label="([^"]+)"', text), strict=True))
+    counts = {name: sum(s["algorithms"][name]["exact"] for s in kept["scenarios"]) for name in ALGORITHMS}
+    assert ", ".join(f"{name} in {count}" for name, count in counts.items()) in alts["snr"]
+    assert (
+        f"exact up to {max(int(s) for s, e in kept['spread_curve'].items() if not any(list(e.values())[2:]))}"
+        in alts["spread"]
+    )
+    assert sum("s" in line for line in kept["exactness_map"]) == 55 and "55 reach further" in alts["exactness"]
+    for name in page.PLOTS:
+        assert f"![{alts[name]}]({name}.svg)" in (KEPT / "index.md").read_text()
+        assert "prefers-color-scheme: dark" in (KEPT / f"{name}.svg").read_text()
 
 
 @pytest.mark.oracle

@@ -110,7 +110,7 @@ def _three_against_two(facts: Facts) -> Claim:
         "Algorithm 3 is never worse than Algorithm 2.",
         REFUTED if worse else REPRODUCED,
         f"Worse in: {_names(worse)}, of all {len(facts.records)} scenarios. It is a theorem for fewer than "
-        "4¹⁷ = 1.7 · 10¹⁰ weights outside of the window (docs/exactness.md).",
+        "4¹⁷ = 1.7 · 10¹⁰ weights outside of the window: Algorithm 3 and 2, in the proof.",
     )
 
 

@@ -1,4 +1,7 @@
-"""The page's pictures, drawn from the study's document by matplotlib (extra `study`)."""
+"""The page's pictures, drawn from the study's document by matplotlib (extra `study`).
+
+They are as narrow as a telephone, where they are read without zooming, and each brings its colours for dark pages.
+"""
 
 from __future__ import annotations
 
@@ -21,94 +24,141 @@ _COLORS = {
     "4": "#1a8a5a",
 }
 _MARKERS = {"1": "X", "2-midpoint": "v", "2-search": "^", "3-sweep": "s", "3": "D", "4": "o"}
-_SHADES = ("#ededed", "#8fd0ae", "#1a8a5a")
+_INK, _GRID, _PAPER, _FIELD, _BAR = "#222222", "#e4e4e4", "#ffffff", "#e6f3ec", "#dbe9f4"
+_SHADES = (_GRID, "#8fd0ae", _COLORS["4"])
+_DARK = {
+    _INK: "#dddddd", _GRID: "#363b40", _PAPER: "#15181b", _FIELD: "#1b3329", _BAR: "#22384c", "#8fd0ae": "#2c6a4b",
+    "#8c8c8c": "#9d9d9d", "#c8643c": "#dd7a52", "#2f6fae": "#4f94d8", "#1a8a5a": "#35b57d",
+}  # fmt: skip
 _TOP_DB = 190  # what is better is drawn here, short of "exact"
+_WIDTH, _ROW = 4.5, 0.56  # inches
 _STYLE = {
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 9.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "fp4cast",
-    "axes.spines.top": False,
+    "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
     "legend.frameon": False,
+    "legend.handletextpad": 0.3,
+    "legend.columnspacing": 1.2,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
 
 Document = dict[str, Any]
 
 
-def _rows(axes: Any, scenarios: list[Document]) -> list[float]:
-    """Name the rows of a chart, the originals first; returns their heights."""
-    heights = [-i - (0 if each["original"] else 1.2) for i, each in enumerate(scenarios)]
-    axes.set_yticks(heights, [each["name"] for each in scenarios])
-    axes.set_ylim(min(heights) - 0.8, 0.8)
-    axes.grid(axis="both", color="#ececec", linewidth=0.8)
+def _figure(pyplot: Any, height: float, left: float, above: float) -> tuple[Any, Any]:
+    """(figure, axes), by the height in inches and the room left of the axes, and above them for the legend."""
+    figure, axes = pyplot.subplots(figsize=(_WIDTH, height))
+    figure.subplots_adjust(left=left / _WIDTH, right=1 - 0.12 / _WIDTH, bottom=0.62 / height, top=1 - above / height)
     axes.tick_params(length=0)
-    return heights
+    return figure, axes
 
 
-def _legend(axes: Any, names: list[str], **more: Any) -> None:
-    handles = [
-        axes.scatter([], [], color=_COLORS[name], marker=_MARKERS[name], s=30, label=f"{name}: {TITLES[name]}")
-        for name in names
+def told(document: Document) -> tuple[list[Document], list[Document]]:
+    """The scenarios that are worth a row, and those that every algorithm casts exactly but the first."""
+    alike = [
+        each
+        for each in document["scenarios"]
+        if all(result["exact"] for name, result in each["algorithms"].items() if name != "1")
     ]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, **more)
+    return [each for each in document["scenarios"] if each not in alike], alike
 
 
-def _chart(pyplot: Any, scenarios: list[Document]) -> Any:
-    """(figure, axes) with a row for each scenario."""
-    return pyplot.subplots(figsize=(9.5, 0.27 * len(scenarios) + 1.6))
+def _legend(axes: Any, above: float) -> None:
+    handles = [axes.scatter([], [], color=_COLORS[name], marker=_MARKERS[name], s=42, label=name) for name in TITLES]
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, above), ncols=3)
 
 
-def _marks(scenario: Document) -> Iterator[tuple[str, Document, float]]:
-    """(algorithm, its result, how far its mark stands above the row), so that equal values stay visible."""
-    for i, (name, result) in enumerate(scenario["algorithms"].items()):
-        yield name, result, 0.14 * ((len(TITLES) - 1) / 2 - i)
+def _chart(pyplot: Any, rows: list[str], label: str) -> tuple[Any, Any]:
+    """(figure, axes) with a line for each row, its name above its marks, and the axis at both ends."""
+    height = _ROW * len(rows) + 1.5
+    figure, axes = _figure(pyplot, height, 0.12, 0.88)
+    for i, name in enumerate(rows):
+        axes.text(0, 0.32 - i, name, transform=axes.get_yaxis_transform(), va="center")
+        axes.axhline(-0.5 - i, color=_GRID, linewidth=0.8)
+    axes.set_ylim(0.5 - len(rows), 0.5)
+    axes.set_yticks([])
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.tick_params(labeltop=True)
+    axes.set_xlabel(label)
+    _legend(axes, 1 + 0.28 / (_ROW * len(rows)))
+    return figure, axes
+
+
+def _heights(row: int) -> Iterator[tuple[str, float]]:
+    """(algorithm, the height of its mark in a row): equal values lie one below the other, and stay visible."""
+    for i, name in enumerate(TITLES):
+        yield name, 0.08 - 0.09 * i - row
+
+
+def _mark(axes: Any, name: str, x: float, y: float, hollow: bool = False) -> None:
+    face = _PAPER if hollow else _COLORS[name]
+    axes.scatter(x, y, s=36, facecolor=face, edgecolor=_COLORS[name], marker=_MARKERS[name], linewidth=1, zorder=3)
+
+
+def _ranges(axes: Any, row: int, values: dict[str, list[float]], hollow: str = "") -> None:
+    """Many scenarios in one row: from the least to the most of each algorithm."""
+    for name, y in _heights(row):
+        ends = min(values[name]), max(values[name])
+        axes.plot(ends, [y, y], color=_COLORS[name], linewidth=2)
+        for x in sorted(set(ends)):
+            _mark(axes, name, x, y, hollow=name == hollow)
+
+
+def _rows(document: Document, limit: float) -> tuple[list[Document], list[Document], list[str]]:
+    """Those of `told` with a spread below a limit, and the names of their rows; the last is that of all others."""
+    own, alike = ([each for each in part if each["spread"] < limit] for part in told(document))
+    return own, alike, [each["name"] for each in own] + [f"the other {len(alike)}, least to most"] * bool(alike)
 
 
 def snr(pyplot: Any, document: Document) -> Any:
     """Signal to noise by scenario and algorithm; exact results stand in a column of their own."""
-    scenarios = document["scenarios"]
-    figure, axes = _chart(pyplot, scenarios)
+    own, alike, names = _rows(document, math.inf)
+    figure, axes = _chart(pyplot, names, "signal to noise, dB (right is better)")
     exact_at = _TOP_DB + 22
-    axes.axvspan(exact_at - 12, exact_at + 12, color="#e6f3ec", linewidth=0)
-    for height, scenario in zip(_rows(axes, scenarios), scenarios, strict=True):
-        for name, result, above in _marks(scenario):
-            # Among exact results there is nothing to measure: they stand side by side.
-            x, y = (
-                (exact_at - 28 * above, height) if result["exact"] else (min(result["snr_db"], _TOP_DB), height + above)
-            )
-            axes.scatter(x, y, color=_COLORS[name], marker=_MARKERS[name], s=15, linewidth=0)
-    ticks = list(range(0, 161, 20))
+
+    def place(scenario: Document, name: str) -> float:
+        result = scenario["algorithms"][name]
+        return exact_at if result["exact"] else float(min(result["snr_db"], _TOP_DB))
+
+    axes.axvspan(exact_at - 12, exact_at + 12, color=_FIELD, linewidth=0)
+    for i, scenario in enumerate(own):
+        for name, y in _heights(i):
+            _mark(axes, name, place(scenario, name), y)
+    if alike:
+        _ranges(axes, len(own), {name: [place(each, name) for each in alike] for name in TITLES})
+    ticks = list(range(0, 161, 40))
     axes.set_xticks([*ticks, exact_at], [*map(str, ticks), "exact"])
     axes.set_xlim(-8, exact_at + 12)
-    axes.set_xlabel("signal to noise, dB (right is better)")
-    _legend(axes, list(TITLES))
     return figure
 
 
 def spread(pyplot: Any, document: Document) -> Any:
     """Relative error against the spread of the exponents."""
     curve = document["spread_curve"]
-    figure, axes = pyplot.subplots(figsize=(9.5, 4.6))
+    figure, axes = _figure(pyplot, 4.6, 0.55, 0.62)
     floor = 1e-9
-    axes.axhspan(floor / 3, floor * 3, color="#e6f3ec", linewidth=0)
-    axes.axvline(17.5, color="#b0b0b0", linewidth=0.8, linestyle=":")
-    axes.text(17.8, 3, "the window ends", color="#707070", fontsize=8)
+    axes.axhspan(floor / 3, floor * 3, color=_FIELD, linewidth=0)
+    axes.axvline(17.5, color=_COLORS["1"], linewidth=1, linestyle=":")
+    axes.text(18.3, 2.5, "the window ends", color=_COLORS["1"])
     for name in TITLES:
         points = [(int(x), max(errors[name], floor)) for x, errors in curve.items()]
-        width = 3.2 if name in ("3", "2-midpoint") else 1.6
-        axes.plot(*zip(*points, strict=True), color=_COLORS[name], linewidth=width, label=f"{name}: {TITLES[name]}")
+        (x, y), width = zip(*points, strict=True), 4 if name in ("3", "2-midpoint") else 2
+        shown = slice(4 * list(TITLES).index(name) % 11, None, 11)  # a mark now and then, for who sees no colours
+        axes.plot(x, y, color=_COLORS[name], linewidth=width)
+        axes.scatter(x[shown], y[shown], color=_COLORS[name], marker=_MARKERS[name], s=36, zorder=3)
     axes.set_yscale("log")
     axes.set_ylim(floor / 3, 10)
-    axes.set_yticks(
-        [floor, *(10.0**i for i in range(-8, 1, 2))], ["exact", *(f"10$^{{{i}}}$" for i in range(-8, 1, 2))]
-    )
+    powers = range(-8, 1, 2)
+    axes.set_yticks([floor, *(10.0**i for i in powers)], ["exact", *(f"10$^{{{i}}}$" for i in powers)])
     axes.minorticks_off()
-    axes.grid(color="#ececec", linewidth=0.8)
-    axes.set_xlabel("spread: binades between the largest and the smallest block (uniform between them)")
-    axes.set_ylabel("root mean square error / root mean square value")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_xlabel("spread: binades from the smallest block to the largest")
+    _legend(axes, 1.0)
     return figure
 
 
@@ -124,46 +174,45 @@ def exactness(pyplot: Any, document: Document) -> Any:
     for members, line in zip(SETS, document["exactness_map"], strict=True):
         alike.setdefault(line, []).append(members)
     lines = sorted(alike, key=lambda line: (len(line.replace(".", "")), line), reverse=True)
-    shade = {"v": 2, "s": 1, ".": 0}
-    figure, axes = pyplot.subplots(figsize=(9.5, 4.4))
-    colors = require("matplotlib.colors", "study").ListedColormap(_SHADES)
-    extent = (OFFSETS.start - 0.5, OFFSETS.stop - 0.5, len(lines), 0)
-    pixels = [[shade[letter] for letter in line] for line in lines]
-    axes.imshow(pixels, cmap=colors, vmin=0, vmax=2, extent=extent, aspect="auto", interpolation="none")
-    for edge in range(1, len(lines)):
-        axes.axhline(edge, color="white", linewidth=2)
-    names = [_set_name(max(alike[line], key=lambda members: members.bit_count())) for line in lines]
-    labels = [
-        f"{name}" if len(alike[line]) == 1 else f"{len(alike[line])} sets, as {name}"
-        for name, line in zip(names, lines, strict=True)
-    ]
-    axes.set_yticks([i + 0.5 for i in range(len(lines))], labels)
-    axes.tick_params(length=0)
-    axes.set_xticks(list(OFFSETS)[::2])
+    row = 0.4
+    figure, axes = _figure(pyplot, row * len(lines) + 1.5, 0.12, 0.88)
+    for i, line in enumerate(lines):
+        largest, many = max(alike[line], key=int.bit_count), len(alike[line])
+        name = _set_name(largest) if many == 1 else f"{many} sets, the largest {_set_name(largest)}"
+        axes.text(0, 0.3 - i, name, transform=axes.get_yaxis_transform(), va="center")
+        for offset, letter in zip(OFFSETS, line, strict=True):
+            axes.barh(-0.18 - i, 0.94, height=0.42, left=offset - 0.47, color=_SHADES[".sv".index(letter)])
+    axes.set_ylim(0.5 - len(lines), 0.5)
+    axes.set_yticks([])
+    axes.set_xlim(OFFSETS.start - 0.5, OFFSETS.stop - 0.5)
+    axes.set_xticks([-12, -9, -4, 0, 4, 8, 11])
+    axes.tick_params(labeltop=True)
     axes.set_xlabel("k − m: the block's exponent over that of the tensor scale")
     patch = require("matplotlib.patches", "study").Patch
-    words = ("not exact", "codes shifted, exact", "codes kept")
+    words = ("not exact", "shifted, exact", "codes kept")
     handles = [patch(color=color, label=label) for color, label in zip(_SHADES, words, strict=True)]
-    axes.legend(handles=handles[::-1], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    above = 1 + 0.28 / (row * len(lines))
+    axes.legend(handles=handles[::-1], loc="lower center", bbox_to_anchor=(0.5, above), ncols=3)
     return figure
 
 
 def landing(pyplot: Any, document: Document) -> Any:
     """Where each algorithm puts its tensor scale, seen from the largest block."""
-    scenarios = [each for each in document["scenarios"] if each["spread"] < 100]
-    figure, axes = _chart(pyplot, scenarios)
-    axes.axvline(-8, color="#2f6fae", linewidth=0.8, linestyle=":")
-    for height, scenario in zip(_rows(axes, scenarios), scenarios, strict=True):
+    own, alike, names = _rows(document, 100)
+    figure, axes = _chart(pyplot, names, "log₂ S − k_max")
+
+    def place(scenario: Document, name: str) -> float:
+        return math.log2(scenario["algorithms"][name]["tensor_scale"]) - float(scenario["k_max"])
+
+    axes.axvline(-8, color=_COLORS["3"], linewidth=1, linestyle=":")
+    for i, scenario in enumerate(own):
         low, high = (m - scenario["k_max"] for m in scenario["sweep_best_m"])
-        axes.plot([low, high], [height, height], color="#dbe9f4", linewidth=9, solid_capstyle="round", zorder=0.5)
-        for name, result, above in _marks(scenario):
-            x = math.log2(result["tensor_scale"]) - scenario["k_max"]
-            face = _COLORS[name] if result["m"] is not None else "white"
-            axes.scatter(
-                x, height + above, facecolor=face, edgecolor=_COLORS[name], marker=_MARKERS[name], s=15, linewidth=0.8
-            )
-    axes.set_xlabel("log₂ S − k_max (dotted: −8; bars: where Algorithm 3 errs least; hollow: S is no power of two)")
-    _legend(axes, list(TITLES))
+        box = {"color": _BAR, "linewidth": 24, "solid_capstyle": "butt", "zorder": 0.5}
+        axes.plot([low - 0.3, high + 0.3], [-0.145 - i] * 2, **box)
+        for name, y in _heights(i):
+            _mark(axes, name, place(scenario, name), y, hollow=scenario["algorithms"][name]["m"] is None)
+    if alike:
+        _ranges(axes, len(own), {name: [place(each, name) for each in alike] for name in TITLES}, hollow="1")
     return figure
 
 
@@ -173,6 +222,17 @@ PLOTS: dict[str, Callable[[Any, Document], Any]] = {
     "exactness": exactness,
     "landing": landing,
 }
+
+
+def _dark(svg: str) -> str:
+    """With rules for dark pages: matplotlib writes each colour into the style of what has it."""
+    rules = [
+        f'[style*="{what}: {color}"]{{{what}: {dark} !important}}'
+        for color, dark in _DARK.items()
+        for what in ("fill", "stroke")
+        if f"{what}: {color}" in svg
+    ]
+    return svg.replace("</style>", "\n@media (prefers-color-scheme: dark) {" + "\n".join(["", *rules]) + "}</style>", 1)
 
 
 def draw(document: Document) -> dict[str, str]:
@@ -188,7 +248,7 @@ def draw(document: Document) -> dict[str, str]:
     with pyplot.rc_context(_STYLE):
         for name, plot in PLOTS.items():
             figure, text = plot(pyplot, document), io.StringIO()
-            figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+            figure.savefig(text, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
             pyplot.close(figure)
-            drawn[name] = "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+            drawn[name] = _dark("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
     return drawn
