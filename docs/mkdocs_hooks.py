@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
 
+LOG = logging.getLogger("mkdocs.plugins.fp4cast")  # a warning ends a strict build
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 NAMES = re.compile(r"<!-- docs/generate\.py: names [\w.]+ -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -21,8 +24,10 @@ def with_links(markdown: str, page: str, repository: str) -> str:
     def replaced(link: re.Match[str]) -> str:
         text, target, anchor = link[1], link[2], link[3] or ""
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
-        if path.startswith("docs/") and not path.endswith(".py"):
-            return link[0]
+        if path.startswith(("docs/", "/")) and not path.endswith(".py"):
+            return link[0]  # mkdocs checks these
+        if not Path(path).exists():
+            LOG.warning("%s: %s is not there", page, target)
         return f"[{text}]({repository.rstrip('/')}/blob/main/{path}{anchor})" if repository else text
 
     return LINK.sub(replaced, markdown)

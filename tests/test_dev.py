@@ -168,7 +168,7 @@ def test_a_mark_does_not_outlive_its_python(installable):
 
 def test_a_python_that_is_too_old_is_named_before_anything_is_made(checkout, tmp_path):
     old = old_python(tmp_path / "python3.9")
-    for command in ("demo", "test", "vllm", "lint"):
+    for command in ("demo", "test", "vllm", "lint", "site"):
         done = checkout.dev(command, PYTHON=str(old))
         assert done.returncode == 1 and not checkout.venv.exists()
         (line,) = done.stderr.splitlines()
@@ -208,12 +208,12 @@ esac
 
 @pytest.fixture
 def noted(checkout, tmp_path):
-    """Run `./dev vllm` with that Python: the result, and what the Python was asked for."""
+    """Run `./dev vllm`, or another command, with that Python: the result, and what the Python was asked for."""
     log, python = tmp_path / "log", script(tmp_path / "noting", NOTING)
 
-    def run(**extra):
+    def run(command="vllm", **extra):
         log.write_text("")
-        done = checkout.dev("vllm", PYTHON=str(python), LOG=str(log), **extra)
+        done = checkout.dev(command, PYTHON=str(python), LOG=str(log), **extra)
         return done, log.read_text()
 
     return run
@@ -234,6 +234,15 @@ def test_vllm_is_set_up_once(noted, checkout):
     assert done.returncode == 0 and [log.count(step) for step in STEPS] == [1] * len(STEPS)
     done, log = noted()
     assert done.stdout.strip() == f"vLLM's Python: {checkout.venv}-vllm/bin/python" and "-m pip" not in log
+
+
+def test_the_site_has_an_environment_of_its_own_and_is_built_so_that_warnings_count(noted, checkout):
+    group = "venv-site/bin/python -m pip --quiet install --group site"
+    done, log = noted("site")
+    assert done.returncode == 0 and log.count(group) == 1 and "venv/bin" not in log
+    assert log.endswith("-m mkdocs build --strict --site-dir build/site\n")  # under --quiet, no warning counts
+    (checkout.root / "pyproject.toml").write_text(PYPROJECT + 'site = ["another"]\n')
+    assert [noted("site")[1].count(group) for _ in range(2)] == [1, 0]
 
 
 def test_usage_is_the_comment_on_top(checkout):
