@@ -12,10 +12,12 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from imports import MODULES, SOURCE, imports_of, room
+from names import PUBLIC, names_table
 
 from fp4cast.cli.modelopt_options import ROWS, Row
 from fp4cast.families.family import Family
@@ -253,6 +255,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/targets.md": {"families": families_table},
     "docs/engines.md": {"gpu": gpu_table, "rates": rates_table, "matrix": matrix},
     "docs/architecture.md": {"picture": picture, "rooms": rooms_table},
+    "docs/reference.md": {f"names {module}": partial(names_table, module) for module in PUBLIC},
     "scripts/parser.sh": {"usage": shell_usage, "refusals": shell_refusals},
     "docs/reliability.md": {"attacks": attacks_table, "regions": regions_table, "scenarios": scenarios_table},
 }

@@ -37,3 +37,9 @@ def test_the_threat_model_names_tests_that_exist():
     assert len(named) > 30
     for file, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{test}"
+
+
+def test_the_recording_is_what_the_commands_print():
+    command = [sys.executable, ROOT / "docs" / "record.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
