@@ -1,4 +1,4 @@
-"""What the site shows otherwise than GitHub: links to files of the repository, and whole docstrings in the reference."""
+"""What the site shows otherwise than GitHub: links to the repository, and whole docstrings in the reference."""
 
 from __future__ import annotations
 
