@@ -2,8 +2,8 @@
 
 `console`: lines after `$ ` are commands; the lines below are the output, where a line `...` stands for any number of
 lines. `python` and `sh` blocks must succeed. The blocks of a page run one after another in a directory of their own,
-which holds `tests`, `examples` and stand-ins for the checkpoints that pages name. What is not run as it stands is in the tables
-below, with the reason.
+which holds `tests`, `examples` and stand-ins for the checkpoints that pages name. What is not run as it stands is in
+the tables below, with the reason.
 """
 
 from __future__ import annotations
