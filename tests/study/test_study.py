@@ -294,7 +294,9 @@ def test_the_page_begins_with_a_conclusion_that_is_true(kept):
     assert f"is lossless for {sum(narrow)} of {len(narrow)} tensors" in beginning
     assert f"is lossy for {exact['1'].count(False)}**" in beginning
     three, four = (sum(exact[name]) - sum(narrow) for name in ("3", "4"))
-    assert f"Algorithm 4 casts {four} exactly, the original's Algorithm 3 {three}, and Algorithm 2 none" in beginning
+    assert (
+        f"Algorithm 4 casts {four} exactly, the original's Algorithm 3 casts {three}, and Algorithm 2 none" in beginning
+    )
     assert "4 is never worse than any other" in beginning and "claims below: 8 reproduced, 4 corrected." in beginning
 
 

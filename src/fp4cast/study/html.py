@@ -19,6 +19,7 @@ table { border-collapse: collapse; font-size: 0.82rem; margin: 1rem 0; } .table 
 th, td { padding: 0.28rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid var(--faint); } td { font-variant-numeric: tabular-nums; }
 details .table { max-height: 80vh; overflow: auto; } details th { position: sticky; top: 0; background: var(--paper); }
+details td:first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--link); padding: 0.5rem 0; }
 figure { margin: 1rem auto; max-width: 36rem; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--faint); font-size: 0.9rem; }

@@ -48,8 +48,8 @@ def conclusion(document: Document) -> str:
     return f"""**Keeping the codes and recomputing the scales is lossless for {len(alike)} of {len(scenarios)} tensors;
 dequantizing them and quantizing them again is lossy for {lossy}** ({_median_snr(document, "1"):.0f} dB at the median).
 The blocks of the other {len(own)} span more than the 17 binades that NVFP4's scales can follow. Of those, fp4cast's
-Algorithm 4 casts {exact["4"]} exactly, the original's Algorithm 3 {exact["3"]}, and Algorithm 2 {exact["2-search"]};
-4 is {never}. The claims below: {claims}.
+Algorithm 4 casts {exact["4"]} exactly, the original's Algorithm 3 casts {exact["3"]}, and Algorithm 2
+{exact["2-search"]}; 4 is {never}. The claims below: {claims}.
 """
 
 
