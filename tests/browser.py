@@ -29,4 +29,5 @@ def screenshot(page: str, directory: Path, width: int, height: int, dark: bool =
 
 def count(pixels: np.ndarray, color: str) -> int:
     """How many pixels have a colour, "1a8a5a"."""
-    return int((pixels == [int(part, 16) for part in re.findall("..", color)]).all(axis=-1).sum())
+    red, green, blue = (int(part, 16) for part in re.findall("..", color))
+    return int(((pixels[..., 0] == red) & (pixels[..., 1] == green) & (pixels[..., 2] == blue)).sum())
