@@ -380,6 +380,13 @@ def test_the_command(hub, parts, tmp_path):
     assert re.search(r"2 GB of 2 GB would be downloaded.*, shard by shard: only a few", plain(asked.stderr))
 
 
+def test_large_files_beside_the_weights_need_their_room(hub, parts, tmp_path):
+    hub.add("org/model", parts[0])
+    hub.repos["org/model"].claimed["config.json"] = 10**18
+    with pytest.raises(DestinationError, match=r"GB are needed there for the files beside the weights.*TMPDIR"):
+        streamed(tmp_path / "dst")
+
+
 def test_what_cannot_be_streamed_is_wrong_usage(hub, miniatures, tmp_path):
     with pytest.raises(UsageError, match="lies on this machine; --stream is for a model on the Hub"):
         convert_streamed(str(miniatures["dense"]), tmp_path / "dst")

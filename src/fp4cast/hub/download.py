@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -39,10 +40,17 @@ def download_small(repository: Repository, directory: Path) -> Path:
 
     Raises:
         CheckpointError: something cannot be had.
+        DestinationError: there is no room for it.
     """
     from huggingface_hub import snapshot_download
 
     directory.mkdir()
+    needed = sum(stored.size for file, stored in repository.files.items() if not file.endswith(".safetensors"))
+    if needed > (free := shutil.disk_usage(directory).free):
+        raise DestinationError(
+            f"{directory}: {needed / 1e9:.2f} GB are needed there for the files beside the weights of {repository}, "
+            f"{free / 1e9:.2f} GB are free; name another place with TMPDIR"
+        )
     with explaining(str(repository)), _quietly():
         snapshot_download(
             repository.name,
