@@ -18,6 +18,7 @@ Each message names the file and the tensor, what was expected, what was found, a
      ├── QuantizerError          a model whose quantizers are not calibrated, or do not match its checkpoint
      ├── EngineError             a cluster that cannot do the work, or lost it too often
      ├── MissingExtraError       an optional package that is not installed
+     ├── PlatformError           a system without the calls of POSIX that checkpoints are read and written with
      └── VerificationError       the written values differ from the source's
 """
 
@@ -35,6 +36,7 @@ __all__ = [
     "InputScaleError",
     "MissingExtraError",
     "PartnerError",
+    "PlatformError",
     "QuantizerError",
     "ScaleError",
     "ShapeError",
@@ -106,6 +108,10 @@ class EngineError(Fp4CastError):
 
 class MissingExtraError(Fp4CastError):
     """An optional package that is not installed."""
+
+
+class PlatformError(Fp4CastError):
+    """A system without the calls of POSIX that checkpoints are read and written with, as Windows is."""
 
 
 class VerificationError(Fp4CastError):

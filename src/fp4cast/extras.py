@@ -25,5 +25,5 @@ def require(module: str, extra: str) -> Any:
 
 
 def install_line(extra: str) -> str:
-    """How to install an extra: of a release, and in a checkout, where there may be no release yet."""
+    """How to install an extra where fp4cast is installed (pip takes the version that is there), and in a checkout."""
     return f"pip install 'fp4cast[{extra}]', or in a checkout pip install '.[{extra}]'"

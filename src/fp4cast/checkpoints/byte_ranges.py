@@ -7,6 +7,7 @@ import ctypes
 import errno
 import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -15,13 +16,27 @@ from pathlib import Path
 import numpy as np
 
 from fp4cast.checkpoints.readable import Readable
-from fp4cast.errors import CheckpointError
+from fp4cast.errors import CheckpointError, PlatformError
 from fp4cast.formats import Bytes
 from fp4cast.parallel.progress import Advance, ignore
 
 CHUNK_BYTES = 8 << 20  # bytes that one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # bytes that the kernel copies between two reports of progress
+_POSIX = ("preadv", "pwrite", "geteuid", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")  # where they are, fcntl is, too
 MAX_OPEN = 16  # files that stay open: more than the shards that one step of the work looks into
+
+
+def require_posix(path: Path) -> None:
+    """Refuse to touch a file where the system lacks what that needs; the module can be imported everywhere.
+
+    Raises:
+        PlatformError: it does.
+    """
+    if lacks := [name for name in _POSIX if not hasattr(os, name)]:
+        raise PlatformError(
+            f"{path}: fp4cast reads and writes checkpoints with calls of POSIX, and Python on {sys.platform} has no "
+            f"os.{lacks[0]}: use Linux, macOS 11 or newer, or on Windows its Subsystem for Linux (WSL)"
+        )
 
 
 class Buffer:
@@ -68,9 +83,17 @@ BUFFERS = Buffers()
 
 
 class File(Readable):
-    """A file opened for reading ranges of it; a short read is an error, never a silent zero."""
+    """A file opened for reading ranges of it; a short read is an error, never a silent zero.
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
+    Args:
+        path: the file.
+        follow: whether it may be a link.
+        wait: whether to wait for a writer, if it is a pipe.
+    """
+
+    def __init__(self, path: Path, *, follow: bool = True, wait: bool = True) -> None:
+        require_posix(path)
+        flags = (0 if follow else os.O_NOFOLLOW) | (0 if wait else os.O_NONBLOCK)
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
         except OSError as error:
@@ -219,6 +242,7 @@ def created(path: Path, mode: int = 0o666) -> Iterator[int]:
         path: the file, which errors name.
         mode: permissions of a new file, before the umask.
     """
+    require_posix(path)
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         yield target

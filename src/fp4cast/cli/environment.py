@@ -69,7 +69,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("core", listed(found["core"])),
         (
             "transpose",
-            "compiled" if found["compiled_transpose"] else "NumPy's: no C compiler was there at installation",
+            "compiled" if found["compiled_transpose"] else "NumPy's: a pure wheel, or built without a C compiler",
         ),
         *((extra, listed(versions) if versions else missing[extra]) for extra, versions in found["extras"].items()),
         ("engines", listed(found["engines"])),

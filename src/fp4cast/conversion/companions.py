@@ -15,7 +15,7 @@ from fp4cast.errors import CheckpointError
 def copy_companion(source: Path, companion: PurePosixPath, size: int, target: Path) -> Checksum:
     """Copy a companion inside the kernel; it must still be the file that was planned."""
     path = resolve_link(source, source / companion)
-    with File(path, os.O_NOFOLLOW) as file:
+    with File(path, follow=False) as file:
         status = os.fstat(file.fd)
         if status.st_size != size:
             raise CheckpointError(f"{path}: changed meanwhile: expected {size} bytes, got {status.st_size}")

@@ -161,7 +161,7 @@ def _looks_written(shard: OutputShard, path: Path) -> bool:
     """Whether a file has a shard's size, header and scalars."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return False
-    with File(path, os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+    with File(path, follow=False, wait=False) as file:
         if os.fstat(file.fd).st_size != shard.layout.size:
             return False
         known = [(0, shard.layout.header)] + [

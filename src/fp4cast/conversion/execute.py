@@ -166,7 +166,7 @@ class FinishShard:
     def _check(self, path: Path, noted: Checksum, pool: Workers) -> None:
         """Raise if a finished shard is not, byte for byte, what was written."""
         try:
-            with File(path, os.O_NOFOLLOW) as file:
+            with File(path, follow=False) as file:
                 regular = stat.S_ISREG(os.fstat(file.fd).st_mode)
                 actual = checksum(file, pool.map, lambda _: pool.check()) if regular else None
         except Fp4CastError as error:

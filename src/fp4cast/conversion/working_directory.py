@@ -6,7 +6,6 @@ is a link, or another user's, or holds foreign files, is refused.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from fp4cast.checkpoints.byte_ranges import require_posix
 from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.errors import DestinationError
 
@@ -59,8 +59,10 @@ def enter(source: Path, destination: Path, *, shared: bool) -> int:
 
     Raises:
         DestinationError: it cannot be made or used, or another process works in it.
+        PlatformError: the system has no such locks.
     """
     state = state_of(destination)
+    require_posix(state)
     mode = source.stat().st_mode & 0o777 | 0o700
     try:
         sweep(destination)
@@ -86,6 +88,8 @@ def _lock(state: Path, shared: bool) -> int | None:
     Raises:
         FileNotFoundError: the directory has been removed meanwhile.
     """
+    import fcntl  # Windows has none, and imports this module, too
+
     path = state / "lock"
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -106,6 +110,8 @@ def _lock(state: Path, shared: bool) -> int | None:
 
 def alone(lock: int, shared: bool) -> bool:
     """Whether no other process works there; none can begin to from now on."""
+    import fcntl
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

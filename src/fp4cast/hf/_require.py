@@ -11,5 +11,5 @@ _transformers = require("transformers", "ptq")
 if not hasattr(require("transformers.core_model_loading", "ptq").ConversionOps, "supports_many_to_many"):
     raise MissingExtraError(
         f"fp4cast.hf needs transformers 5.23 or newer, {_transformers.__version__} is installed: "
-        "pip install --upgrade 'fp4cast[ptq]' 'transformers>=5.23'"
+        "pip install --upgrade 'transformers>=5.23'"
     )

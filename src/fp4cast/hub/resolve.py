@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fp4cast.checkpoints.byte_ranges import require_posix
 from fp4cast.checkpoints.directory import OTHER_FORMATS
 from fp4cast.checkpoints.instead import model_id
 from fp4cast.errors import CheckpointError
@@ -18,9 +19,11 @@ def model_of(source: str | Path) -> tuple[str, str | None] | None:
 
     Raises:
         CheckpointError: it can be neither.
+        PlatformError: this system cannot read it; nothing is downloaded in vain.
     """
     if not str(source).strip():
         raise CheckpointError("the checkpoint's name is empty; expected a directory or a model id, ORG/NAME")
+    require_posix(Path(source))
     try:
         return None if Path(source).exists() else model_id(str(source))
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -287,6 +287,9 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _peaks() -> dict[str, int]:
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import resource  # Windows has none, and imports this module, too
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     devices = range(torch.cuda.device_count())
     return {"host": host, "device": max((torch.cuda.max_memory_allocated(each) for each in devices), default=0)}

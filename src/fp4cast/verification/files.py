@@ -123,7 +123,7 @@ def check_file(listed: ListedFile, pool: Workers) -> Difference | None:
     try:
         if not path.is_file():
             return Difference(name, kind, "is missing")
-        with File(resolve_link(listed.directory, path), os.O_NONBLOCK) as file:
+        with File(resolve_link(listed.directory, path), wait=False) as file:
             size = os.fstat(file.fd).st_size
             if size != noted.bytes:
                 return Difference(name, kind, f"expected {noted.bytes} bytes, got {size}")
