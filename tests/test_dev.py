@@ -168,7 +168,7 @@ def test_a_mark_does_not_outlive_its_python(installable):
 
 def test_a_python_that_is_too_old_is_named_before_anything_is_made(checkout, tmp_path):
     old = old_python(tmp_path / "python3.9")
-    for command in ("demo", "test", "vllm", "lint", "site"):
+    for command in ("demo", "test", "vllm", "lint", "site", "wheels"):
         done = checkout.dev(command, PYTHON=str(old))
         assert done.returncode == 1 and not checkout.venv.exists()
         (line,) = done.stderr.splitlines()
