@@ -42,7 +42,7 @@ usage_of_options() {
   --gpu_max_mem_percentage SHARE Of each GPU's free memory, for weights; above 0, at most 1.
   --trust_remote_code        Run the model code in the checkpoint.
   --low_memory_mode          Hold the weights of one decoder layer at a time: read to calibrate it, and once more, expert by expert, to export it. The result is the same.
-  --no-verbose               Say what was done; --no-verbose: only where it was written, and what was lost.
+  --no-verbose               --verbose: say each step; --no-verbose: only where the result was written, and what was lost.
   --tp N                     Accepted; changes nothing: a Hugging Face checkpoint is the same for any number of serving GPUs.
   --pp N                     Accepted; changes nothing: a Hugging Face checkpoint is the same for any number of serving GPUs.
   --sparsity dense           Accepted as dense: weights are not made sparse.

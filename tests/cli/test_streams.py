@@ -25,9 +25,9 @@ def test_bars_boxes_and_names_in_encodings_that_lack_them(miniatures, tmp_path, 
     shown = run("inspect", miniatures["kimi-k3"], **environment)
     assert shown.returncode == 0, shown.stderr
     assert b"###" in shown.stdout, "the bars"
-    boxes = run("inspect", "--help", **environment)
-    assert boxes.returncode == 0, boxes.stderr
-    assert b"+- Options ---" in boxes.stdout
+    boxes = run("inspect", **environment)
+    assert boxes.returncode == 2
+    assert b"+- Error ---" in boxes.stderr
     wrong = run("inspect", tmp_path / "d\u03c9", **environment)
     assert wrong.returncode == 1
     assert b"is not a directory" in wrong.stderr and b"Traceback" not in wrong.stderr

@@ -348,7 +348,7 @@ def test_what_fails_fails_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     pytest.importorskip("matplotlib")
     result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "file")])
-    assert result.exit_code == 2 and "is a file; --out takes a directory" in result.stderr
+    assert result.exit_code == 1 and "is a file; --out takes a directory" in result.stderr
     monkeypatch.setattr("fp4cast.extras.importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "page")])
     assert result.exit_code == 1 and "pip install 'fp4cast[study]'" in result.stderr

@@ -12,11 +12,13 @@ from typing import Annotated, TypedDict
 import typer
 
 import fp4cast
-from fp4cast.cli import card_command, model_commands, push_commands, show_commands
+from fp4cast.cli import card_command, demo_command, model_commands, push_commands, study_command
+from fp4cast.cli.application import Application, hyphens
 from fp4cast.cli.consent import agree_to_download, agree_to_push
 from fp4cast.cli.console import DONE, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.environment import environment, rows
+from fp4cast.cli.modelopt_options import PtqCommand
 from fp4cast.cli.options import (
     Destination,
     Finish,
@@ -54,7 +56,7 @@ from fp4cast.parallel.progress import Progress
 from fp4cast.verification.files import verify_files
 from fp4cast.verification.report import Report
 
-app = typer.Typer(
+app = Application(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -69,7 +71,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@app.callback(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": hyphens})
 def root(
     context: typer.Context,
     version: Annotated[  # noqa: ARG001 # its callback acts
@@ -249,12 +251,12 @@ def env(as_json: Json = False) -> None:
         show_facts(people_console(as_json), f"fp4cast {found['fp4cast']}", rows(found))
 
 
+app.command()(demo_command.demo)
+app.command()(study_command.study)
 app.command()(card_command.card)
 app.command()(push_commands.push)
-app.command()(show_commands.demo)
-app.command()(show_commands.study)
-app.command(**model_commands.ANY_SPELLING)(model_commands.calibrate)
-app.command(**model_commands.LIKE_MODELOPT)(model_commands.ptq)
+app.command()(model_commands.calibrate)
+app.command(cls=PtqCommand)(model_commands.ptq)
 
 
 def main() -> None:

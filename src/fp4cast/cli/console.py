@@ -22,10 +22,12 @@ from fp4cast import errors
 from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import Output
+from fp4cast.cli.verbosity import ASKED, saying
 from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 2.0  # after a Ctrl-C, until the next one ends the process at once
 
 
@@ -61,13 +63,14 @@ DONE = Done()
 
 
 def people_console(as_json: bool) -> Console:
-    """The console for people: stdout, or stderr when stdout carries a JSON document."""
-    return Console(stderr=as_json, highlight=False)
+    """The console for people: stdout, or stderr when stdout carries a JSON document; silent under `--quiet`."""
+    return Console(stderr=as_json, highlight=False, quiet=ASKED.quiet)
 
 
 def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     """Print an error and exit with a code."""
     message = printable("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    LOG.debug("exit status %d: %s", code, message, exc_info=error)
     if as_json:
         print_json({"error": {"type": _public_name(type(error)), "message": message}})
     _print_error(message)
@@ -112,7 +115,7 @@ def _interruptible() -> Iterator[None]:
 def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
     """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
     try:
-        with _interruptible(), meter_of(Console(stderr=True, highlight=False)) as meter, saying(meter.console):
+        with _interruptible(), meter_of(people_console(True)) as meter, saying(meter.console):
             DONE.as_json, DONE.result = as_json, None
             DONE.result = result = work(meter)
             return result
@@ -127,24 +130,6 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
         for note in getattr(error, "__notes__", ()):
             stopped.add_note(note)
         exit_with(stopped, as_json, 130)
-
-
-@contextmanager
-def saying(console: Console) -> Iterator[None]:
-    """Print what the library logs, as sentences among the progress."""
-
-    class Sentences(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.print(f"[yellow]note:[/] {escape(printable(record.getMessage()))}", soft_wrap=True)
-
-    log, handler = logging.getLogger("fp4cast"), Sentences()
-    log.addHandler(handler)
-    propagate, log.propagate = log.propagate, False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
 
 
 def print_json(document: dict[str, Any]) -> None:

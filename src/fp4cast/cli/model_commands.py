@@ -14,22 +14,15 @@ from fp4cast.casting.inexact import Inexact
 from fp4cast.cli.consent import agree_to_download
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
-from fp4cast.cli.modelopt_options import PtqCommand, meaning
+from fp4cast.cli.modelopt_options import meaning
 from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source, Yes
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.errors import UsageError
-from fp4cast.layouts.choose import LAYOUTS
 
 if TYPE_CHECKING:
     from fp4cast.ptq.flow import Quantized
     from fp4cast.ptq.layerwise.calibrate import Calibrated
-
-
-def _underscores(word: str) -> str:
-    """Accept `--calib-size` for `--calib_size`, ModelOpt's spelling, which the help shows; values stay as they are."""
-    kept = {layout.name for layout in LAYOUTS} | {"no-verbose", "--no-verbose"}
-    return word if word in kept else word.replace("-", "_")
 
 
 def _sizes(text: str | None) -> list[int] | None:
@@ -40,45 +33,44 @@ def _sizes(text: str | None) -> list[int] | None:
         raise UsageError(f"--calib_size: expected an integer, or several with commas between, got {text!r}") from error
 
 
-ANY_SPELLING: dict[str, Any] = {"context_settings": {"token_normalize_func": _underscores}}
-LIKE_MODELOPT: dict[str, Any] = {"cls": PtqCommand, **ANY_SPELLING}
-
-Checkpoint = Annotated[str, typer.Option("--pyt_ckpt_path", "--model", metavar="SRC", help=meaning("--pyt_ckpt_path"))]
+Checkpoint = Annotated[str, typer.Option("--pyt-ckpt-path", "--model", metavar="SRC", help=meaning("--pyt_ckpt_path"))]
 Format = Annotated[str, typer.Option(metavar="NAME", help=meaning("--qformat"))]
-ExportPath = Annotated[Path, typer.Option("--export_path", metavar="DST", help=meaning("--export_path"))]
-CastWeights = Annotated[bool, typer.Option("--cast_mxfp4_to_nvfp4", help=meaning("--cast_mxfp4_to_nvfp4"))]
+ExportPath = Annotated[Path, typer.Option("--export-path", metavar="DST", help=meaning("--export_path"))]
+CastWeights = Annotated[bool, typer.Option("--cast-mxfp4-to-nvfp4", help=meaning("--cast_mxfp4_to_nvfp4"))]
 Dataset = Annotated[str | None, typer.Option(metavar="FILE|ID,...", help=meaning("--dataset"))]
 Samples = Annotated[
     str | None,
-    typer.Option("--calib_size", metavar="N,...", show_default="512", help=meaning("--calib_size")),
+    typer.Option("--calib-size", metavar="N,...", show_default="512", help=meaning("--calib_size")),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option("--calib_seq", min=1, metavar="N", show_default="512", help=meaning("--calib_seq")),
+    typer.Option("--calib-seq", min=1, metavar="N", show_default="512", help=meaning("--calib_seq")),
 ]
-Batch = Annotated[int, typer.Option("--batch_size", min=0, metavar="N", help=meaning("--batch_size"))]
+Batch = Annotated[int, typer.Option("--batch-size", min=0, metavar="N", help=meaning("--batch_size"))]
 Device = Annotated[str, typer.Option(metavar="NAME", help=meaning("--device"))]
-Sequential = Annotated[bool, typer.Option("--use_seq_device_map", help=meaning("--use_seq_device_map"))]
+Sequential = Annotated[bool, typer.Option("--use-seq-device-map", help=meaning("--use_seq_device_map"))]
 GpuShare = Annotated[
-    float, typer.Option("--gpu_max_mem_percentage", metavar="SHARE", help=meaning("--gpu_max_mem_percentage"))
+    float, typer.Option("--gpu-max-mem-percentage", metavar="SHARE", help=meaning("--gpu_max_mem_percentage"))
 ]
-Remote = Annotated[bool, typer.Option("--trust_remote_code", help=meaning("--trust_remote_code"))]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help=meaning("--trust_remote_code"))]
 Attention = Annotated[
-    str | None, typer.Option("--attn_implementation", metavar="NAME", help=meaning("--attn_implementation"))
+    str | None, typer.Option("--attn-implementation", metavar="NAME", help=meaning("--attn_implementation"))
 ]
 KvCache = Annotated[
-    str, typer.Option("--kv_cache_qformat", "--kv_cache_quant", metavar="NAME", help=meaning("--kv_cache_qformat"))
+    str, typer.Option("--kv-cache-qformat", "--kv-cache-quant", metavar="NAME", help=meaning("--kv_cache_qformat"))
 ]
-LowMemory = Annotated[bool, typer.Option("--low_memory_mode", help=meaning("--low_memory_mode"))]
-Verbose = Annotated[bool, typer.Option("--verbose/--no-verbose", help=meaning("--verbose"))]
-SkipGenerate = Annotated[bool, typer.Option("--skip_generate", help=meaning("--skip_generate"))]
-ExportFmt = Annotated[str, typer.Option("--export_fmt", metavar="hf", help=meaning("--export_fmt"))]
-Sparsity = Annotated[str, typer.Option("--sparsity_fmt", metavar="dense", help=meaning("--sparsity_fmt"))]
+LowMemory = Annotated[bool, typer.Option("--low-memory-mode", help=meaning("--low_memory_mode"))]
+NoVerbose = Annotated[
+    bool, typer.Option("--no-verbose", help="Say only where the result was written, and what was lost.")
+]
+SkipGenerate = Annotated[bool, typer.Option("--skip-generate", help=meaning("--skip_generate"))]
+ExportFmt = Annotated[str, typer.Option("--export-fmt", metavar="hf", help=meaning("--export_fmt"))]
+Sparsity = Annotated[str, typer.Option("--sparsity-fmt", metavar="dense", help=meaning("--sparsity_fmt"))]
 ServingGpus = Annotated[
     int,
     typer.Option(
-        "--inference_tensor_parallel",
-        "--inference_pipeline_parallel",
+        "--inference-tensor-parallel",
+        "--inference-pipeline-parallel",
         metavar="N",
         help=meaning("--inference_tensor_parallel"),
     ),
@@ -86,8 +78,8 @@ ServingGpus = Annotated[
 ActHeadroom = Annotated[
     bool,
     typer.Option(
-        "--act_headroom",
-        "--nvfp4_act_headroom",
+        "--act-headroom",
+        "--nvfp4-act-headroom",
         help="Scale activations by ModelOpt's nvfp4_act_headroom instead of their largest magnitude: room above for "
         "larger ones while serving.",
     ),
@@ -95,7 +87,7 @@ ActHeadroom = Annotated[
 ScalesOf = Annotated[
     ScalesPer | None,
     typer.Option(
-        "--input_scales_per",
+        "--input-scales-per",
         help="bank: the experts of a layer share an input scale; expert: one each, but not for gpt-oss, whose experts "
         "lie in one tensor.",
         show_default="as the layout holds them",
@@ -126,7 +118,7 @@ def ptq(
     act_headroom: ActHeadroom = False,
     input_scales_per: ScalesOf = None,
     low_memory_mode: LowMemory = False,
-    verbose: Verbose = True,
+    no_verbose: NoVerbose = False,
     skip_generate: SkipGenerate = False,
     export_fmt: ExportFmt = "hf",
     sparsity_fmt: Sparsity = "dense",
@@ -150,7 +142,7 @@ def ptq(
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
         return quantize(options, meter)
 
-    _tell(run_or_exit(as_json, work), as_json, verbose)
+    _tell(run_or_exit(as_json, work), as_json, not no_verbose)
 
 
 def calibrate(
@@ -160,7 +152,7 @@ def calibrate(
     calib_size: Samples = "512",
     calib_seq: Tokens = 512,
     batch_size: Annotated[
-        int, typer.Option("--batch_size", min=0, metavar="N", help="Samples of a batch; 0: 4 on a CPU, 16 on a GPU.")
+        int, typer.Option("--batch-size", min=0, metavar="N", help="Samples of a batch; 0: 4 on a CPU, 16 on a GPU.")
     ] = 0,
     device: Device = "auto",
     trust_remote_code: Remote = False,

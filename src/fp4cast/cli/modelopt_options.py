@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from typer.core import TyperCommand
-
 from fp4cast.cli.console import exit_with
+from fp4cast.cli.help import Helped
 from fp4cast.errors import UsageError
 
 
@@ -95,7 +94,7 @@ ROWS = (
     Row(
         ("--verbose, --no-verbose", "--no-verbose"),
         "",
-        "Say what was done; --no-verbose: only where it was written, and what was lost.",
+        "--verbose: say each step; --no-verbose: only where the result was written, and what was lost.",
     ),
     Row(("--skip_generate", ""), "", "Accepted; changes nothing: no text is generated here."),
     Row(
@@ -181,7 +180,7 @@ def refusal(name: str, value: str | None, entry: int = 0) -> str | None:
     return None
 
 
-class PtqCommand(TyperCommand):
+class PtqCommand(Helped):
     """`fp4cast ptq`: refuses what the original has and this has not."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -60,7 +60,6 @@ KvCacheOption = Annotated[
     str,
     typer.Option(
         "--kv-cache-qformat",
-        "--kv_cache_qformat",
         metavar="none|fp8_cast",
         help="Ask engines for a KV cache in FP8, with scales of 1; none: leave it to them.",
     ),
@@ -89,3 +88,7 @@ SourceId = Annotated[
     str | None,
     typer.Option(metavar="ORG/NAME[@REV]", help="SRC's id on the Hub, for card and receipt, if SRC does not say it."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say each step on stderr.")]
+Log = Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Append each step, with its time, to FILE.")]

@@ -6,16 +6,16 @@ import sys
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from fp4cast.cli.console import exit_with
+from fp4cast.cli.help import HelpedGroup
 from fp4cast.errors import UsageError
 from fp4cast.parallel.engines import EngineName
 
 _WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy that typer has of it
 
 
-class Commands(TyperGroup):
+class Commands(HelpedGroup):
     """The group of all commands."""
 
     def main(self, *args: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fp4cast.errors import UsageError
+from fp4cast.errors import DestinationError
 from fp4cast.extras import require
 from fp4cast.study.algorithms import TITLES
 from fp4cast.study.html import html
@@ -163,12 +163,12 @@ def check(directory: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib or markdown-it-py is not installed.
-        UsageError: the directory is a file.
+        DestinationError: the directory is a file.
     """
     for module in ("matplotlib", "markdown_it"):
         require(module, "study")
     if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; --out takes a directory")
+        raise DestinationError(f"{directory}: is a file; --out takes a directory")
 
 
 def write(document: Document, directory: Path) -> list[Path]:
