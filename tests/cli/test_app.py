@@ -311,3 +311,30 @@ def test_env_says_what_a_bug_report_needs():
     assert found["extras"].keys() == names.keys()
     shown = call("env").stdout
     assert shown.startswith(f"fp4cast {fp4cast.__version__}") and "transpose" in shown and "gpus" in shown
+
+
+def test_what_is_left_out_is_said_and_fails_nothing(miniatures, tmp_path):
+    source = shutil.copytree(miniatures["dense"], tmp_path / "src")
+    before = json.loads(call("convert", source, tmp_path / "a", "--json").stdout)["left_out"]
+    for folder in ("original", "metal/deep", "kept", ".cache"):
+        (source / folder).mkdir(parents=True)
+    for file in (
+        "original/x.pth",
+        "metal/deep/model.bin",
+        "kept/notes.txt",
+        "kept/w.gguf",
+        "extra.safetensors",
+        ".cache/y",
+    ):
+        (source / file).write_text("x")
+    (source / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
+    done = call("convert", source, tmp_path / "b", "--json")
+    assert done.exit_code == 0
+    expected = ["elsewhere/", "extra.safetensors", "kept/w.gguf", "metal/", "original/"]
+    assert json.loads(done.stdout)["left_out"] == sorted({*before, *expected})
+    assert not {"original", "metal", "elsewhere", ".cache"} & {path.name for path in (tmp_path / "b").iterdir()}
+    assert (tmp_path / "b" / "kept" / "notes.txt").exists()
+    shown = call("convert", source, tmp_path / "c").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("left out")]
+    assert all(name in line for name in expected)
+    assert call("verify", source, tmp_path / "b", "--strict").exit_code == 0

@@ -27,11 +27,11 @@ QUANT_CONFIG = "hf_quant_config.json"
 RECEIPT = "fp4cast.json"
 
 # Copies of the weights in other formats: neither downloaded nor carried along.
-_OTHER_DIRECTORIES = ("original", "metal", "onnx")
+OTHER_DIRECTORIES = ("original", "metal", "onnx")
 OTHER_SUFFIXES = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5")
-OTHER_FORMATS = (*(f"{name}/*" for name in _OTHER_DIRECTORIES), *(f"*{suffix}" for suffix in OTHER_SUFFIXES))
+OTHER_FORMATS = (*(f"{name}/*" for name in OTHER_DIRECTORIES), *(f"*{suffix}" for suffix in OTHER_SUFFIXES))
 # Weights and other tools' leftovers: not carried along either.
-_SKIPPED_DIRECTORIES = {*_OTHER_DIRECTORIES, "__pycache__"}
+SKIPPED_DIRECTORIES = {*OTHER_DIRECTORIES, "__pycache__"}
 _SKIPPED_ENDINGS = (".bin.index.json", ".safetensors.index.json")
 _SKIPPED_SUFFIXES = {*OTHER_SUFFIXES, ".safetensors", ".lock", ".incomplete"}
 _SKIPPED_NAMES = {CONFIG, INDEX, QUANT_CONFIG, RECEIPT}
@@ -78,7 +78,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a folder cannot be listed, or a file is a link out of the checkpoint.
         """
-        for relative in walk(self.path, skipped=_SKIPPED_DIRECTORIES):
+        for relative in walk(self.path, skipped=SKIPPED_DIRECTORIES):
             path = self.path / relative
             skipped = str(relative) in _SKIPPED_NAMES  # a tokenizer's config.json lies deeper
             skipped = skipped or path.name.endswith(_SKIPPED_ENDINGS) or path.suffix in _SKIPPED_SUFFIXES

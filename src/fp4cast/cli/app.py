@@ -6,6 +6,7 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -21,6 +22,7 @@ from fp4cast.cli.environment import environment, rows
 from fp4cast.cli.modelopt_options import PtqCommand
 from fp4cast.cli.options import (
     Destination,
+    DryRun,
     Finish,
     InexactOption,
     InputScales,
@@ -44,12 +46,14 @@ from fp4cast.cli.options import (
     Where,
     Yes,
 )
+from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import Meter
 from fp4cast.cli.streams import open_streams
 from fp4cast.cli.usage import Commands, refuse_to_push, refuse_to_stream, refuse_together
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
+from fp4cast.conversion.preview import preview_conversion
 from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.parallel.engines import EngineName
 from fp4cast.parallel.progress import Progress
@@ -129,6 +133,7 @@ def convert(
     push: Push = None,
     public: Public = False,
     yes: Yes = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.
@@ -139,9 +144,14 @@ def convert(
     refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
     refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
+    if dry_run:
+        preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish)
+        preview = partial(preview, restart=restart, overwrite=overwrite, jobs=jobs)
+        tell_preview(run_or_exit(as_json, lambda meter: preview(progress=meter)), as_json)
+        return
     agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
     place = agree_to_push(push, str(destination), public=public, yes=yes, as_json=as_json) if push else None
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return

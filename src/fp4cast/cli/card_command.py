@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_report
-from fp4cast.cli.options import Jobs, Json, Source, SourceId
-from fp4cast.conversion.write_card import write_card
+from fp4cast.cli.options import DryRun, Jobs, Json, Source, SourceId
+from fp4cast.cli.preview import tell_preview
+from fp4cast.conversion.write_card import preview_card, write_card
+
+
+class CardOptions(TypedDict):
+    """The options of both functions below."""
+
+    source_id: str | None
+    overwrite: bool
+    jobs: int | None
 
 
 def card(
@@ -19,15 +28,17 @@ def card(
     source_id: SourceId = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that was edited.")] = False,
     jobs: Jobs = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compare DST with SRC, then write its model card anew: README.md, its picture, and the receipt."""
-    report = run_or_exit(
-        as_json,
-        lambda meter: write_card(
-            source, destination, source_id=source_id, overwrite=overwrite, jobs=jobs, progress=meter
-        ),
-    )
+    how = CardOptions(source_id=source_id, overwrite=overwrite, jobs=jobs)
+    if dry_run:
+        tell_preview(
+            run_or_exit(as_json, lambda meter: preview_card(source, destination, **how, progress=meter)), as_json
+        )
+        return
+    report = run_or_exit(as_json, lambda meter: write_card(source, destination, **how, progress=meter))
     if as_json:
         print_json(report.to_json())
     else:

@@ -134,6 +134,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         ("Marlin", f"{_marlin_sentence(report)} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
         ("served by", report.served),
         *([("card", f"{escape(printable(report.card))}: read it, and edit it as you like")] if report.card else []),
+        *left_out_row(report.left_out),
         (
             "time",
             f"{report.seconds:.1f} s, {format_bytes(report.bytes['read'])} read, "
@@ -150,6 +151,11 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     _show_differences(console, report.differences)
     if report.ok:
         show_next(console, report.serve)
+
+
+def left_out_row(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The row that names what of the source was not carried along; none where nothing was."""
+    return [("left out", f"{_names(names)}: no part of the model that is cast")] if names else []
 
 
 def kv_cache_sentence(name: KvCache) -> str:

@@ -15,13 +15,15 @@ from fp4cast.cli.consent import agree_to_download
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
 from fp4cast.cli.modelopt_options import meaning
-from fp4cast.cli.options import Jobs, Json, LayoutOption, Overwrite, Source, Yes
+from fp4cast.cli.options import DryRun, Jobs, Json, LayoutOption, Overwrite, Source, Yes
+from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.input_scales import ScalesPer
+from fp4cast.conversion.preview import Preview
 from fp4cast.errors import UsageError
 
 if TYPE_CHECKING:
-    from fp4cast.ptq.flow import Quantized
+    from fp4cast.ptq.flow import Options, Quantized
     from fp4cast.ptq.layerwise.calibrate import Calibrated
 
 
@@ -125,6 +127,7 @@ def ptq(
     inference_parallel: ServingGpus = 1,
     jobs: Jobs = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Load a model, quantize and calibrate it, cast its MXFP4 weights, and export it as NVFP4. Needs torch.
@@ -133,16 +136,30 @@ def ptq(
     """
     given = dict(locals())  # the options have the names of these
 
+    def preview(_: Any) -> Preview:
+        from fp4cast.ptq.preview import preview_export
+
+        return preview_export(_options(given))
+
     def work(meter: Any) -> Quantized:
-        from fp4cast.ptq.flow import Options, quantize
-        from fp4cast.ptq.headroom import Headroom
+        from fp4cast.ptq.flow import quantize
 
-        given["calib_size"] = _sizes(calib_size)
-        given["act_headroom"] = Headroom() if act_headroom else None
-        options = Options(**{field.name: given[field.name] for field in fields(Options)})
-        return quantize(options, meter)
+        return quantize(_options(given), meter)
 
+    if dry_run:
+        tell_preview(run_or_exit(as_json, preview), as_json)
+        return
     _tell(run_or_exit(as_json, work), as_json, not no_verbose)
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    """The library's options, from those of the command line by name."""
+    from fp4cast.ptq.flow import Options
+    from fp4cast.ptq.headroom import Headroom
+
+    read = {"calib_size": _sizes(given["calib_size"]), "act_headroom": Headroom() if given["act_headroom"] else None}
+    values = {**given, **read}
+    return Options(**{field.name: values[field.name] for field in fields(Options)})
 
 
 def calibrate(
@@ -160,33 +177,33 @@ def calibrate(
     input_scales_per: ScalesOf = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     yes: Yes = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Find the activation scales of an MXFP4 checkpoint for `convert --activations w4a4`. Needs torch.
 
     The model runs layer by layer: one layer's weights are in memory at a time.
     """
-    agree_to_download([source], yes=yes, as_json=as_json)
+    how: dict[str, Any] = {"dataset": dataset, "calib_seq": calib_seq or 0, "batch_size": batch_size, "device": device}
+    how |= {"overwrite": overwrite, "input_scales_per": input_scales_per}
+
+    def preview(_: Any) -> Preview:
+        from fp4cast.ptq.layerwise.calibrate import preview_calibration
+
+        return preview_calibration(source, out, calib_size=_sizes(calib_size) or (), **how)
 
     def work(meter: Any) -> Calibrated:
         from fp4cast.ptq.headroom import Headroom
         from fp4cast.ptq.layerwise.calibrate import calibrate
 
-        return calibrate(
-            source,
-            out,
-            dataset=dataset,
-            calib_size=_sizes(calib_size) or (),
-            calib_seq=calib_seq or 0,
-            batch_size=batch_size,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            act_headroom=Headroom() if act_headroom else None,
-            input_scales_per=input_scales_per,
-            progress=meter,
-        )
+        sizes, headroom = _sizes(calib_size) or (), Headroom() if act_headroom else None
+        rest: dict[str, Any] = {"trust_remote_code": trust_remote_code, "act_headroom": headroom, "progress": meter}
+        return calibrate(source, out, calib_size=sizes, **how, **rest)
 
+    if dry_run:
+        tell_preview(run_or_exit(as_json, preview), as_json)
+        return
+    agree_to_download([source], yes=yes, as_json=as_json)
     done = run_or_exit(as_json, work)
     if as_json:
         print_json(done.to_json())

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from fp4cast.cli.console import people_console, print_json, run_or_exit
-from fp4cast.cli.options import Json
+from fp4cast.cli.options import DryRun, Json
+from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import Steps
+from fp4cast.conversion.preview import Preview
 
 
 def study(
@@ -18,10 +20,19 @@ def study(
         typer.Option(metavar="DIR", help="Write the page to DIR: index.md, index.html, pictures, study.json."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only tensors of up to a million weights.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compare every algorithm on every scenario: what is exact, what is lost, which claims hold. Takes 1-2 minutes."""
     from fp4cast.study import page, show, survey
+
+    if dry_run:
+        if out is not None:
+            run_or_exit(as_json, lambda _: page.check(out))
+        tell_preview(
+            Preview(str(out or "nothing: there is no --out"), dict.fromkeys(page.FILES if out else ())), as_json
+        )
+        return
 
     def work(steps: Steps) -> dict[str, Any]:
         if out is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4cast.checkpoints.card_files import CARD
+from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.complete import complete_or_write, marked
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
@@ -142,7 +143,8 @@ def finished(plan: Plan, report: Report, dst: str | Path, seconds: float) -> Rep
     """The report on a published destination, as the caller calls it; people may have deleted its card since."""
     card = Path(dst) / CARD
     named = str(card) if plan.card and card.is_file() else None
-    return replace(report, destination=str(dst), seconds=seconds, card=named)
+    missing = left_out(plan.source.checkpoint)
+    return replace(report, destination=str(dst), seconds=seconds, card=named, left_out=missing)
 
 
 def prepare(

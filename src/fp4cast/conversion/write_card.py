@@ -18,6 +18,7 @@ from fp4cast.conversion.companions import copy_companion
 from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.domains import find_domains
 from fp4cast.conversion.execute import writing
+from fp4cast.conversion.preview import Preview
 from fp4cast.errors import DestinationError, UsageError, VerificationError
 from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import make_engine
@@ -55,8 +56,35 @@ def write_card(
         DestinationError: `dst` has no receipt, or an edited card.
         UsageError: `dst` is an export of `ptq`, which no card of a conversion describes; a date that is none.
     """
-    begin, day, source, destination = time.monotonic(), source_date(), resolve(src), real_path(dst)
-    receipt = Receipt.read(destination)
+    begin, destination = time.monotonic(), real_path(dst)
+    receipt, opened, subject = _compare(resolve(src), destination, source_id, overwrite, jobs, progress)
+    files = _copied(opened)
+    _write(destination, subject, receipt, files)
+    return replace(subject.report, destination=str(dst), card=str(Path(dst) / CARD), seconds=time.monotonic() - begin)
+
+
+def preview_card(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    source_id: str | None = None,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress = ignore,
+) -> Preview:
+    """What `write_card`, which has the same arguments, would write: every value is compared, nothing is written."""
+    source = resolve(src, download=False)
+    _, opened, subject = _compare(source, real_path(dst), source_id, overwrite, jobs, progress)
+    copied = {str(beside_card(name)): size for name, size in _cards_of(opened).items()}
+    sizes = {name: len(data) for name, data in card_files(subject).items()}
+    return Preview(str(dst), {**copied, **sizes, RECEIPT: None}, {"source": str(source), "exact": subject.report.exact})
+
+
+def _compare(
+    source: Path, destination: Path, source_id: str | None, overwrite: bool, jobs: int | None, progress: Progress
+) -> tuple[Receipt, Opened, Subject]:
+    """(the receipt, both sides, what the card is about), every value compared."""
+    day, receipt = source_date(), Receipt.read(destination)
     _check(destination, receipt, overwrite)
     engine = make_engine("local", jobs)
     found = verify_checkpoint(source, destination, engine=engine, progress=lambda n, of: progress("verify", n, of))
@@ -67,27 +95,23 @@ def write_card(
         )
     opened = open_both(source, destination, CONFIG)
     origin = origin_of(source, source_id)
-    if not origin.id:
-        origin = _origin(receipt)
     domains = find_domains(
         opened.selection.cast, inexact="report", jobs=jobs, progress=lambda n, of: progress("scan", n, of)
     )
-    files = _copied(opened)
     subject = Subject(
         source=opened.source,
         target=opened.target,
         selection=opened.selection,
         domains=domains,
         report=found,
-        origin=origin,
+        origin=origin if origin.id else _origin(receipt),
         day=day,
         size=sum(shard.size for shard in opened.destination.shards.values()),
         files={str(beside_card(name)) for name in companion_sizes(opened.source.checkpoint)},
-        card=read_metadata(destination / beside_card(PurePosixPath(CARD))),
+        card=read_metadata(source / CARD),
         version=receipt.version,
     )
-    _write(destination, subject, receipt, files)
-    return replace(found, destination=str(dst), card=str(Path(dst) / CARD), seconds=time.monotonic() - begin)
+    return receipt, opened, subject
 
 
 def _check(destination: Path, receipt: Receipt, overwrite: bool) -> None:
@@ -125,12 +149,16 @@ def _copied(opened: Opened) -> dict[str, Checksum]:
     source, found = opened.source.checkpoint, dict[str, Checksum]()
     for old in filter(is_card_file, opened.receipt.files):
         (opened.destination.path / old).unlink(missing_ok=True)
-    for name, size in companion_sizes(source).items():
-        if is_card_file(str(name)):
-            target = opened.destination.path / beside_card(name)
-            target.unlink(missing_ok=True)
-            found[target.name] = copy_companion(source.path, name, size, target)
+    for name, size in _cards_of(opened).items():
+        target = opened.destination.path / beside_card(name)
+        target.unlink(missing_ok=True)
+        found[target.name] = copy_companion(source.path, name, size, target)
     return found
+
+
+def _cards_of(opened: Opened) -> dict[PurePosixPath, int]:
+    """The source's cards and their sizes."""
+    return {name: size for name, size in companion_sizes(opened.source.checkpoint).items() if is_card_file(str(name))}
 
 
 def _write(destination: Path, subject: Subject, receipt: Receipt, copied: dict[str, Checksum]) -> None:

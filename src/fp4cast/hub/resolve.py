@@ -30,11 +30,12 @@ def model_of(source: str | Path) -> tuple[str, str | None] | None:
         raise CheckpointError(f"{str(source)[:200]}: cannot be read: {error}") from error
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, download: bool = True) -> Path:
     """The directory of a checkpoint: the path itself, or a model downloaded (or found in the Hub cache).
 
     Args:
         source: a directory, a model id (`ORG/NAME`, `ORG/NAME@REVISION`), or a model's page on huggingface.co.
+        download: fetch what is not here; otherwise that is an error.
 
     Raises:
         CheckpointError: there is neither such a directory nor such a model.
@@ -42,6 +43,12 @@ def resolve(source: str | Path) -> Path:
     model = model_of(source)
     if model is None:
         return Path(source)
+    if not download:
+        if (found := in_cache(source)) is None:
+            raise CheckpointError(
+                f"{source}: is not here, and nothing is downloaded to look at it only; download it, or name a directory"
+            )
+        return found
     from huggingface_hub import snapshot_download
 
     with explaining(str(source)):

@@ -100,7 +100,7 @@ def quantize(options: Options, progress: Progress = ignore) -> Quantized:
         UsageError: options that do not fit together, or not the checkpoint; before anything is loaded.
         Fp4CastError: see `fp4cast.errors`; `export_path` is as it was before.
     """
-    job = _check(options)
+    job = check(options)
     with naming(job.opened.checkpoint.path), use_device(job.device), ExitStack() as stack:
         return _quantize(options, job, stack, progress)
 
@@ -167,8 +167,8 @@ class _Job:
     placement: Placement
 
 
-def _check(options: Options) -> _Job:
-    """Check everything that can be checked before the model is loaded."""
+def check(options: Options, *, tokenized: bool = True) -> _Job:
+    """Check everything that can be checked before the model is loaded; without `tokenized`, samples are left out."""
     check_options(options)
     device = choose_device(options.device)
     sizes = CALIB_SIZE if options.calib_size is None else options.calib_size
@@ -183,7 +183,7 @@ def _check(options: Options) -> _Job:
     target, domains = _check_source(opened, options, model)
     check_destination(opened.checkpoint.path, real_path(options.export_path), overwrite=options.overwrite)
     samples: list[Tensor] = []
-    if data:
+    if data and tokenized:
         tokenizer = load_tokenizer(opened.checkpoint, options.trust_remote_code)
         samples = tokenize_all(data, tokenizer, options.calib_seq or CALIB_SEQ)
     return _Job(opened, target, domains, samples, device, placement)

@@ -15,6 +15,8 @@ from fp4cast.study.html import html
 from fp4cast.study.plots import PLOTS, draw
 from fp4cast.study.words import ALGORITHMS, PICTURES, conclusion, gain
 
+FILES = (*(f"{name}.svg" for name in PLOTS), "index.md", "index.html", "study.json")
+
 Document = dict[str, Any]
 
 
@@ -178,9 +180,9 @@ def write(document: Document, directory: Path) -> list[Path]:
         MissingExtraError: matplotlib or markdown-it-py is not installed.
     """
     text, pictures = markdown(document), draw(document)
-    files = {f"{name}.svg": pictures[name] for name in PLOTS}
-    files |= {"index.md": text, "index.html": html(text, pictures), "study.json": json.dumps(document, indent=1) + "\n"}
+    drawn = [pictures[name] for name in PLOTS]
+    contents = [*drawn, text, html(text, pictures), json.dumps(document, indent=1) + "\n"]
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    for name, content in zip(FILES, contents, strict=True):
         (directory / name).write_text(content, encoding="utf-8")
-    return [directory / name for name in files]
+    return [directory / name for name in FILES]

@@ -148,6 +148,7 @@ class Report:
         strict: a companion that differs counts as wrong, too.
         notes: what else people should know, in sentences.
         card: the path of its model card, of a conversion that has one.
+        left_out: what of the source a conversion has not carried along, as `left_out` lists it.
     """
 
     source: str
@@ -171,6 +172,7 @@ class Report:
     strict: bool = False
     notes: Sequence[str] = ()
     card: str | None = None
+    left_out: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -271,6 +273,7 @@ class Report:
             "serve": self.serve,
             "marlin_zeroed": self.marlin_zeroed,
             "card": self.card,
+            "left_out": list(self.left_out),
             "ok": self.ok,
             "notes": list(self.notes),
             "verdicts": verdicts(self.differences),

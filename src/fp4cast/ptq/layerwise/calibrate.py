@@ -16,6 +16,7 @@ from fp4cast.checkpoints.directory import naming, open_checkpoint
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.input_scales import ScalesPer
+from fp4cast.conversion.preview import Preview
 from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
 from fp4cast.families.family import Pair
@@ -135,6 +136,28 @@ def calibrate(
     cramped = [act_headroom.leaves_none(each) for each in written] if act_headroom else []
     rules, seconds = chosen_rules(act_headroom, input_scales_per, cramped), time.monotonic() - begin
     return Calibrated(str(checkpoint.path), str(out), amax, idle, rules, len(samples), tokens, seconds)
+
+
+def preview_calibration(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dataset: str | Sequence[str],
+    calib_size: int | Sequence[int] = 512,
+    calib_seq: int = 512,
+    batch_size: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    input_scales_per: ScalesPer | None = None,
+) -> Preview:
+    """What `calibrate`, which explains the arguments, would write; no model is made, and nothing is written."""
+    check_counts(calib_size, calib_seq, batch_size)
+    _check_out(Path(out), overwrite), choose_device(device), open_datasets(dataset, calib_size)
+    found = read_source(open_checkpoint(resolve(source, download=False)))
+    pairs = castable(found, targets_of(found.family)[0]).cast
+    _check_each(pairs, input_scales_per, found.checkpoint.path)
+    facts = {"source": str(found.checkpoint.path), "modules": len(pairs)}
+    return Preview(str(out), {Path(out).name: None}, facts, notes=[f"an amax for each of {len(pairs)} modules"])
 
 
 def _check_out(out: Path, overwrite: bool) -> Path:
