@@ -8,10 +8,9 @@ True
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fp4cast._version import __version__ as __version__
 
+TYPE_CHECKING = False  # `typing`, which has it too, takes milliseconds in which Ctrl-C is not in hand yet
 if TYPE_CHECKING:
     from fp4cast.casting.one_tensor import Cast, cast
     from fp4cast.conversion.convert import convert

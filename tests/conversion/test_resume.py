@@ -304,7 +304,7 @@ def test_ctrl_c_names_what_is_left_and_how_to_delete_it(miniatures, tmp_path):
 def test_ctrl_c_before_anything_is_finished_says_so(miniatures, tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
         fp4cast.convert(miniatures["dense"], tmp_path / "dst", progress=stop_at("write"))
-    assert caught.value.__notes__ == ["No shard was finished; nothing is left."]
+    assert caught.value.__notes__ == ["No shard was finished; nothing is left; the same command begins anew."]
     assert names(tmp_path) == []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+from fp4cast.cli import interruption
 
 __all__ = ["main"]
 
@@ -10,11 +10,10 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point.
 
-    Ctrl-C ends the process at once and silently while modules are loaded, a few tenths of a second; `run_or_exit`
-    takes it over where there is work to stop.
+    Ctrl-C ends the process at once while modules are loaded, a few tenths of a second; `run_or_exit` takes it over
+    where there is work to stop.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    interruption.take_over()
     from fp4cast.cli.app import main as run
 
     run()

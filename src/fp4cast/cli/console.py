@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fp4cast import errors
+from fp4cast.cli import interruption
 from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import Output
@@ -60,6 +61,10 @@ class Done:
 
 
 DONE = Done()
+_GO_ON = {  # after a Ctrl-C, where the library does not say more
+    "card": "the card may be half written; the same command, with --overwrite, writes it whole",
+    "demo": "what was made is deleted, but for a directory that --out names: delete it, or name another one",
+}
 
 
 def people_console(as_json: bool) -> Console:
@@ -90,7 +95,7 @@ def _print_error(message: str) -> None:
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt meanwhile; where `fp4cast.cli.main` began, it ends the process otherwise."""
     is_main = threading.current_thread() is threading.main_thread()  # only that thread may set handlers
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+    if not is_main or signal.getsignal(signal.SIGINT) is not interruption.end:
         yield
         return
     begin: list[float] = []
@@ -101,15 +106,15 @@ def _interruptible() -> Iterator[None]:
         if len(begin) == 1:
             raise KeyboardInterrupt
         if begin[-1] - begin[0] > _PATIENCE_SECONDS:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
+            interruption.say("again, while it was cleared up; the next run clears up what is left")
+            interruption.end()
 
     signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
         if not begin:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, interruption.end)
 
 
 def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
@@ -118,6 +123,7 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
         with _interruptible(), meter_of(people_console(True)) as meter, saying(meter.console):
             DONE.as_json, DONE.result = as_json, None
             DONE.result = result = work(meter)
+            interruption.say(_was_done())
             return result
     except UsageError as error:
         exit_with(error, as_json, 2)
@@ -126,10 +132,14 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
     except (OSError, MemoryError) as error:
         exit_with(error if str(error) else MemoryError("there is not enough memory"), as_json, 1)
     except KeyboardInterrupt as error:
-        stopped = KeyboardInterrupt("interrupted")
-        for note in getattr(error, "__notes__", ()):
-            stopped.add_note(note)
-        exit_with(stopped, as_json, 130)
+        how = " ".join(getattr(error, "__notes__", ())) or _GO_ON.get(DONE.command, interruption.AGAIN)
+        if DONE.result is not None:
+            how = _was_done()
+        exit_with(KeyboardInterrupt(f"interrupted: {how}"), as_json, interruption.STATUS)
+
+
+def _was_done() -> str:
+    return f"{DONE.written} was written; only its report is lost" if DONE.written else interruption.AGAIN
 
 
 def print_json(document: dict[str, Any]) -> None:

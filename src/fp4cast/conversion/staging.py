@@ -288,4 +288,4 @@ def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) 
     elif alone:
         remove(state)
         if isinstance(error, KeyboardInterrupt):
-            error.add_note("No shard was finished; nothing is left.")
+            error.add_note("No shard was finished; nothing is left; the same command begins anew.")

@@ -92,7 +92,9 @@ def _match(patterns: list[str], modules: Sequence[str]) -> list[list[int]]:
     command = [sys.executable, "-I", __file__]
     asked = json.dumps([patterns, list(modules)]).encode()
     try:
-        said = subprocess.run(command, input=asked, stdout=subprocess.PIPE, timeout=seconds, check=False).stdout  # noqa: S603
+        said = subprocess.run(  # noqa: S603 # in a session of its own, where no Ctrl-C of a terminal reaches it
+            command, input=asked, stdout=subprocess.PIPE, timeout=seconds, check=False, start_new_session=True
+        ).stdout
     except subprocess.TimeoutExpired as error:
         said = error.output or b""
     answers = [json.loads(line) for line in said.split(b"\n")[:-1]]
