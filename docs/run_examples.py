@@ -46,6 +46,7 @@ SMALLER = {
     "--inputs 1000000": "--inputs 200",
     "--points 5000 --random 200": "--points 5 --random 1",
     "--flips 10000": "--flips 50 --lies 20",
+    "study --out": "study --quick --out",
 }
 # Checkpoints that pages name: the miniature, or directory of the repository, that stands for each.
 CHECKPOINTS = {
