@@ -148,7 +148,7 @@ def convert(
     if dry_run:
         preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish)
         preview = partial(preview, restart=restart, overwrite=overwrite, jobs=jobs)
-        tell_preview(run_or_exit(as_json, lambda meter: preview(progress=meter)), as_json)
+        tell_preview(run_or_exit(as_json, lambda meter: preview(progress=meter), only_looks=True), as_json)
         return
     agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
     place = agree_to_push(push, str(destination), public=public, yes=yes, as_json=as_json) if push else None

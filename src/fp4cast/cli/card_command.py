@@ -35,7 +35,10 @@ def card(
     how = CardOptions(source_id=source_id, overwrite=overwrite, jobs=jobs)
     if dry_run:
         tell_preview(
-            run_or_exit(as_json, lambda meter: preview_card(source, destination, **how, progress=meter)), as_json
+            run_or_exit(
+                as_json, lambda meter: preview_card(source, destination, **how, progress=meter), only_looks=True
+            ),
+            as_json,
         )
         return
     report = run_or_exit(as_json, lambda meter: write_card(source, destination, **how, progress=meter))

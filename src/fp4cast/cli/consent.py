@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from fp4cast.cli.console import DONE, exit_with, people_console, run_or_exit
+from fp4cast.cli.console import exit_with, people_console, run_or_exit
 from fp4cast.cli.progress import format_bytes
 from fp4cast.errors import UsageError
 from fp4cast.hub.repository import Repository, look_up
@@ -24,8 +24,7 @@ def agree_to_download(sources: list[str], *, yes: bool, as_json: bool, streamed:
         as_json: see `exit_with`.
         streamed: shard by shard, whatever the Hub cache holds.
     """
-    found = run_or_exit(as_json, lambda _: [look_up(source) for source in sources])
-    DONE.result = None
+    found = run_or_exit(as_json, lambda _: [look_up(source) for source in sources], only_looks=True)
     for repository in filter(None, found):
         missing = repository.sizes() if streamed else repository.missing()
         if sum(missing.values()) >= ASK_BYTES:
@@ -43,8 +42,7 @@ def agree_to_push(name: str, what: str, *, public: bool, yes: bool, as_json: boo
         yes: the user has agreed beforehand.
         as_json: see `exit_with`.
     """
-    place = run_or_exit(as_json, lambda _: find_place(name, public=public))
-    DONE.result = None
+    place = run_or_exit(as_json, lambda _: find_place(name, public=public), only_looks=True)
     kind = "public" if place.public else "private"
     there = (
         f"the new {kind} repository {name}"

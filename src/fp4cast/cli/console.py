@@ -63,6 +63,7 @@ class Done:
 DONE = Done()
 _GO_ON = {  # after a Ctrl-C, where the library does not say more
     "card": "the card may be half written; the same command, with --overwrite, writes it whole",
+    "push": "the same command goes on where this one has stopped",
     "demo": "what was made is deleted, but for a directory that --out names: delete it, or name another one",
 }
 
@@ -117,11 +118,23 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, interruption.end)
 
 
-def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter) -> T:
-    """Do the work under a progress meter; turn the library's errors into messages and exit codes."""
+def run_or_exit(
+    as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | Steps] = Meter, *, only_looks: bool = False
+) -> T:
+    """Do the work under a progress meter; turn the library's errors into messages and exit codes.
+
+    Args:
+        as_json: a document is asked for.
+        work: is given the meter.
+        meter_of: the kind of meter.
+        only_looks: the work is none of which the command's end would say that it was done.
+    """
     try:
         with _interruptible(), meter_of(people_console(True)) as meter, saying(meter.console):
-            DONE.as_json, DONE.result = as_json, None
+            DONE.as_json = as_json
+            if only_looks:
+                return work(meter)
+            DONE.result = None
             DONE.result = result = work(meter)
             interruption.say(_was_done())
             return result
@@ -132,9 +145,9 @@ def run_or_exit(as_json: bool, work: Callable[[Any], T], meter_of: type[Meter | 
     except (OSError, MemoryError) as error:
         exit_with(error if str(error) else MemoryError("there is not enough memory"), as_json, 1)
     except KeyboardInterrupt as error:
-        how = " ".join(getattr(error, "__notes__", ())) or _GO_ON.get(DONE.command, interruption.AGAIN)
-        if DONE.result is not None:
-            how = _was_done()
+        how = " ".join(getattr(error, "__notes__", ()))
+        if not how:
+            how = _GO_ON.get(DONE.command, interruption.AGAIN) if DONE.result is None else _was_done()
         exit_with(KeyboardInterrupt(f"interrupted: {how}"), as_json, interruption.STATUS)
 
 

@@ -147,7 +147,7 @@ def ptq(
         return quantize(_options(given), meter)
 
     if dry_run:
-        tell_preview(run_or_exit(as_json, preview), as_json)
+        tell_preview(run_or_exit(as_json, preview, only_looks=True), as_json)
         return
     _tell(run_or_exit(as_json, work), as_json, not no_verbose)
 
@@ -201,7 +201,7 @@ def calibrate(
         return calibrate(source, out, calib_size=sizes, **how, **rest)
 
     if dry_run:
-        tell_preview(run_or_exit(as_json, preview), as_json)
+        tell_preview(run_or_exit(as_json, preview, only_looks=True), as_json)
         return
     agree_to_download([source], yes=yes, as_json=as_json)
     done = run_or_exit(as_json, work)

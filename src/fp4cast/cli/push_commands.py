@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fp4cast.cli.consent import agree_to_push
-from fp4cast.cli.console import DONE, people_console, print_json, run_or_exit
+from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_report
 from fp4cast.cli.options import Jobs, Json, Yes
 from fp4cast.cli.progress import Meter, format_bytes
@@ -32,8 +32,7 @@ def push(
 
     The same command goes on where an interrupted one has stopped.
     """
-    files = run_or_exit(as_json, lambda _: files_to_push(destination))
-    DONE.result = None
+    files = run_or_exit(as_json, lambda _: files_to_push(destination), only_looks=True)
     what = f"{destination}: {len(files)} files, {format_bytes(sum(files.values()))},"
     place = agree_to_push(repository, what, public=public, yes=yes, as_json=as_json)
 
@@ -59,18 +58,14 @@ def push_and_show(report: Report, place: Place | None, destination: Path, as_jso
 
 
 def _push_to(place: Place, destination: Path, as_json: bool) -> Pushed:
-    written = DONE.result
-
     def work(_: Meter) -> Pushed:
         try:
             return push_destination(destination, place, check=False)
-        except Fp4CastError as error:
+        except (Fp4CastError, KeyboardInterrupt) as error:
             error.add_note(f"{destination} is complete: `fp4cast push {destination} {place.name}` goes on.")
             raise
 
-    done = run_or_exit(as_json, work)
-    DONE.result = written
-    return done
+    return run_or_exit(as_json, work, only_looks=True)
 
 
 def show_pushed(console: Console, done: Pushed) -> None:

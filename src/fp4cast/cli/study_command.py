@@ -28,7 +28,7 @@ def study(
 
     if dry_run:
         if out is not None:
-            run_or_exit(as_json, lambda _: page.check(out))
+            run_or_exit(as_json, lambda _: page.check(out), only_looks=True)
         tell_preview(
             Preview(str(out or "nothing: there is no --out"), dict.fromkeys(page.FILES if out else ())), as_json
         )
