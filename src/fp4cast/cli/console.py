@@ -23,6 +23,7 @@ from fp4cast.cli import interruption
 from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
 from fp4cast.cli.streams import Output
+from fp4cast.cli.tables import width_of
 from fp4cast.cli.verbosity import ASKED, saying
 from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
@@ -70,7 +71,10 @@ _GO_ON = {  # after a Ctrl-C, where the library does not say more
 
 def people_console(as_json: bool) -> Console:
     """The console for people: stdout, or stderr when stdout carries a JSON document; silent under `--quiet`."""
-    return Console(stderr=as_json, highlight=False, quiet=ASKED.quiet)
+    console = Console(stderr=as_json, highlight=False, quiet=ASKED.quiet)
+    if width := width_of(console):
+        console.width = width
+    return console
 
 
 def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:

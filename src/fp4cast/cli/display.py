@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
 from fp4cast.cli.progress import format_bytes
+from fp4cast.cli.tables import show_table, show_wrapped
 from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
 from fp4cast.formats import KvCache
@@ -30,12 +31,10 @@ def printable(text: str) -> str:
 def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print a title, then one line for each (name, text)."""
     console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(name, text)
-    console.print(table)
+    known = list(rows)
+    indent = max((len(name) for name, _ in known), default=0) + 2
+    for name, text in known:
+        show_wrapped(console, name, text, indent)
 
 
 def show_next(console: Console, command: str) -> None:
@@ -68,7 +67,7 @@ def show_inspection(console: Console, info: Inspection) -> None:
     console.print()
     console.print(_spreads(info))
     if inexact:
-        console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]))
+        console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]), soft_wrap=True)
         console.print("convert with --inexact nearest to write the nearest values there")
 
 
@@ -145,7 +144,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         verb = "complete already:"
     show_facts(console, f"{verb if report.ok else 'failed'} {report.destination}", rows)
     if report.inexact:
-        console.print(show_inexact(report.inexact))
+        show_inexact(console, report.inexact)
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
     _show_differences(console, report.differences)
@@ -215,30 +214,27 @@ def _weights_sentence(report: Report) -> str:
     return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"
 
 
-def show_inexact(inexact: Sequence[InexactTensor]) -> Table:
+def show_inexact(console: Console, inexact: Sequence[InexactTensor]) -> None:
     """A table of the tensors that are not exact, worst first."""
-    table = Table(title="rounded tensors", title_justify="left", box=None, pad_edge=False)
-    for column in ("tensor", "half-blocks", "max |error|", "MSE", "SNR"):
-        table.add_column(column, justify="left" if column == "tensor" else "right")
-    for tensor in sorted(inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]:
-        table.add_row(
+    rows = [
+        (
             escape(printable(tensor.name)),
             f"{tensor.rounded_half_blocks:,}",
             f"{tensor.max_abs_error:.3g}",
             f"{tensor.mse:.3g}",
             f"{tensor.snr_db:.1f} dB",
         )
-    return table
+        for tensor in sorted(inexact, key=lambda tensor: tensor.snr_db)[:_SHOWN]
+    ]
+    columns = ("tensor", "half-blocks", "max |error|", "MSE", "SNR")
+    show_table(console, "rounded tensors", columns, rows, right=range(1, 5))
 
 
 def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Print one line for each family, and what to do next."""
-    table = Table(title="MXFP4 -> NVFP4, a miniature of each family", title_justify="left", box=None, pad_edge=False)
-    for column in ("family", "as", "spread", "tensors", "verbatim", "shifted", "weights", "flipped bit"):
-        numeric = column in ("spread", "tensors", "verbatim", "shifted")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    columns = ("family", "as", "spread", "tensors", "verbatim", "shifted", "weights", "flipped bit")
+    cells = [
+        (
             row["kind"],
             row["activations"].upper(),
             str(row["spread"]),
@@ -248,7 +244,9 @@ def show_demo(console: Console, rows: Sequence[dict[str, Any]]) -> None:
             "[green]exact[/]" if row["exact"] else "[red]not exact[/]",
             "[green]found[/]" if row["flip_found"] else "[red]missed[/]",
         )
-    console.print(table)
+        for row in rows
+    ]
+    show_table(console, "MXFP4 -> NVFP4, a miniature of each family", columns, cells, right=range(2, 6))
     console.print(
         "\nEvery value of every tensor was compared with its source; then one bit was flipped, to see it found.\n"
         "Your own: [bold]fp4cast inspect SRC[/] says what will happen, [bold]fp4cast convert SRC DST[/] does it.\n"

@@ -271,7 +271,7 @@ def _show(console: Console, done: Quantized, verbose: bool) -> None:
     ]
     show_facts(console, f"wrote {exported.destination}", rows if verbose else [])
     if exported.inexact:
-        console.print(show_inexact(exported.inexact))
+        show_inexact(console, exported.inexact)
     if verbose:
         show_next(console, exported.serve)
 

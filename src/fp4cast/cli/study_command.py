@@ -11,6 +11,7 @@ from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.options import DryRun, Json
 from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import Steps
+from fp4cast.cli.tables import show_table
 from fp4cast.conversion.preview import Preview
 
 
@@ -46,4 +47,4 @@ def study(
     if as_json:
         print_json(document)
     else:
-        show.show(people_console(as_json), document, out)
+        show.show(people_console(as_json), document, out, show_table)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fp4cast.study.algorithms import TITLES
 
@@ -18,16 +18,14 @@ def _snr(result: dict[str, Any]) -> str:
     return "[green]exact[/]" if result["exact"] else f"{result['snr_db']:.1f}"
 
 
-def show(console: Console, document: dict[str, Any], out: Path | None) -> None:
+def show(console: Console, document: dict[str, Any], out: Path | None, show_table: Callable[..., None]) -> None:
     """Signal to noise of every scenario under every algorithm, then the claims."""
-    table = Table(title="signal to noise, dB", title_justify="left", box=None, pad_edge=False)
-    table.add_column("scenario")
-    for column in ("spread", "outside", *TITLES):
-        table.add_column(column, justify="right")
-    for each in document["scenarios"]:
-        results = map(_snr, each["algorithms"].values())
-        table.add_row(each["name"], str(each["spread"]), f"{each['outside']:,}", *results)
-    console.print(table)
+    rows = [
+        (each["name"], str(each["spread"]), f"{each['outside']:,}", *map(_snr, each["algorithms"].values()))
+        for each in document["scenarios"]
+    ]
+    columns = ("scenario", "spread", "outside", *TITLES)
+    show_table(console, "signal to noise, dB", columns, rows, right=range(1, len(columns)))
     console.print()
     for claim in document["claims"]:
         style = _STYLES[claim["status"]]
