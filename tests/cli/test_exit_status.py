@@ -1,8 +1,10 @@
-"""The same situation has the same exit status in every command: the table of docs/usage.md. Interruptions: see there."""
+"""The same situation has the same exit status in every command: the table of docs/usage.md."""
 
-import builtins
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,6 +14,7 @@ from fp4cast.cli.app import app
 from helpers import call, flip, lossy
 
 COMMANDS = typer.main.get_command(app).commands
+ROOT = Path(__file__).parents[2]
 WITH_SOURCE = ("inspect", "convert", "verify", "card", "calibrate", "ptq")
 
 
@@ -33,7 +36,7 @@ def command(name, source, tmp_path, destination=None):
 def status(*words):
     """The exit status, the same with and without `--json`, where there is an error's document."""
     done, people = call(*words, "--json"), call(*words)
-    assert done.exit_code == people.exit_code and people.stderr.count("error") <= 1
+    assert done.exit_code == people.exit_code and people.stderr.count("error: ") <= 1
     assert "Traceback" not in people.stderr
     return done.exit_code
 
@@ -90,31 +93,20 @@ def test_an_output_that_is_in_the_way(name, miniatures, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "missing"), [("calibrate", "torch"), ("ptq", "torch"), ("study", "matplotlib")])
-def test_a_missing_extra(name, missing, miniatures, tmp_path, monkeypatch):
+def test_a_missing_extra(name, missing, miniatures, tmp_path):
     words = command(name, miniatures["dense"], tmp_path) if name in WITH_SOURCE else [name, "--out", tmp_path / "page"]
-    import sys
-
-    for module in [each for each in sys.modules if each.split(".")[0] == missing or each.startswith("fp4cast.ptq")]:
-        monkeypatch.delitem(sys.modules, module)
-    real = builtins.__import__
-
-    def without(module, *rest, **named):
-        if module.split(".")[0] == missing:
-            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
-        return real(module, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setitem(sys.modules, missing, None)
-    done = call(*words, "--json")
-    assert done.exit_code == 1
+    script = f"import sys; sys.modules[{missing!r}] = None; from fp4cast.cli import main; main()"
+    line = [sys.executable, "-c", script, *map(str, words), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
     error = json.loads(done.stdout)["error"]
-    assert error["type"] == "MissingExtraError" and "pip install" in error["message"]
+    assert error["type"] == "MissingExtraError"
+    extra = "ptq" if missing == "torch" else "study"
+    assert f"pip install '{ROOT}[{extra}]'" in error["message"] and error["message"] in done.stderr
 
 
 def test_a_disk_without_space(miniatures, tmp_path, monkeypatch):
-    import shutil as there
-
-    usage = there.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     words = command("convert", miniatures["dense"], tmp_path)
     assert status(*words) == 1
@@ -126,3 +118,28 @@ def test_a_disk_without_space(miniatures, tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_written(name, miniatures, tmp_path):
     words = command(name, miniatures["dense"], tmp_path) if name in WITH_SOURCE else [name]
     assert status(*words, "--log", tmp_path / "no" / "log") == 1
+
+
+@pytest.mark.parametrize(
+    ("noted", "line"),
+    [
+        (None, "pip install 'fp4cast[ptq]'"),
+        ({"url": "file:///src", "dir_info": {}}, "pip install 'fp4cast[ptq] @ file:///src'"),
+        (
+            {"url": "https://host/fp4cast", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "pip install 'fp4cast[ptq] @ git+https://host/fp4cast@abc'",
+        ),
+    ],
+)
+def test_the_install_line_of_an_installed_package(tmp_path, noted, line):
+    """As pip notes it (PEP 610); of a checkout, see above."""
+    site = tmp_path / "lib" / "site"
+    shutil.copytree(ROOT / "src" / "fp4cast", site / "fp4cast")
+    info = site / "fp4cast-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fp4cast\nVersion: 0.1\n")
+    if noted:
+        (info / "direct_url.json").write_text(json.dumps(noted))
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from fp4cast.extras import install_line"
+    command = [sys.executable, "-c", f"{code}; print(install_line('ptq'))"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == line

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fp4cast.casting import tight_rule as exact
 from fp4cast.cli.app import app
+from fp4cast.extras import install_line
 from fp4cast.formats import E2M1, E4M3, mxfp4_values, nvfp4_values
 from fp4cast.study import algorithms, brute_force, page
 from fp4cast.study.added import ADDED
@@ -351,7 +352,7 @@ def test_what_fails_fails_before_the_work(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "is a file; --out takes a directory" in result.stderr
     monkeypatch.setattr("fp4cast.extras.importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "page")])
-    assert result.exit_code == 1 and "pip install 'fp4cast[study]'" in result.stderr
+    assert result.exit_code == 1 and install_line("study") in result.stderr
     assert not (tmp_path / "page").exists()
 
 
@@ -360,9 +361,7 @@ def test_scenarios_that_need_more_say_so(monkeypatch):
     from fp4cast.study.survey import _left_out
 
     real = next(scenario for scenario in ADDED if scenario.extra)
-    assert _left_out(real, quick=False) == (
-        "wordllama and gfloat not installed: pip install 'fp4cast[study]', or in a checkout pip install '.[study]'"
-    )
+    assert _left_out(real, quick=False) == f"wordllama and gfloat not installed: {install_line('study')}"
 
 
 def test_a_claim_that_fails_is_refuted():

@@ -16,7 +16,7 @@ import fp4cast
 from fp4cast.cli import card_command, demo_command, model_commands, push_commands, study_command
 from fp4cast.cli.application import Application, hyphens
 from fp4cast.cli.consent import agree_to_download, agree_to_push
-from fp4cast.cli.console import DONE, finish_output, people_console, print_json, run_or_exit
+from fp4cast.cli.console import DONE, exit_unless, finish_output, people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_files, show_inspection, show_part, show_report
 from fp4cast.cli.environment import environment, rows
 from fp4cast.cli.modelopt_options import PtqCommand
@@ -62,7 +62,6 @@ from fp4cast.verification.report import Report
 
 app = Application(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Turn an MXFP4 LLM checkpoint into an NVFP4 one: exactly, at the speed of a file copy, and prove it.",
@@ -231,8 +230,7 @@ def verify(
         print_json(report.to_json())
     else:
         show_report(people_console(as_json), report, "verified")
-    if not report.ok:
-        raise typer.Exit(1)
+    exit_unless(report.ok, f"{destination}: differs from {source}", report.differences)
 
 
 def verify_copy(destination: str, jobs: int | None, engine: EngineName, *, strict: bool, as_json: bool) -> None:
@@ -247,8 +245,7 @@ def verify_copy(destination: str, jobs: int | None, engine: EngineName, *, stric
         print_json(report.to_json())
     else:
         show_files(people_console(as_json), report)
-    if not report.ok:
-        raise typer.Exit(1)
+    exit_unless(report.ok, f"{destination}: differs from its receipt", report.differences)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +27,7 @@ from fp4cast.cli.tables import width_of
 from fp4cast.cli.verbosity import ASKED, saying
 from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
+from fp4cast.verification.report import Difference
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -87,6 +88,17 @@ def exit_with(error: BaseException, as_json: bool, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def exit_unless(ok: bool, what: str, differences: Sequence[Difference]) -> None:
+    """Exit with 1 for a check that failed; its report says why, or one line where `--quiet` wants no report."""
+    if ok:
+        return
+    message = f"{what} in {len(differences)} places; the first is {differences[0]}"
+    LOG.debug("exit status 1: %s", message)
+    if ASKED.quiet:
+        _print_error(printable(message))
+    raise typer.Exit(1)
+
+
 def _public_name(kind: type[BaseException]) -> str:
     """The name of an error's class as `fp4cast.errors` has it, also for a private subclass."""
     return next((each.__name__ for each in kind.__mro__ if each.__name__ in errors.__all__), kind.__name__)
@@ -141,6 +153,7 @@ def run_or_exit(
             DONE.result = None
             DONE.result = result = work(meter)
             interruption.say(_was_done())
+            LOG.info("done: %s", DONE.written or DONE.command)
             return result
     except UsageError as error:
         exit_with(error, as_json, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+LOG = logging.getLogger(__name__)
 _PHASES = {
     "scan": "reading scales",
     "download": "downloading",
@@ -87,6 +89,8 @@ class Meter:
     def __call__(self, phase: str, amount: int, total: int) -> None:
         """Add the amount just done in a phase, in bytes or in the phase's own unit."""
         with self.lock:
+            if phase not in self.begin:
+                LOG.info("%s: %s in all", _PHASES.get(phase, phase), self._amount(phase, total))
             self.begin.setdefault(phase, self.latest)  # a phase began at the previous phase's last report
             self.latest = time.monotonic()
             self.done[phase] += amount
@@ -98,6 +102,10 @@ class Meter:
             elif time.monotonic() - self.last >= self.every:
                 self.last = time.monotonic()
                 self._line(phase, total)
+
+    @staticmethod
+    def _amount(phase: str, amount: int) -> str:
+        return f"{amount} {_COUNTED[phase]}" if phase in _COUNTED else format_bytes(amount)
 
     def _line(self, phase: str, total: int) -> None:
         done = self.done[phase]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
+
+LOG = logging.getLogger(__name__)
 
 
 def convert(
@@ -153,4 +156,17 @@ def prepare(
     """(DST without links, the plan): everything that is decided before a byte is written; arguments as in `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_place(source, destination)
-    return destination, make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
+    plan = make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
+    LOG.info(
+        "%s: %s; %d tensors to cast in %d scale domains, %d of them exact; as %s %s",
+        source,
+        plan.source.family.title,
+        len(plan.selection.cast),
+        len(plan.domains),
+        sum(domain.exact for domain in plan.domains),
+        plan.target.layout.name,
+        plan.target.activations,
+    )
+    for domain in plan.domains:
+        LOG.debug("%s: %s", domain.name, domain.scaling)
+    return destination, plan

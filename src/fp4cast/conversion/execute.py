@@ -89,6 +89,7 @@ def execute(
     for shard, finished in zip(todo, engine.map(work, todo, progress), strict=True):
         if finished.damage:
             LOG.warning("%s; it was written again", finished.damage)
+        LOG.info("%s: %s, %d bytes", shard.file, "kept" if finished.kept else "written", shard.layout.size)
         found[shard.file] = finished
     return found
 

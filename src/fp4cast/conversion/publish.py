@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,8 @@ from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.receipt import Receipt, input_scales_digest, weight_digest
 from fp4cast.verification.report import InexactTensor, Report, inexact_tensor
 from fp4cast.verification.verify import verify_checkpoint
+
+LOG = logging.getLogger(__name__)
 
 
 def publish(
@@ -63,7 +66,9 @@ def publish(
     if verify:
         look = look or partial(_look, plan, stage, engine, lambda n, of: progress("verify", n, of))
         report = _verified(plan, stage, report, look())
+    LOG.info("%s: %d files, %s", stage.out, len(files) + 1, "compared with the source" if verify else "not read back")
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
+    LOG.info("%s: published", stage.destination)
     return report
 
 
