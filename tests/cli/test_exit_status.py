@@ -11,6 +11,7 @@ import typer
 
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.cli.app import app
+from fp4cast.extras import install_line
 from helpers import call, flip, lossy
 
 COMMANDS = typer.main.get_command(app).commands
@@ -101,8 +102,8 @@ def test_a_missing_extra(name, missing, miniatures, tmp_path):
     assert done.returncode == 1
     error = json.loads(done.stdout)["error"]
     assert error["type"] == "MissingExtraError"
-    extra = "ptq" if missing == "torch" else "study"
-    assert f"pip install '{ROOT}[{extra}]'" in error["message"] and error["message"] in done.stderr
+    line = install_line("ptq" if missing == "torch" else "study")
+    assert line in error["message"] and error["message"] in done.stderr
 
 
 def test_a_disk_without_space(miniatures, tmp_path, monkeypatch):
@@ -117,29 +118,5 @@ def test_a_disk_without_space(miniatures, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_log_that_cannot_be_written(name, miniatures, tmp_path):
     words = command(name, miniatures["dense"], tmp_path) if name in WITH_SOURCE else [name]
+    words += ["dst", "org/name"] * (name == "push")
     assert status(*words, "--log", tmp_path / "no" / "log") == 1
-
-
-@pytest.mark.parametrize(
-    ("noted", "line"),
-    [
-        (None, "pip install 'fp4cast[ptq]'"),
-        ({"url": "file:///src", "dir_info": {}}, "pip install 'fp4cast[ptq] @ file:///src'"),
-        (
-            {"url": "https://host/fp4cast", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
-            "pip install 'fp4cast[ptq] @ git+https://host/fp4cast@abc'",
-        ),
-    ],
-)
-def test_the_install_line_of_an_installed_package(tmp_path, noted, line):
-    """As pip notes it (PEP 610); of a checkout, see above."""
-    site = tmp_path / "lib" / "site"
-    shutil.copytree(ROOT / "src" / "fp4cast", site / "fp4cast")
-    info = site / "fp4cast-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fp4cast\nVersion: 0.1\n")
-    if noted:
-        (info / "direct_url.json").write_text(json.dumps(noted))
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); from fp4cast.extras import install_line"
-    command = [sys.executable, "-c", f"{code}; print(install_line('ptq'))"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == line

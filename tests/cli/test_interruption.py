@@ -35,11 +35,11 @@ Meter.__enter__ = Steps.__enter__ = wait
 # Says when the work is done, and the report is to be printed.
 REPORT = """
 import sys, time
-from fp4cast.cli import app, card_command, console, demo_command
+from fp4cast.cli import app, card_command, console, demo_command, push_commands
 def wait(*_):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
-for module in (app, card_command, demo_command):
+for module in (app, card_command, demo_command, push_commands):
     module.people_console = wait
 """
 RUN = "from fp4cast.cli import main; main()"
@@ -54,6 +54,7 @@ def words(command, miniatures, converted, tmp_path):
         "card": [source, destination],
         "calibrate": [source, "--out", tmp_path / "amax.json", "--dataset", "x.txt"],
         "ptq": ["--model", source, "--qformat", "nvfp4", "--export-path", tmp_path / "dst"],
+        "push": [destination, "org/name", "--yes"],
         "study": ["--quick"],
     }.get(command, [])
 
@@ -93,8 +94,8 @@ def test_while_it_works(command, as_json, miniatures, converted, tmp_path):
     code, out, err = interrupted(WORK, [command, *given, *["--json"] * as_json], 0.1)
     assert code == 130
     message = err.removeprefix("error: ").strip()
-    own = {"card": "writes it whole", "demo": "what was made is deleted"}.get(command, "the same command begins anew")
-    assert message.startswith("interrupted: ") and own in message
+    own = {"card": "writes it whole", "demo": "what was made is deleted", "push": "the same command goes on"}
+    assert message.startswith("interrupted: ") and own.get(command, "the same command begins anew") in message
     assert (json.loads(out)["error"] == {"type": "KeyboardInterrupt", "message": message}) if as_json else not out
     assert tree(tmp_path) == before
 

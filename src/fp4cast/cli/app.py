@@ -56,7 +56,6 @@ from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.conversion.preview import preview_conversion
 from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.parallel.engines import EngineName
-from fp4cast.parallel.progress import Progress
 from fp4cast.verification.files import verify_files
 from fp4cast.verification.report import Report
 
@@ -105,7 +104,6 @@ class Rest(TypedDict):
     overwrite: bool
     verify: bool
     sync: bool
-    progress: Progress
 
 
 @app.command()
@@ -155,15 +153,13 @@ def convert(
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return
 
+    rest = Rest(jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, sync=not no_sync)
+
     def work(meter: Meter) -> Report:
-        how = Rest(
-            jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, sync=not no_sync, progress=meter
-        )
         if finish:
-            return job_array.finish(source, destination, options, **how)
-        if stream:
-            return convert_streamed(source, destination, options, resume=resume, restart=restart, **how)
-        return convert_checkpoint(source, destination, options, resume=resume, restart=restart, **how)
+            return job_array.finish(source, destination, options, progress=meter, **rest)
+        run = convert_streamed if stream else convert_checkpoint
+        return run(source, destination, options, resume=resume, restart=restart, progress=meter, **rest)
 
     report = run_or_exit(as_json, work)
     push_commands.push_and_show(report, place, destination, as_json)

@@ -18,6 +18,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "fp4cast convert SRC DST --activations w4a4 --input-scales amax.json",
             "With `calibrate`'s activation scales.",
         ),
+        (
+            "fp4cast convert ORG/NAME DST --stream --push ME/NAME-NVFP4",
+            "On a disk for DST and a few shards; then upload DST, once you agreed.",
+        ),
         ("fp4cast convert SRC DST --shards 2/8", "The second of eight parts; --finish publishes them."),
     ),
     "verify": (
@@ -25,6 +29,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("fp4cast verify DST", "After a copy: are the files what was written?"),
         ("fp4cast verify SRC DST --strict --quiet", "For scripts: the exit status says it."),
     ),
+    "push": (("fp4cast push DST ME/NAME-NVFP4", "Into a private repository, once you agreed."),),
     "card": (("fp4cast card SRC DST --source-id openai/gpt-oss-20b", "Name the source that SRC is a copy of."),),
     "calibrate": (
         ("fp4cast calibrate SRC --out amax.json --dataset text.txt", "On a text file."),

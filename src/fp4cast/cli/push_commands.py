@@ -11,8 +11,10 @@ from rich.console import Console
 from fp4cast.cli.consent import agree_to_push
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_facts, show_report
-from fp4cast.cli.options import Jobs, Json, Yes
+from fp4cast.cli.options import DryRun, Jobs, Json, Yes
+from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import Meter, format_bytes
+from fp4cast.conversion.preview import Preview
 from fp4cast.conversion.push import Pushed, files_to_push
 from fp4cast.conversion.push import push as push_destination
 from fp4cast.errors import Fp4CastError
@@ -26,6 +28,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it; otherwise it is private.")] = False,
     jobs: Jobs = None,
     yes: Yes = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Upload DST to a repository on the Hub, once its files are seen to be what `convert` wrote.
@@ -33,6 +36,9 @@ def push(
     The same command goes on where an interrupted one has stopped.
     """
     files = run_or_exit(as_json, lambda _: files_to_push(destination), only_looks=True)
+    if dry_run:
+        tell_preview(Preview(repository, files, notes=["the Hub was not asked"]), as_json)
+        return
     what = f"{destination}: {len(files)} files, {format_bytes(sum(files.values()))},"
     place = agree_to_push(repository, what, public=public, yes=yes, as_json=as_json)
 
