@@ -112,7 +112,14 @@ def test_a_lost_document_is_a_failure(miniatures, tmp_path, target):
 @pytest.mark.parametrize("target", ["full", "pipe", "closed"])
 def test_a_command_that_only_looks_fails_with_its_output(miniatures, converted, target):
     source, destination = miniatures["dense"], converted["dense"]
-    for words in (["inspect", source], ["inspect", source, "--json"], ["verify", source, destination], ["--version"]):
+    dry = ["convert", source, destination.parent / "new", "--dry-run"]
+    for words in (
+        dry,
+        ["inspect", source],
+        ["inspect", source, "--json"],
+        ["verify", source, destination],
+        ["--version"],
+    ):
         assert into(target, *words) == (1, "" if target == "pipe" else REASON[target] + "\n")
 
 
