@@ -137,8 +137,7 @@ def convert(
 
     The same command goes on where an interrupted run has stopped.
     """
-    alone = resume or restart
-    refuse_together(shards, finish=finish, alone=alone, no_verify=no_verify, engine=engine, as_json=as_json)
+    refuse_together(shards, finish=finish, alone=resume or restart, read=not no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
     refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
@@ -152,7 +151,6 @@ def convert(
     if shards is not None:
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return
-
     rest = Rest(jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, sync=not no_sync)
 
     def work(meter: Meter) -> Report:

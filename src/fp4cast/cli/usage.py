@@ -36,10 +36,10 @@ class Commands(HelpedGroup):
 
 
 def refuse_together(
-    shards: str | None, *, finish: bool, alone: bool, no_verify: bool, engine: EngineName, as_json: bool
+    shards: str | None, *, finish: bool, alone: bool, read: bool, engine: EngineName, as_json: bool
 ) -> None:
     """Exit with 2 for options that cannot go together."""
-    if shards is not None and no_verify:
+    if shards is not None and not read:
         exit_with(UsageError("--shards verifies nothing; pass --no-verify with --finish"), as_json, 2)
     if shards is not None and finish:
         exit_with(
