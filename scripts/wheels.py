@@ -56,12 +56,25 @@ def build(scratch: Path) -> tuple[Path, Path, Path]:
     return sdist, compiled, pure
 
 
-def try_out(file: Path, scratch: Path, version: str, *, compiled: bool) -> None:
+def uv_finds_packages() -> bool:
+    """Whether uv reaches an index; it does not read pip's settings."""
+    asked = [BIN / "uv", "--quiet", "pip", "compile", "-"]
+    try:
+        return subprocess.run(asked, input=b"typer\n", capture_output=True, timeout=60, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def try_out(file: Path, scratch: Path, version: str, *, compiled: bool, with_uv: bool) -> None:
     """Install a file into a fresh environment, and run the demo there."""
     home = scratch / f"venv-{file.name}"
-    run(BIN / "uv", "venv", "--seed", "--python", sys.executable, home)  # much quicker than `python -m venv` and pip
     python, fp4cast = home / "bin" / "python", home / "bin" / "fp4cast"
-    run(BIN / "uv", "pip", "install", "--python", python, file)
+    if with_uv:  # much quicker
+        run(BIN / "uv", "venv", "--seed", "--python", sys.executable, home)
+        run(BIN / "uv", "pip", "install", "--python", python, file)
+    else:
+        run(sys.executable, "-m", "venv", home)
+        run(python, "-m", "pip", "install", file)
     if run(fp4cast, "--version", cwd=scratch).split() != ["fp4cast", version]:
         sys.exit(f"FAILED: {file.name}: --version is not fp4cast {version}")
     found = json.loads(run(fp4cast, "env", "--json", cwd=scratch))["compiled_transpose"]
@@ -81,14 +94,19 @@ def main() -> None:
         run(BIN / "twine", "check", "--strict", *DIST.iterdir())
         print(f"ok  twine check --strict: {', '.join(path.name for path in sorted(DIST.iterdir()))}")
         version = sdist.name.removeprefix("fp4cast-").removesuffix(".tar.gz")
+        with_uv = uv_finds_packages()
         for file in (sdist, compiled, pure):
-            try_out(file, scratch, version, compiled=file != pure)
+            try_out(file, scratch, version, compiled=file != pure, with_uv=with_uv)
         runners = {
             "uvx": (BIN / "uvx", "--isolated", "--from", compiled, "fp4cast", "--version"),
             "pipx run": (BIN / "pipx", "run", "--no-cache", "--spec", compiled, "fp4cast", "--version"),
         }
+        if not with_uv:
+            print("--  uv reaches no index from here: packages were installed by pip, and uvx was not tried")
+            del runners["uvx"]
+        pipx = {"PIPX_HOME": str(BIN.parent / "pipx"), "PIPX_DEFAULT_BACKEND": "pip"}
         for name, command in runners.items():
-            if run(*command, cwd=scratch, PIPX_HOME=str(BIN.parent / "pipx")).split() != ["fp4cast", version]:
+            if run(*command, cwd=scratch, **pipx).split() != ["fp4cast", version]:
                 sys.exit(f"FAILED: {name} does not print fp4cast {version}")
             print(f"ok  {name}")
 
