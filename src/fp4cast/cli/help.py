@@ -59,8 +59,8 @@ def entries(rows: list[tuple[str, str]], width: int) -> str:
     >>> print(entries([("--jobs N", "Threads."), ("--a-name, --another-name N", "Also threads.")], 26))
       --jobs N
           Threads.
-      --a-name,
-          --another-name N
+      --a-name, --another-name
+          N
           Also threads.
     """
     column = min(_COLUMN, max(len(names) for names, _ in rows) + 4) if width >= 70 else 0
