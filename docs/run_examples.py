@@ -38,7 +38,7 @@ INSTEAD = {
     "trtllm-serve": (":", "needs a GPU"),
     "sbatch": ('if [ "${*: -2:1}" = --wrap ]; then eval "${*: -1}"; fi', "needs Slurm: what it wraps runs here"),
 }
-# Words of `sh` blocks that are others here: smaller numbers, and places that exist.
+# Words of `sh` blocks that are others here: smaller numbers, places that exist, no Hub (tests/hub has one).
 SMALLER = {
     "./dev": "dev",
     "/shared/": "shared/",
@@ -48,11 +48,15 @@ SMALLER = {
     "--points 5000 --random 200": "--points 5 --random 1",
     "--flips 10000": "--flips 50 --lies 20",
     "study --out": "study --quick --out",
+    "--stream": "",
+    "--push me/gpt-oss-20b-NVFP4": "",
+    "fp4cast push": "fp4cast push --dry-run",
 }
 # Checkpoints that pages name: the miniature, or directory of the repository, that stands for each.
 CHECKPOINTS = {
     "SRC": "tests/fixtures/gpt-oss-tiny",
     "openai/gpt-oss-20b": "tests/fixtures/gpt-oss-tiny",
+    "openai/gpt-oss-120b": "tests/fixtures/gpt-oss-tiny",
     "Qwen3-30B-A3B-MXFP4": "moe",
     "shared/Kimi-K3": "kimi-k3",
 }
