@@ -109,8 +109,9 @@ def test_the_destination_is_that_of_an_ordinary_conversion(hub, miniatures, conv
 
 def test_card_and_receipt_name_the_model_and_its_commit_either_way(hub, miniatures, tmp_path):
     hub.add("org/model", miniatures["moe"])
-    fp4cast.convert("org/model", tmp_path / "whole")
-    streamed(tmp_path / "dst")
+    whole = fp4cast.convert("org/model", tmp_path / "whole")
+    report = streamed(tmp_path / "dst")
+    assert (report.card, report.left_out) == (str(tmp_path / "dst" / "README.md"), whole.left_out)
     assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
     said = json.loads((tmp_path / "dst" / "fp4cast.json").read_text())["source"]
     assert said["id"] == "org/model" and len(said["revision"]) == 40

@@ -16,7 +16,7 @@ from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import Constant, OutputShard
 from fp4cast.conversion.staging import GuidedError
 from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, state_of, sweep
-from fp4cast.errors import CheckpointError, DestinationError
+from fp4cast.errors import CheckpointError, DestinationError, UsageError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
 from fp4cast.verification.files import verify_files
@@ -144,6 +144,17 @@ def looks_complete(plan: Plan, destination: Path) -> bool:
         )
     except (OSError, CheckpointError):
         return False
+
+
+def check_resumption(*, resume: bool, restart: bool) -> None:
+    """Raise a UsageError for a run that shall go on and begin anew."""
+    if resume and restart:
+        raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
+
+
+def may_be_complete(plan: Plan, destination: Path, *, resume: bool, restart: bool, overwrite: bool) -> bool:
+    """Whether a run should look for a destination that it has nothing to add to."""
+    return not restart and (resume or not overwrite or marked(plan, destination))
 
 
 def marked(plan: Plan, destination: Path) -> bool:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from fp4cast.checkpoints.card_files import CARD
-from fp4cast.checkpoints.left_out import left_out
-from fp4cast.conversion.complete import complete_or_write, marked
+from fp4cast.conversion.complete import check_resumption, complete_or_write, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
-from fp4cast.conversion.publish import publish
+from fp4cast.conversion.publish import finished, publish
 from fp4cast.conversion.staging import staging
 from fp4cast.conversion.streaming import convert_streamed
-from fp4cast.errors import UsageError
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
@@ -114,10 +110,9 @@ def convert_checkpoint(
 ) -> Report:
     """Like `convert`, with its options in one object."""
     begin, worker = time.monotonic(), make_engine(engine, jobs)
-    if resume and restart:
-        raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
+    check_resumption(resume=resume, restart=restart)
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
-    look = not restart and (resume or not overwrite or marked(plan, destination))
+    look = may_be_complete(plan, destination, resume=resume, restart=restart, overwrite=overwrite)
 
     def write() -> Report:
         with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
@@ -140,14 +135,6 @@ def convert_checkpoint(
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
     return finished(plan, report, dst, time.monotonic() - begin)
-
-
-def finished(plan: Plan, report: Report, dst: str | Path, seconds: float) -> Report:
-    """The report on a published destination, as the caller calls it; people may have deleted its card since."""
-    card = Path(dst) / CARD
-    named = str(card) if plan.card and card.is_file() else None
-    missing = left_out(plan.source.checkpoint)
-    return replace(report, destination=str(dst), seconds=seconds, card=named, left_out=missing)
 
 
 def prepare(

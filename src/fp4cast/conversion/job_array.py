@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.conversion.complete import complete_or_write, looks_complete, marked
-from fp4cast.conversion.convert import finished, prepare
+from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.execute import Finished, execute, find_finished
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged
-from fp4cast.conversion.publish import publish
+from fp4cast.conversion.publish import finished, publish
 from fp4cast.conversion.staging import GuidedError, Staging, staging
 from fp4cast.conversion.working_directory import state_of
 from fp4cast.errors import UsageError

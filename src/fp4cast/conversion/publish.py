@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from fp4cast.cards.metadata import read_metadata
 from fp4cast.cards.subject import Subject
@@ -14,6 +14,7 @@ from fp4cast.cards.text import card_files
 from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.checksums import Checksum
 from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
+from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.staging import Staging
@@ -70,6 +71,14 @@ def publish(
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     LOG.info("%s: published", stage.destination)
     return report
+
+
+def finished(plan: Plan, report: Report, dst: str | Path, seconds: float) -> Report:
+    """The report on a published destination, as the caller calls it; people may have deleted its card since."""
+    card = Path(dst) / CARD
+    named = str(card) if plan.card and card.is_file() else None
+    missing = left_out(plan.source.checkpoint)
+    return replace(report, destination=str(dst), seconds=seconds, card=named, left_out=missing)
 
 
 def _card(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Checksum]) -> dict[str, bytes]:

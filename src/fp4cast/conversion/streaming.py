@@ -17,11 +17,11 @@ from pathlib import Path
 from fp4cast.checkpoints.directory import Checkpoint, Stamps
 from fp4cast.checkpoints.header import read_header
 from fp4cast.conversion.compared import Notes
-from fp4cast.conversion.complete import as_noted, marked
+from fp4cast.conversion.complete import as_noted, check_resumption, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.execute import Finished, execute, find_finished, tallies_of
 from fp4cast.conversion.plan import ConvertOptions, Plan, plan_conversion
-from fp4cast.conversion.publish import publish
+from fp4cast.conversion.publish import finished, publish
 from fp4cast.conversion.schedule import Group, Schedule, Turn
 from fp4cast.conversion.staging import FREE_MARGIN, Staging, staging
 from fp4cast.conversion.working_directory import downloads_of
@@ -78,8 +78,7 @@ def convert_streamed(
     begin, worker = time.monotonic(), make_engine(engine, jobs)
     if engine != "local":
         raise UsageError("--stream works on this machine alone; leave out --engine")
-    if resume and restart:
-        raise UsageError("--resume goes on with what is finished, --restart begins anew: pass one")
+    check_resumption(resume=resume, restart=restart)
     repository, destination = _look_up(src), real_path(dst)
     options = replace(options, source_id=options.source_id or str(repository))
     with tempfile.TemporaryDirectory(prefix="fp4cast-") as scratch, RemoteFiles(repository) as files:
@@ -88,15 +87,14 @@ def convert_streamed(
             check_place(small.parent, destination)
             download_small(repository, small)
             plan = _plan(files, small, downloads_of(destination), options, jobs, progress)
-            look = not restart and (resume or not overwrite or marked(plan, destination))
+            look = may_be_complete(plan, destination, resume=resume, restart=restart, overwrite=overwrite)
             done = as_noted(plan, destination, jobs, overwrite=overwrite, progress=progress) if look else None
             if done is None:
                 with staging(small, destination, overwrite=overwrite, sync=sync) as stage:
                     stage.adopt(plan.fingerprint, resume=resume, restart=restart)
                     run = _Run(plan, stage, repository, worker, verify, sync, ahead, progress)
                     done = run.publish(str(dst), run.shards(), overwrite=overwrite)
-    seconds = time.monotonic() - begin
-    return replace(done, source=str(repository), destination=str(dst), seconds=seconds)
+            return replace(finished(plan, done, dst, time.monotonic() - begin), source=str(repository))
 
 
 def _look_up(src: str | Path) -> Repository:
