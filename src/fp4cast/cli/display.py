@@ -189,8 +189,8 @@ def show_files(console: Console, report: FilesReport) -> None:
         ("receipt", f"{escape(printable(claims))}; `fp4cast verify SRC DST` compares every value"),
         ("time", f"{report.seconds:.1f} s, {format_bytes(report.bytes / max(report.seconds, 1e-9))}/s"),
     ]
-    if wrong := sum(difference.area != "companions" for difference in report.differences):
-        rows.insert(1, ("damage", f"[red]WRONG[/]: files that are not as they were written: {wrong}"))
+    if wrong := report.damage:
+        rows.insert(1, ("damage", f"[red]WRONG[/]: files that are not as they were written: {len(wrong)}"))
     show_facts(console, f"{'as written' if report.ok else 'damaged'} {report.destination}", rows)
     _show_differences(console, report.differences)
 

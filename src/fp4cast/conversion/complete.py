@@ -103,7 +103,7 @@ def as_noted(plan: Plan, destination: Path, jobs: int | None, *, overwrite: bool
     found = verify_files(destination, jobs=jobs, progress=lambda n, of: progress("check", n, of))
     if overwrite and found.differences:
         return None
-    if wrong := [difference for difference in found.differences if difference.area != "companions"]:
+    if wrong := found.damage:
         raise DestinationError(
             f"{destination}: was written with these options, but files are not as they were written: {len(wrong)}, the "
             f"first is {wrong[0]}; pass --overwrite to write it again"

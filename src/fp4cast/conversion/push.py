@@ -79,7 +79,7 @@ def push(
     begin, files = time.monotonic(), files_to_push(directory)
     if check:
         found = verify_files(directory, jobs=jobs, progress=progress)
-        if wrong := [difference for difference in found.differences if difference.area != "companions"]:
+        if wrong := found.damage:
             raise DestinationError(
                 f"{directory}: files that are not as they were written: {len(wrong)}, the first is {wrong[0]}; nothing "
                 "was uploaded"

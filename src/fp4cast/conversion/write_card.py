@@ -26,7 +26,7 @@ from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.opened import Opened, open_both
 from fp4cast.verification.receipt import Receipt
 from fp4cast.verification.report import Report
-from fp4cast.verification.verify import verify_checkpoint
+from fp4cast.verification.verify import verify_opened
 
 
 def write_card(
@@ -84,16 +84,18 @@ def _compare(
     source: Path, destination: Path, source_id: str | None, overwrite: bool, jobs: int | None, progress: Progress
 ) -> tuple[Receipt, Opened, Subject]:
     """(the receipt, both sides, what the card is about), every value compared."""
-    day, receipt = source_date(), Receipt.read(destination)
+    begin, day, receipt = time.monotonic(), source_date(), Receipt.read(destination)
     _check(destination, receipt, overwrite)
     engine = make_engine("local", jobs)
-    found = verify_checkpoint(source, destination, engine=engine, progress=lambda n, of: progress("verify", n, of))
+    opened = open_both(source, destination, CONFIG)
+    found = verify_opened(
+        opened, engine=engine, strict=False, progress=lambda n, of: progress("verify", n, of), begin=begin
+    )
     if not found.ok:
         raise VerificationError(
             f"{destination}: differs from {source} in {len(found.differences)} places, the first is "
             f"{found.differences[0]}; no card was written"
         )
-    opened = open_both(source, destination, CONFIG)
     origin = origin_of(source, source_id)
     domains = find_domains(
         opened.selection.cast, inexact="report", jobs=jobs, progress=lambda n, of: progress("scan", n, of)

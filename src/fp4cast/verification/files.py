@@ -52,6 +52,11 @@ class FilesReport:
         """Whether every file that an engine reads is as it was written."""
         return passes(self.differences, strict=self.strict)
 
+    @property
+    def damage(self) -> list[Difference]:
+        """What an engine reads and is not as it was written."""
+        return [difference for difference in self.differences if difference.area != "companions"]
+
     def to_json(self) -> dict[str, Any]:
         """The JSON document that the command line prints."""
         return {

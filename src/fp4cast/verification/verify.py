@@ -73,6 +73,11 @@ def verify_checkpoint(
 ) -> Report:
     """Like `verify`, on directories, with the config under any name: `convert` verifies before it publishes."""
     begin, opened = time.monotonic(), open_both(source, destination, config)
+    return verify_opened(opened, engine=engine, strict=strict, progress=progress, begin=begin)
+
+
+def verify_opened(opened: Opened, *, engine: Engine, strict: bool, progress: AdvanceOf, begin: float) -> Report:
+    """Like `verify`, of both sides as they were opened; `begin` as for `judge`."""
     total = opened.source.checkpoint.total_size + opened.destination.total_size
 
     def compare(todo: list[ShardWork]) -> Iterator[ShardFindings]:
