@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from fp4cast.casting import one_tensor
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, closed_form
+from fp4cast.casting.tight_rule import WINDOW, closed_form
 from fp4cast.errors import ScaleError, ShapeError
 from fp4cast.extras import require
 from fp4cast.formats import E8M0_BIAS, E8M0_NAN, MX_BLOCK_BYTES
@@ -70,7 +70,7 @@ def cast(codes: Tensor, scales: Tensor, inexact: str = "fail") -> Cast:
     low, high = torch.stack(torch.aminmax(exponents)).tolist()
     if high == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
-    if high - low > E_MAX - E_MIN:
+    if high - low > WINDOW:
         return _slow(codes, exponents, inexact)
     m = closed_form(high - E8M0_BIAS)
     block_scales = _powers(exponents, m).view(torch.float8_e4m3fn)

@@ -7,10 +7,10 @@ are those of Okabe and Ito; each has a texture or a shape of its own, too, and d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from xml.sax.saxutils import escape
+from html import escape
 
-from fp4cast.cards.subject import WINDOW, Layer, ScaleDomain, layers, shares
-from fp4cast.casting.tight_rule import MARLIN_BINADES
+from fp4cast.cards.subject import Layer, ScaleDomain, layers, shares
+from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 
 _WIDTH = 400
 _LEFT, _RIGHT, _TOP = 42, 372, 74  # the edges of the chart
@@ -66,7 +66,8 @@ def draw(domains: Sequence[ScaleDomain]) -> str:
     whole = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{size}" viewBox="0 0 {_WIDTH} {size}" '
         'role="img" font-family="Helvetica, Arial, sans-serif">',
-        f"<title>Exponents of each layer, and both windows</title>\n<desc>{escape(describe(domains))}</desc>",
+        "<title>Exponents of each layer, and both windows</title>",
+        f"<desc>{escape(describe(domains), quote=False)}</desc>",
         _DEFS,
         f'<rect x=".5" y=".5" width="{_WIDTH - 1}" height="{size - 1}" rx="6" fill="#FFFFFF" stroke="{_FAINT}"/>',
         _text(12, 22, "Exponents of each layer, and both windows", size=15, weight="bold"),
@@ -160,4 +161,4 @@ def _legend(domains: Sequence[ScaleDomain], y: int) -> Iterator[str]:
 
 def _text(x: float, y: float, words: str, *, size: int = 11, anchor: str = "", weight: str = "") -> str:
     more = "".join(f' {name}="{value}"' for name, value in (("text-anchor", anchor), ("font-weight", weight)) if value)
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{_INK}"{more}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{_INK}"{more}>{escape(words, quote=False)}</text>'

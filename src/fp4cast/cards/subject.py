@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from fp4cast._version import __version__
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, Scaling
+from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.origin import Origin
 from fp4cast.errors import UsageError
 from fp4cast.families.family import Pair, Source
@@ -19,8 +19,6 @@ from fp4cast.families.served import Service, failing_rows, serving_rows
 from fp4cast.formats import Activations
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.verification.report import Report
-
-WINDOW = E_MAX - E_MIN  # binades that NVFP4 block scales hold
 
 
 class ScaleDomain(Protocol):

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from fp4cast.cards.markdown import code, gigabytes, plural, table
 from fp4cast.cards.metadata import front_matter, licence, licence_files, metadata
 from fp4cast.cards.picture import describe, draw
-from fp4cast.cards.subject import WINDOW, Kind, Subject, cast_kinds, kept_kinds
-from fp4cast.casting.tight_rule import MARLIN_BINADES
+from fp4cast.cards.subject import Kind, Subject, cast_kinds, kept_kinds
+from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 from fp4cast.checkpoints.card_files import CARD, PICTURE, beside_card
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.families.served import command_of

@@ -26,6 +26,7 @@ from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, E8M0_NAN, Bytes
 Ints = npt.NDArray[np.int64]
 
 E_MIN, E_MAX = -9, 8  # E4M3 holds 2^e exactly for e in [E_MIN, E_MAX]
+WINDOW = E_MAX - E_MIN  # binades that the exponents of a domain may span without a shift
 MARLIN_BINADES = 14  # vLLM's Marlin kernels zero block scales further below the largest
 M_NORMAL = -126  # 2^m is a normal FP32 number from here up; a GPU flushes subnormal ones to zero
 _BATCH = 4096  # blocks whose codes are read together
@@ -258,7 +259,7 @@ def choose(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
     """
     extents = [_extent(source) for source in domain]
     k_min, k_max = min(low for low, _ in extents), max(high for _, high in extents)
-    if k_max - k_min <= E_MAX - E_MIN:
+    if k_max - k_min <= WINDOW:
         return _power(closed_form(k_max), k_min, k_max, k_max - E_MAX, k_min - E_MIN), None
     search = Search()
     for source in domain:

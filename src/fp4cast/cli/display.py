@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, MARLIN_BINADES
+from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 from fp4cast.cli.progress import format_bytes
 from fp4cast.cli.tables import show_table, show_wrapped
 from fp4cast.conversion.inspection import Inspection
@@ -19,7 +19,6 @@ from fp4cast.formats import KvCache
 from fp4cast.verification.files import FilesReport
 from fp4cast.verification.report import Difference, InexactTensor, Report
 
-WINDOW = E_MAX - E_MIN
 _SHOWN = 8
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4cast.casting.nearest import before_and_after, block_scale_bytes, choose_nearest
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, Scaling, choose, closed_form
+from fp4cast.casting.tight_rule import WINDOW, ArrayBlocks, Ints, Scaling, choose, closed_form
 from fp4cast.errors import ScaleError, ShapeError, UnsupportedError, UsageError
 from fp4cast.formats import (
     E4M3,
@@ -179,7 +179,7 @@ def compute_global_amax_for_scales(scales: Tensor) -> tuple[float, AmaxFacts]:
     if found.max() == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
     k_min, k_max = (int(end) - E8M0_BIAS for end in (found.min(), found.max()))
-    if k_max - k_min > E_MAX - E_MIN:
+    if k_max - k_min > WINDOW:
         raise UsageError(
             f"scales: exponents {k_min} to {k_max} span {k_max - k_min} binades, so that codes decide; "
             "call compute_amax_for_mxfp4(blocks, scales)"

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from fp4cast.casting.nearest import choose_nearest, encode
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, ArrayBlocks, Ints, halve, scale_table
+from fp4cast.casting.tight_rule import E_MAX, E_MIN, WINDOW, ArrayBlocks, Ints, halve, scale_table
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK, TENSOR_TOP, Bytes, pack, unpack
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
@@ -88,7 +88,7 @@ def midpoint(source: Mxfp4) -> Nvfp4:
 
     Halves are rounded up, the median is the lower one, and S stays in FP32.
     """
-    if source.spread <= E_MAX - E_MIN:
+    if source.spread <= WINDOW:
         return verbatim(source, min(-(-(source.k_max - E_MAX + source.k_min - E_MIN) // 2), 127))
     median = int(np.sort(source.used)[(len(source.used) - 1) // 2]) - E8M0_BIAS
     return verbatim(source, min(median - (E_MAX + E_MIN) // 2, 127))

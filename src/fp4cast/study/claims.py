@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fp4cast.casting.tight_rule import E_MAX, E_MIN
+from fp4cast.casting.tight_rule import E_MAX, WINDOW
 from fp4cast.study.algorithms import ALGORITHMS
 from fp4cast.study.brute_force import TRIED
 from fp4cast.study.record import Record
@@ -14,7 +14,6 @@ from fp4cast.study.scenarios import ORIGINAL
 from fp4cast.study.sweeps import Outlier
 
 REPRODUCED, CORRECTED, REFUTED = "reproduced", "corrected", "refuted"
-WINDOW = E_MAX - E_MIN
 _THREE = ("1", "2-search", "3")  # what the original compared
 
 
