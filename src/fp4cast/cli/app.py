@@ -46,7 +46,7 @@ from fp4cast.cli.options import (
     Where,
     Yes,
 )
-from fp4cast.cli.preview import tell_preview
+from fp4cast.cli.preview import look_ahead
 from fp4cast.cli.progress import Meter
 from fp4cast.cli.streams import open_streams
 from fp4cast.cli.usage import Commands, refuse_to_push, refuse_to_stream, refuse_together
@@ -144,7 +144,7 @@ def convert(
     if dry_run:
         preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish)
         preview = partial(preview, restart=restart, overwrite=overwrite, jobs=jobs)
-        tell_preview(run_or_exit(as_json, lambda meter: preview(progress=meter), only_looks=True), as_json)
+        look_ahead(as_json, lambda meter: preview(progress=meter))
         return
     agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
     place = agree_to_push(push, str(destination), public=public, yes=yes, as_json=as_json) if push else None

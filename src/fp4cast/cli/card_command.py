@@ -10,7 +10,7 @@ import typer
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_report
 from fp4cast.cli.options import DryRun, Jobs, Json, Source, SourceId
-from fp4cast.cli.preview import tell_preview
+from fp4cast.cli.preview import look_ahead
 from fp4cast.conversion.write_card import preview_card, write_card
 
 
@@ -34,12 +34,7 @@ def card(
     """Compare DST with SRC, then write its model card anew: README.md, its picture, and the receipt."""
     how = CardOptions(source_id=source_id, overwrite=overwrite, jobs=jobs)
     if dry_run:
-        tell_preview(
-            run_or_exit(
-                as_json, lambda meter: preview_card(source, destination, **how, progress=meter), only_looks=True
-            ),
-            as_json,
-        )
+        look_ahead(as_json, lambda meter: preview_card(source, destination, **how, progress=meter))
         return
     report = run_or_exit(as_json, lambda meter: write_card(source, destination, **how, progress=meter))
     if as_json:

@@ -26,7 +26,6 @@ from fp4cast.cli.streams import Output
 from fp4cast.cli.tables import width_of
 from fp4cast.cli.verbosity import ASKED, saying
 from fp4cast.conversion.job_array import Part
-from fp4cast.conversion.preview import Preview
 from fp4cast.errors import Fp4CastError, UsageError
 from fp4cast.verification.report import Difference
 
@@ -52,7 +51,7 @@ class Done:
     @property
     def written(self) -> str:
         """What is there now and was not before; empty for a command that only looks."""
-        if self.result is None or isinstance(self.result, Preview):
+        if self.result is None:
             return ""
         if isinstance(self.result, Part):
             return f"part {self.result.part} of {self.result.parts} of {self.result.destination}"

@@ -16,7 +16,7 @@ from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
 from fp4cast.cli.modelopt_options import meaning
 from fp4cast.cli.options import DryRun, Jobs, Json, LayoutOption, Overwrite, Source, Yes
-from fp4cast.cli.preview import tell_preview
+from fp4cast.cli.preview import look_ahead
 from fp4cast.cli.progress import format_bytes
 from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.conversion.preview import Preview
@@ -147,7 +147,7 @@ def ptq(
         return quantize(_options(given), meter)
 
     if dry_run:
-        tell_preview(run_or_exit(as_json, preview, only_looks=True), as_json)
+        look_ahead(as_json, preview)
         return
     _tell(run_or_exit(as_json, work), as_json, not no_verbose)
 
@@ -201,7 +201,7 @@ def calibrate(
         return calibrate(source, out, calib_size=sizes, **how, **rest)
 
     if dry_run:
-        tell_preview(run_or_exit(as_json, preview, only_looks=True), as_json)
+        look_ahead(as_json, preview)
         return
     agree_to_download([source], yes=yes, as_json=as_json)
     done = run_or_exit(as_json, work)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.markup import escape
 
-from fp4cast.cli.console import people_console, print_json
+from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import left_out_row, printable, show_facts
-from fp4cast.cli.progress import format_bytes
+from fp4cast.cli.progress import Meter, format_bytes
 from fp4cast.conversion.preview import Preview
 
 _SHOWN = 20
+
+
+def look_ahead(as_json: bool, look: Callable[[Meter], Preview]) -> None:
+    """End a command's `--dry-run`: find out what the command would write, and print it."""
+    tell_preview(run_or_exit(as_json, look, only_looks=True), as_json)
 
 
 def tell_preview(preview: Preview, as_json: bool) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fp4cast.checkpoints.card_files import CARD, PICTURE, beside_card
@@ -16,7 +15,7 @@ from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.destination import check_destination
 from fp4cast.conversion.job_array import parse_part
 from fp4cast.conversion.plan import ConvertOptions, Plan
-from fp4cast.conversion.staging import FREE_MARGIN, ONCE
+from fp4cast.conversion.staging import ONCE, other_conversion, require_space
 from fp4cast.conversion.working_directory import finished_shards, plan_of, state_of
 from fp4cast.errors import DestinationError
 from fp4cast.hub.resolve import resolve
@@ -95,7 +94,8 @@ def preview_conversion(
     kept = () if restart else _kept(plan, destination, finish=finish)
     wanted = {shard.file: shard.layout.size for shard in plan.shards[part - 1 :: parts] if shard.file not in kept}
     files: dict[str, int | None] = {**wanted, **({} if shards else _others(plan))}
-    _check_space(destination, sum(size or 0 for size in files.values()))
+    there = next(path for path in destination.parents if path.exists())
+    require_space(destination, there, sum(size or 0 for size in files.values()))
     notes = [f"shards that an earlier run has finished, and that would be kept: {len(kept)}"] if kept else []
     return Preview(str(dst), files, facts, missing, notes)
 
@@ -109,10 +109,7 @@ def _kept(plan: Plan, destination: Path, *, finish: bool) -> set[str]:
     state = state_of(destination)
     found, before = set(finished_shards(state)), plan_of(state)
     if found and before != plan.fingerprint and not before.startswith(ONCE):
-        raise DestinationError(
-            f"{state}: holds an unfinished conversion with other options, or of a source that has changed; give the "
-            "options of before, or --restart to begin anew"
-        )
+        raise other_conversion(state)
     missing = [shard.file for shard in plan.shards if shard.file not in found]
     if finish and missing:
         raise DestinationError(
@@ -124,14 +121,6 @@ def _kept(plan: Plan, destination: Path, *, finish: bool) -> set[str]:
 
 def _others(plan: Plan) -> dict[str, int | None]:
     """Everything beside the shards; what is measured while writing is not known yet."""
-    names = {name: beside_card(PurePosixPath(name)) if plan.card else name for name in plan.companions}
     sizes: dict[str, int | None] = {name: len(data) for name, data in plan.documents.items()}
-    sizes |= {str(names[name]): size for name, size in plan.companions.items()}
+    sizes |= {str(beside_card(name) if plan.card else name): size for name, size in plan.companions.items()}
     return sizes | {RECEIPT: None} | ({CARD: None, PICTURE: None} if plan.card else {})
-
-
-def _check_space(destination: Path, size: int) -> None:
-    there = next(path for path in destination.parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if size + FREE_MARGIN > free:
-        raise DestinationError(f"{destination}: {size / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")

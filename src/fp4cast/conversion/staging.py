@@ -76,10 +76,7 @@ class Staging:
         """
         before, shards = plan_of(self.state), set(finished_shards(self.state))
         if before != fingerprint and before and not restart and (resume or (shards and not before.startswith(ONCE))):
-            raise GuidedError(
-                f"{self.state}: holds an unfinished conversion with other options, or of a source that has changed; "
-                "give the options of before, or --restart to begin anew"
-            )
+            raise other_conversion(self.state)
         if before != fingerprint or restart:
             shards = set()
         if shards:
@@ -121,12 +118,9 @@ class Staging:
         Raises:
             DestinationError: too few bytes are free.
         """
-        needed = FREE_MARGIN + sum(size for file, size in sizes.items() if not (self.out / file).exists())
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
-            raise DestinationError(
-                f"{self.destination}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free"
-            )
+        require_space(
+            self.destination, self.out, sum(size for file, size in sizes.items() if not (self.out / file).exists())
+        )
 
     def keep_only(self, files: Iterable[str]) -> None:
         """Delete everything in `out` but these files."""
@@ -211,6 +205,21 @@ class Staging:
         except OSError:
             old.rename(self.destination)
             raise
+
+
+def require_space(destination: Path, place: Path, size: int) -> None:
+    """Raise a DestinationError if so many bytes, and some to spare, are not free where a place lies."""
+    needed, free = FREE_MARGIN + size, shutil.disk_usage(place).free
+    if needed > free:
+        raise DestinationError(f"{destination}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
+
+
+def other_conversion(state: Path) -> GuidedError:
+    """The error about a working directory that another plan has begun."""
+    return GuidedError(
+        f"{state}: holds an unfinished conversion with other options, or of a source that has changed; give the "
+        "options of before, or --restart to begin anew"
+    )
 
 
 def _write_first(path: Path, data: bytes) -> None:
