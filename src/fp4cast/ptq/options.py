@@ -17,9 +17,7 @@ from fp4cast.ptq.qformats import find_qformat
 
 _FOR_INPUT_SCALES = ("act_headroom", "input_scales_per")
 _FOR_ACTIVATIONS = ("dataset", "calib_size", "calib_seq", "batch_size", *_FOR_INPUT_SCALES)
-_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --qformat w4a16_nvfp4."
-
-_CACHE_WAYS_OUT = "Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use --kv_cache_qformat fp8_cast."
+_WAYS_OUT = "needs text to run the model on. Pass --dataset FILE (text or .jsonl, or a Hub dataset), or use"
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ def check_options(options: Options) -> None:
     check_counts(options.calib_size, options.calib_seq, options.batch_size)
     cache = find_kv_cache(options.kv_cache_qformat)
     if qformat.activations == "w4a4" and not options.dataset:
-        raise UsageError(f"{qformat.name} quantizes activations, which needs text to run the model on. {_WAYS_OUT}")
+        raise UsageError(f"{qformat.name} quantizes activations, which {_WAYS_OUT} --qformat w4a16_nvfp4.")
     if cache == "fp8" and not options.dataset:
-        raise UsageError(f"--kv_cache_qformat fp8 needs text to run the model on. {_CACHE_WAYS_OUT}")
+        raise UsageError(f"--kv_cache_qformat fp8 {_WAYS_OUT} --kv_cache_qformat fp8_cast.")
     unused = _FOR_ACTIVATIONS if cache != "fp8" else _FOR_INPUT_SCALES
     given = [f"--{name}" for name in unused if getattr(options, name)]
     if qformat.activations == "w4a16" and given:

@@ -19,7 +19,7 @@ from fp4cast.conversion.input_scales import ScalesPer
 from fp4cast.conversion.preview import Preview
 from fp4cast.errors import DestinationError, UnsupportedError, UsageError
 from fp4cast.extras import require
-from fp4cast.families.family import Pair
+from fp4cast.families.family import Pair, Source
 from fp4cast.families.recognise import read_source
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import targets_of
@@ -116,10 +116,8 @@ def calibrate(
     begin = time.monotonic()
     check_counts(calib_size, calib_seq, batch_size)
     path, chosen, data = _check_out(Path(out), overwrite), choose_device(device), open_datasets(dataset, calib_size)
-    checkpoint = open_checkpoint(resolve(source))
-    found = read_source(checkpoint)
-    pairs = castable(found, targets_of(found.family)[0]).cast
-    _check_each(pairs, input_scales_per, checkpoint.path)
+    found, pairs = _read(resolve(source), input_scales_per)
+    checkpoint = found.checkpoint
     samples = tokenize_all(data, load_tokenizer(checkpoint, trust_remote_code), calib_seq)
     batches = split(samples, batch_size or BATCH[torch.device(chosen).type])
     model, observer = empty_model(checkpoint, trust_remote_code), Observer(counting=act_headroom is not None)
@@ -153,11 +151,21 @@ def preview_calibration(
     """What `calibrate`, which explains the arguments, would write; no model is made, and nothing is written."""
     check_counts(calib_size, calib_seq, batch_size)
     _check_out(Path(out), overwrite), choose_device(device), open_datasets(dataset, calib_size)
-    found = read_source(open_checkpoint(resolve(source, download=False)))
-    pairs = castable(found, targets_of(found.family)[0]).cast
-    _check_each(pairs, input_scales_per, found.checkpoint.path)
+    found, pairs = _read(resolve(source, download=False), input_scales_per)
     facts = {"source": str(found.checkpoint.path), "modules": len(pairs)}
     return Preview(str(out), {Path(out).name: None}, facts, notes=[f"an amax for each of {len(pairs)} modules"])
+
+
+def _read(path: Path, per: ScalesPer | None) -> tuple[Source, Sequence[Pair]]:
+    """(the source, its MXFP4 weights), if each can have such an amax."""
+    found = read_source(open_checkpoint(path))
+    pairs = castable(found, targets_of(found.family)[0]).cast
+    if per == "expert" and (banks := [pair.module for pair in pairs if pair.bank]):
+        raise UsageError(
+            f"{path}: {banks[0]} holds all experts of a layer, which have one input scale in every layout; drop "
+            "--input_scales_per expert"
+        )
+    return found, pairs
 
 
 def _check_out(out: Path, overwrite: bool) -> Path:
@@ -180,14 +188,6 @@ def _check_reached(model: Any, weights: Weights, pairs: Iterable[Pair]) -> None:
         raise UnsupportedError(
             f"{weights.checkpoint.path}: {len(lost)} MXFP4 weights, the first is {lost[0]}, belong to none of the "
             f"{len(decoder.layers)} layers that transformers runs, so their inputs cannot be observed"
-        )
-
-
-def _check_each(pairs: Iterable[Pair], per: ScalesPer | None, path: Path) -> None:
-    if per == "expert" and (banks := [pair.module for pair in pairs if pair.bank]):
-        raise UsageError(
-            f"{path}: {banks[0]} holds all experts of a layer, which have one input scale in every layout; drop "
-            "--input_scales_per expert"
         )
 
 
