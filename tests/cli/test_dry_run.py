@@ -66,6 +66,14 @@ def test_convert(miniatures, tmp_path, kind, more):
     assert again["files"] == {} and "complete already" in again["notes"][0]
 
 
+def test_the_way_back(converted, tmp_path):
+    words = ["convert", converted["gpt-oss"], tmp_path / "dst", "--to", "mxfp4"]
+    document = dry(tmp_path, *words)
+    done = json.loads(call(*words, "--json").stdout)
+    same(document, tmp_path / "dst")
+    assert (document["layout"], document["exact"]) == (done["layout"], done["exact"]) == ("mxfp4", True)
+
+
 def test_convert_that_is_not_exact(miniatures, tmp_path):
     source = lossy(miniatures, tmp_path)
     refused = dry(tmp_path, "convert", source, tmp_path / "dst", code=1)

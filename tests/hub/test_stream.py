@@ -391,6 +391,8 @@ def test_large_files_beside_the_weights_need_their_room(hub, parts, tmp_path):
 def test_what_cannot_be_streamed_is_wrong_usage(hub, miniatures, tmp_path):
     with pytest.raises(UsageError, match="lies on this machine; --stream is for a model on the Hub"):
         convert_streamed(str(miniatures["dense"]), tmp_path / "dst")
+    with pytest.raises(UsageError, match="--stream goes from MXFP4 to NVFP4 alone"):
+        fp4cast.convert("org/model", tmp_path / "dst", stream=True, to="mxfp4")
     for more in (["--shards", "1/2"], ["--finish"], ["--engine", "ray"]):
         result = call("convert", "org/model", tmp_path / "dst", "--stream", *more)
         assert result.exit_code == 2

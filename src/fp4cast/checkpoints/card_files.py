@@ -24,6 +24,19 @@ def is_card_file(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def behind_card(name: PurePosixPath) -> PurePosixPath | None:
+    """Where a file lay before a card was put beside it; None for a card and its picture, which lay nowhere.
+
+    >>> behind_card(PurePosixPath("README.source.md")), behind_card(PurePosixPath("README.svg"))
+    (PurePosixPath('README.md'), None)
+    """
+    match = _NAME.fullmatch(str(name))
+    if match is None:
+        return name
+    stem = match[1].removesuffix(".source")
+    return None if stem == match[1] else PurePosixPath(f"{stem}{match[2]}")
+
+
 def beside_card(name: PurePosixPath) -> PurePosixPath:
     """Where a source's file lies in a destination that has a card of its own.
 

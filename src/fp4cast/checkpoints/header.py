@@ -16,6 +16,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
+
 from fp4cast.checkpoints.instead import LFS_POINTER
 from fp4cast.checkpoints.json_files import Bounds
 from fp4cast.errors import CheckpointError, HeaderError
@@ -61,6 +63,7 @@ class Shard:
         metadata: the header's `__metadata__`.
         size: its bytes.
         mode: its permissions; those of a new file where it does not lie on this machine.
+        digest: of the header, see `digest_of_header`.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Shard:
     metadata: Mapping[str, str]
     size: int
     mode: int = 0o666
+    digest: str = ""
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
     if excess := HEADER.excess(raw):
         raise HeaderError(f"{path}: the header {excess}")
     try:
-        text, base = raw.decode(), 8 + len(raw)
+        text, base, digest = raw.decode(), 8 + len(raw), digest_of_header(len(raw).to_bytes(8, "little"), raw)
         del raw  # before the objects take their place
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -215,7 +219,15 @@ def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
     tensors = [_entry(path, name, entry, base) for name, entry in header.items()]
     tensors.sort(key=attrgetter("start", "nbytes"))
     _check_contiguous(path, tensors, base, size)
-    return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size, mode)
+    return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size, mode, digest)
+
+
+def digest_of_header(*parts: bytes) -> str:
+    """The digest of a header, given its parts: all bytes before the first tensor."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from fp4cast.cli.options import (
     Source,
     SourceId,
     Stream,
+    To,
     Where,
     Yes,
 )
@@ -110,6 +111,7 @@ class Rest(TypedDict):
 def convert(
     source: Source,
     destination: Destination,
+    to: To = "nvfp4",
     layout: LayoutOption = "modelopt",
     activations: OptionalActivations = None,
     input_scales: InputScales = None,
@@ -140,11 +142,10 @@ def convert(
     refuse_together(shards, finish=finish, alone=resume or restart, read=not no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
     refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id, to)
     if dry_run:
-        preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish)
-        preview = partial(preview, restart=restart, overwrite=overwrite, jobs=jobs)
-        look_ahead(as_json, lambda meter: preview(progress=meter))
+        preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish, jobs=jobs)
+        look_ahead(as_json, lambda meter: preview(restart=restart, overwrite=overwrite, progress=meter))
         return
     agree_to_download([source], streamed=stream, yes=yes, as_json=as_json)
     place = agree_to_push(push, str(destination), public=public, yes=yes, as_json=as_json) if push else None
@@ -212,12 +213,7 @@ def verify(
     report = run_or_exit(
         as_json,
         lambda meter: fp4cast.verify(
-            source,
-            destination,
-            jobs=jobs,
-            engine=engine,
-            strict=strict,
-            progress=lambda n, total: meter("verify", n, total),
+            source, destination, jobs=jobs, engine=engine, strict=strict, progress=partial(meter, "verify")
         ),
     )
     if as_json:

@@ -128,8 +128,10 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
     if report.kv_cache_qformat != "none":
         rows.append(("KV cache", kv_cache_sentence(report.kv_cache_qformat)))
+    if report.layout != "mxfp4":
+        window = f"(window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"
+        rows.append(("Marlin", f"{_marlin_sentence(report)} {window}"))
     rows += [
-        ("Marlin", f"{_marlin_sentence(report)} (window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"),
         ("served by", report.served),
         *([("card", f"{escape(printable(report.card))}: read it, and edit it as you like")] if report.card else []),
         *left_out_row(report.left_out),
@@ -208,6 +210,8 @@ def _weights_sentence(report: Report) -> str:
     how = "measured on what was written" if report.verified else "while writing; not read back (--no-verify)"
     if report.exact:
         return f"[green]exact[/]: every value equals the source's, bit for bit ({how})"
+    if report.inexact and not any(tensor.max_abs_error for tensor in report.inexact):
+        return f"[green]equal[/] as numbers; {len(report.inexact)} tensors hold zeros of the other sign ({how})"
     if not report.tensors["inexact"]:
         return f"[yellow]not exact[/]: every cast is, but other weights were quantized, too ({how})"
     return f"[yellow]not exact[/]: {report.tensors['inexact']} of {report.tensors['cast']} tensors are rounded ({how})"

@@ -23,6 +23,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "On a disk for DST and a few shards; then upload DST, once you agreed.",
         ),
         ("fp4cast convert SRC DST --shards 2/8", "The second of eight parts; --finish publishes them."),
+        ("fp4cast convert NVFP4 MXFP4 --to mxfp4", "The way back."),
     ),
     "verify": (
         ("fp4cast verify SRC DST", "Compare every value with the source's."),

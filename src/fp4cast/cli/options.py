@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fp4cast.casting.inexact import Inexact
+from fp4cast.conversion.direction import Direction
 from fp4cast.formats import Activations
 from fp4cast.layouts.choose import LayoutName
 from fp4cast.parallel.engines import EngineName
@@ -47,6 +48,10 @@ Shards = Annotated[
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them and publish DST.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
+To = Annotated[
+    Direction,
+    typer.Option("--to", help="mxfp4: the way back, from an NVFP4 SRC whose weights were cast from MXFP4."),
+]
 LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="How the tensors are named and stored.")]
 OptionalActivations = Annotated[
     Activations | None,

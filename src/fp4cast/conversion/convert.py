@@ -8,12 +8,14 @@ from pathlib import Path
 
 from fp4cast.conversion.complete import check_resumption, complete_or_write, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
+from fp4cast.conversion.direction import find_direction
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import finished, publish
 from fp4cast.conversion.staging import staging
 from fp4cast.conversion.streaming import convert_streamed
+from fp4cast.conversion.way_back import plan_way_back
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.parallel.engines import make_engine
@@ -42,9 +44,10 @@ def convert(
     card: bool = True,
     source_id: str | None = None,
     stream: bool = False,
+    to: str = "nvfp4",
     progress: Progress = ignore,
 ) -> Report:
-    """Convert an MXFP4 checkpoint into an NVFP4 one.
+    """Convert an MXFP4 checkpoint into an NVFP4 one, or back.
 
     What an interrupted run of the same source and options has finished is kept. Where `dst` is complete already, every
     value of it is compared, and nothing is written.
@@ -69,6 +72,8 @@ def convert(
         source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, for the card and the receipt, where `src`
             does not say it.
         stream: of a model on the Hub, have only the shards on the disk that are being converted.
+        to: "nvfp4", or "mxfp4" for the way back: an NVFP4 checkpoint all of whose weights are MXFP4 values becomes the
+            MXFP4 one that it was cast from; no other option of the format goes with it.
         progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
@@ -77,7 +82,7 @@ def convert(
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id, to)
     run = convert_streamed if stream else convert_checkpoint
     return run(
         src,
@@ -143,7 +148,8 @@ def prepare(
     """(DST without links, the plan): everything that is decided before a byte is written; arguments as in `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_place(source, destination)
-    plan = make_plan(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
+    make = plan_way_back if find_direction(options.to) == "mxfp4" else make_plan
+    plan = make(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
     LOG.info(
         "%s: %s; %d tensors to cast in %d scale domains, %d of them exact; as %s %s",
         source,

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fp4cast.casting.nearest import choose_nearest, cost_of_nearest
-from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose
+from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose, outside_window
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.readable import ReadableFiles
+from fp4cast.conversion.outside import join
 from fp4cast.errors import InexactError
 from fp4cast.families.family import Pair
 from fp4cast.families.merging import shared_scale_group
@@ -72,12 +75,15 @@ class Domain:
         pairs: its MXFP4 tensors.
         scaling: the tensor scale, and the bounds within which it is exact.
         search: the blocks that decided it, where exponents alone did not.
+        outside: then, for each pair, the exponents that its block scales will not tell, as a text; None where that is
+            too long, or rounding loses more. Empty otherwise: block scales tell all.
     """
 
     name: str
     pairs: tuple[Pair, ...]
     scaling: Scaling
     search: Search | None = None
+    outside: tuple[str | None, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -126,7 +132,22 @@ def _scan_one(
     scaling, search = choose(blocks)
     if nearest and not scaling.exact:
         scaling = choose_nearest(blocks)
-    return Domain(name, pairs, scaling, search)
+    return Domain(name, pairs, scaling, search, () if search is None else _outside(blocks, pairs, scaling))
+
+
+def _outside(sources: Sequence[BlockSource], pairs: Sequence[Pair], scaling: Scaling) -> tuple[str | None, ...]:
+    """See `Domain`."""
+    m = scaling.m
+    if not scaling.exact or m is None:
+        return (None,) * len(pairs)
+    texts = []
+    for source, pair in zip(sources, pairs, strict=True):
+        found = []
+        for start, chunk in source.exponents():
+            odd = outside_window(chunk.astype(np.int64) - source.bias, m)
+            found.append((odd + start, chunk[odd]))
+        texts.append(join(found).encode(pair.blocks))
+    return tuple(texts)
 
 
 def find_domains(

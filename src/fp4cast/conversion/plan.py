@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -14,6 +15,7 @@ import numpy as np
 
 from fp4cast.cards.subject import source_date
 from fp4cast.casting.inexact import check_inexact
+from fp4cast.checkpoints.card_files import beside_card
 from fp4cast.checkpoints.directory import (
     CONFIG,
     QUANT_CONFIG,
@@ -28,6 +30,7 @@ from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.checkpoints.origin import UNKNOWN, Origin, origin_of
 from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.destination import companions_to_carry
+from fp4cast.conversion.direction import WayBack
 from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
 from fp4cast.conversion.recipe import (
@@ -67,6 +70,7 @@ class ConvertOptions:
         card: write a model card; the source's then lies beside it. It and the next decide no weight and no config: only
             the process that publishes asks for them.
         source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, where its path does not say it.
+        to: "nvfp4", or "mxfp4" for the way back, which asks for nothing else.
     """
 
     layout: str = DEFAULT_LAYOUT
@@ -76,6 +80,7 @@ class ConvertOptions:
     kv_cache_qformat: str = "none"
     card: bool = True
     source_id: str | None = None
+    to: str = "nvfp4"
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Plan:
         origin: the source's id and revision, as far as they are known.
         card: whether to write a model card.
         day: the date for the card, if somebody says it.
+        back: it goes from NVFP4 to MXFP4.
     """
 
     source: Source
@@ -107,6 +113,13 @@ class Plan:
     origin: Origin = UNKNOWN
     card: bool = True
     day: date | None = None
+    back: WayBack | None = None
+
+    def place(self, companion: PurePosixPath) -> PurePosixPath:
+        """The name of one of the source's companions in the destination."""
+        if self.back is not None:
+            return self.back.renamed.get(companion, companion)
+        return beside_card(companion) if self.card else companion
 
     @property
     def write_bytes(self) -> int:
@@ -135,6 +148,8 @@ class Plan:
                     digest.update(tensor.step.data)
         for domain in self.domains:
             digest.update(f"{domain.name} {domain.scaling}\n".encode())
+        if self.back is not None:
+            digest.update(json.dumps(self.back.original.to_json()).encode())
         for name, data in sorted(self.documents.items()):
             digest.update(name.encode() + data)
         return digest.hexdigest()

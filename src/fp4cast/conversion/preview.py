@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fp4cast.checkpoints.card_files import CARD, PICTURE, beside_card
+from fp4cast.checkpoints.card_files import CARD, PICTURE
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.complete import looks_complete
@@ -81,7 +81,7 @@ def preview_conversion(
     facts = {
         "source": str(plan.source.checkpoint.path),
         "family": plan.source.family.name,
-        "layout": plan.target.layout.name,
+        "layout": "mxfp4" if plan.back else plan.target.layout.name,
         "activations": plan.target.activations,
         "exact": all(exact),
         "tensors": {"cast": len(plan.selection.cast), "copied": len(plan.selection.untouched)},
@@ -122,5 +122,5 @@ def _kept(plan: Plan, destination: Path, *, finish: bool) -> set[str]:
 def _others(plan: Plan) -> dict[str, int | None]:
     """Everything beside the shards; what is measured while writing is not known yet."""
     sizes: dict[str, int | None] = {name: len(data) for name, data in plan.documents.items()}
-    sizes |= {str(beside_card(name) if plan.card else name): size for name, size in plan.companions.items()}
+    sizes |= {str(plan.place(name)): size for name, size in plan.companions.items()}
     return sizes | {RECEIPT: None} | ({CARD: None, PICTURE: None} if plan.card else {})

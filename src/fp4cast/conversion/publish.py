@@ -13,21 +13,24 @@ from fp4cast.cards.subject import Subject
 from fp4cast.cards.text import card_files
 from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.checksums import Checksum
-from fp4cast.checkpoints.directory import RECEIPT, open_checkpoint
+from fp4cast.checkpoints.directory import CONFIG, RECEIPT, open_checkpoint
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
+from fp4cast.conversion.proof import announce, prove
 from fp4cast.conversion.staging import Staging
 from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf, Progress
 from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
+from fp4cast.verification.original import Original
 from fp4cast.verification.receipt import Receipt, input_scales_digest, weight_digest
 from fp4cast.verification.report import InexactTensor, Report, inexact_tensor
 from fp4cast.verification.verify import verify_checkpoint
 
 LOG = logging.getLogger(__name__)
+_MAX_TEXT = 16 << 20  # characters of a receipt: what is longer, people would rather not have
 
 
 def publish(
@@ -59,7 +62,9 @@ def publish(
         VerificationError: something differs; nothing is published. If weights do, the next run writes all shards again.
     """
     report = _report(plan, destination, shards)
-    files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint, card=plan.card)
+    if plan.back is not None:
+        report = announce(plan.back, report)
+    files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint, place=plan.place)
     files |= {name: shard.checksum for name, shard in shards.items()}
     if plan.card:
         files |= stage.write_documents(_card(plan, stage, report, files), {}, plan.source.checkpoint)
@@ -67,6 +72,8 @@ def publish(
     if verify:
         look = look or partial(_look, plan, stage, engine, lambda n, of: progress("verify", n, of))
         report = _verified(plan, stage, report, look())
+    if verify and plan.back is not None:
+        report = prove(plan, plan.back, report, engine, lambda n, of: progress("check", n, of))
     LOG.info("%s: %d files, %s", stage.out, len(files) + 1, "compared with the source" if verify else "not read back")
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)
     LOG.info("%s: published", stage.destination)
@@ -113,7 +120,27 @@ def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Che
         kv_scales=kv_scales_digest(cache) if target.kv_cache != "none" else None,
         files=files,
         source=plan.origin,
+        original=_original(plan) if plan.back is None else Original(),
     )
+
+
+def _original(plan: Plan) -> Original:
+    """What the way back needs; where exponents alone did not decide, some bytes of a tensor do not come back."""
+    checkpoint, scales = plan.source.checkpoint, {pair.scales.dtype for pair in plan.selection.cast}
+    headers = {name: shard.digest for name, shard in checkpoint.shards.items()}
+    texts = {
+        pair.module: text
+        for domain in plan.domains
+        for pair, text in zip(domain.pairs, domain.outside or ("",) * len(domain.pairs), strict=True)
+    }
+    outside, lost = (
+        {name: text for name, text in texts.items() if text},
+        {name for name in texts if texts[name] is None},
+    )
+    if sum(map(len, outside.values())) > _MAX_TEXT:
+        outside, lost = {}, lost | outside.keys()
+    config = (checkpoint.path / CONFIG).read_text(encoding="utf-8")
+    return Original(config, scales.pop() if len(scales) == 1 else "", headers, outside, frozenset(lost))
 
 
 def _look(plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> Report:

@@ -14,12 +14,14 @@ from fp4cast.checkpoints.directory import SINGLE, Checkpoint
 from fp4cast.checkpoints.header import METADATA, FileLayout, Shard, Tensor, lay_out
 from fp4cast.checkpoints.index import INDEX
 from fp4cast.checkpoints.json_files import index_bytes
+from fp4cast.conversion.outside import Outside
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair
 from fp4cast.formats import Bytes
 from fp4cast.layouts.engine_view import first_below
 from fp4cast.layouts.kv_cache import plain_attention
 from fp4cast.layouts.layout import DTYPES, Form, Layout, Target
+from fp4cast.layouts.read_back import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,36 @@ class FromModel:
     make: Callable[[int], Bytes]
 
 
-Step = CopyOf | CodesOf | BlockScalesOf | Constant | FromModel
+@dataclass(frozen=True, slots=True)
+class OriginalOf:
+    """The codes or the E8M0 scales of the MXFP4 tensor that an NVFP4 weight becomes.
+
+    Attributes:
+        weight: the source's.
+        tensor_scale: S.
+        scales: the E8M0 bytes; otherwise the codes.
+        changed: whether some half-blocks change their codes; otherwise these are only transposed.
+        outside: the exponents that a receipt knows; None for none.
+    """
+
+    weight: Weight
+    tensor_scale: float
+    scales: bool
+    changed: bool
+    outside: Outside | None
+
+    @property
+    def pair(self) -> Pair:
+        """The MXFP4 tensor."""
+        return self.weight.pair
+
+    @property
+    def transposed(self) -> bool:
+        """See `Form`."""
+        return self.weight.form.transposed
+
+
+Step = CopyOf | CodesOf | BlockScalesOf | OriginalOf | Constant | FromModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +221,7 @@ def place(
 
     Args:
         checkpoint: the source.
-        new: the outputs that replace a source tensor, by its name.
+        new: the outputs that replace a source tensor, by its name; none for one that is dropped.
         beside: more outputs, by the source tensor whose file they go into.
 
     Raises:
@@ -202,12 +233,16 @@ def place(
             output
             for tensor in shard.tensors.values()
             for output in (
-                *(new.get(tensor.name) or [Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))]),
+                *(new[tensor.name] if tensor.name in new else [_copy(tensor)]),
                 *(beside or {}).get(tensor.name, ()),
             )
         ]
         _add_names(names, outputs, checkpoint.path / file)
         yield _place(file, shard, outputs)
+
+
+def _copy(tensor: Tensor) -> Output:
+    return Output(tensor.name, tensor.dtype, tensor.shape, CopyOf.tensor(tensor))
 
 
 def _add_names(names: set[str], outputs: Iterable[Output], path: Path) -> None:

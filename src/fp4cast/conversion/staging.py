@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fp4cast.checkpoints.byte_ranges import exchange, sync_path, write_file, write_whole
-from fp4cast.checkpoints.card_files import beside_card
 from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint
 from fp4cast.conversion.companions import copy_companion
@@ -137,7 +136,7 @@ class Staging:
         companions: Mapping[PurePosixPath, int],
         source: Checkpoint,
         *,
-        card: bool = False,
+        place: Callable[[PurePosixPath], PurePosixPath] = lambda name: name,
     ) -> dict[str, Checksum]:
         """Write everything beside the shards, as private as it is in the source; config.json waits outside.
 
@@ -145,7 +144,7 @@ class Staging:
             documents: bytes by file name.
             companions: files to carry along, relative to the source, and their sizes.
             source: the checkpoint that they belong to.
-            card: a card will be written; the source's takes the name beside it.
+            place: returns a companion's name in DST: that beside a card, where one will be written.
 
         Returns:
             The checksum of each, by its name in DST.
@@ -157,7 +156,7 @@ class Staging:
             found[name] = checksum_of_bytes(data)
         for companion, size in companions.items():
             self._folders(companion, source.path)
-            target = beside_card(companion) if card else companion
+            target = place(companion)
             found[str(target)] = copy_companion(source.path, companion, size, self.out / target)
         return found
 

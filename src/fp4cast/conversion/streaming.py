@@ -19,6 +19,7 @@ from fp4cast.checkpoints.header import read_header
 from fp4cast.conversion.compared import Notes
 from fp4cast.conversion.complete import as_noted, check_resumption, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
+from fp4cast.conversion.direction import find_direction
 from fp4cast.conversion.execute import Finished, execute, find_finished, tallies_of
 from fp4cast.conversion.plan import ConvertOptions, Plan, plan_conversion
 from fp4cast.conversion.publish import finished, publish
@@ -78,6 +79,8 @@ def convert_streamed(
     begin, worker = time.monotonic(), make_engine(engine, jobs)
     if engine != "local":
         raise UsageError("--stream works on this machine alone; leave out --engine")
+    if find_direction(options.to) != "nvfp4":
+        raise UsageError("--stream goes from MXFP4 to NVFP4 alone; leave it out for --to mxfp4")
     check_resumption(resume=resume, restart=restart)
     repository, destination = _look_up(src), real_path(dst)
     options = replace(options, source_id=options.source_id or str(repository))

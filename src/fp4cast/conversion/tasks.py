@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fp4cast.checkpoints import tiles
-from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel, Output, OutputShard, Step
+from fp4cast.conversion.recipe import (
+    BlockScalesOf,
+    CodesOf,
+    Constant,
+    CopyOf,
+    FromModel,
+    OriginalOf,
+    Output,
+    OutputShard,
+    Step,
+)
 from fp4cast.formats import MX_BLOCK_BYTES
 from fp4cast.parallel.ranges import grouped, spans
 
@@ -55,12 +65,22 @@ def _units(step: Step) -> tuple[int, int]:
             return 1, len(step.data)
         case FromModel():
             return step.experts, step.nbytes
-        case CodesOf() | BlockScalesOf():
-            size = MX_BLOCK_BYTES if isinstance(step, CodesOf) else 2  # bytes that a block becomes
+        case CodesOf() | BlockScalesOf() | OriginalOf():
+            size = _block_bytes(step)
             if not step.transposed:
                 return step.pair.blocks, size
             tiling = step.pair.tiling
             return len(tiling), tiling.height * tiling.width * size
+
+
+def _block_bytes(step: CodesOf | BlockScalesOf | OriginalOf) -> int:
+    """Bytes that a block becomes."""
+    match step:
+        case BlockScalesOf():
+            return 2
+        case OriginalOf(scales=True):
+            return 1
+    return MX_BLOCK_BYTES
 
 
 def _joined(shard: OutputShard) -> Iterator[tuple[int, Step]]:

@@ -15,12 +15,14 @@ import numpy as np
 
 from fp4cast.casting.nearest import Encoded, block_scale_bytes, encode
 from fp4cast.casting.tight_rule import Ints
+from fp4cast.casting.turn_back import turn_back
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import BUFFERS, Buffer, Files, copy_range, write_all
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tile, Tiling
 from fp4cast.checkpoints.transpose import transpose
-from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel
+from fp4cast.conversion.nvfp4_blocks import exponents_of, parts
+from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel, OriginalOf
 from fp4cast.conversion.tasks import Piece, Task
 from fp4cast.formats import E2M1, MX_BLOCK_BYTES, Bytes
 from fp4cast.parallel.progress import Advance
@@ -94,6 +96,8 @@ class Writer:
                 case FromModel() as step:
                     for expert in range(task.first, task.last):
                         self._put(task.offset + expert * step.nbytes, step.make(expert))
+                case OriginalOf() as step:
+                    self._original(task, step)
                 case CodesOf() | BlockScalesOf() as step if step.transposed:
                     self._transposed(task, step)
                 case BlockScalesOf() as step:
@@ -101,6 +105,22 @@ class Writer:
                 case CodesOf() as step:
                     self._codes(task, step)
         return self.tallies
+
+    def _original(self, task: Task, step: OriginalOf) -> None:
+        """E8M0 bytes or codes of an MXFP4 tensor; block scales are read only where they decide, and so are codes."""
+        size = 1 if step.scales else MX_BLOCK_BYTES
+        for part in parts(step.weight, task.first, task.last, self.files):
+            if step.scales:
+                data, _ = exponents_of(part, step.tensor_scale, step.pair.bias, step.outside)
+            elif step.changed:
+                known = part.known(step.outside)
+                turned = turn_back(part.codes(), part.scales(), step.tensor_scale, step.pair.bias, known)
+                self.tallies.setdefault(step.pair.module, Tally()).shifted += turned.changed
+                data = turned.codes
+            else:
+                data = part.codes()
+            for first, line in part.lines(data):
+                self._put(task.offset + first * size, line)
 
     def _put(self, offset: int, data: Bytes) -> None:
         write_all(self.target, offset, data)

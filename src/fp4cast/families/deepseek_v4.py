@@ -6,7 +6,21 @@ models/deepseek_v41/quant_config.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from fp4cast.families.family import Family, Suffix
+
+# What NVFP4 experts add to the quantization_config of the FP8 checkpoint around them.
+_ADDED = {
+    "moe_quant_algo", "quant_algo", "group_size", "ignore", "quantized_layers", "config_groups", "producer",
+    "kv_cache_scheme",
+}  # fmt: skip
+
+
+def _section(section: Mapping[str, Any], _: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in _ADDED}
+
 
 DEEPSEEK_V4 = Family(
     name="deepseek-v4",
@@ -22,5 +36,6 @@ DEEPSEEK_V4 = Family(
     "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
     layouts=("modelopt",),
     kv_cache=False,  # vLLM 0.32: models/deepseek_v4/quant_config.py passes `kv_cache_quant_algo=None`
+    section=_section,
     beside_fp8=("*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"),
 )

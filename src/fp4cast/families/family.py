@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,10 @@ class Suffix(NamedTuple):
 
 def _standard_bias(_: Mapping[str, Any]) -> int:
     return E8M0_BIAS
+
+
+def _plain_section(_: Mapping[str, Any], __: Sequence[str]) -> dict[str, Any]:
+    return {"quant_method": "mxfp4"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,9 @@ class Family:
         kv_cache: engines keep the KV cache as the config says.
         bias: returns the exponent bias of the scale bytes, given config.json.
         known_as: its name in the rows of `families.served`, if another.
+        section: returns the quantization_config of an MXFP4 checkpoint, given the one of an NVFP4 checkpoint and the
+            modules that are not quantized: for the way back, where no receipt holds the original's.
+        home: the keys that lead to it in config.json.
     """
 
     name: str
@@ -68,6 +75,8 @@ class Family:
     kv_cache: bool = True
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
     known_as: str = ""
+    section: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]] = _plain_section
+    home: tuple[str, ...] = ("quantization_config",)
 
     @property
     def served_as(self) -> str:

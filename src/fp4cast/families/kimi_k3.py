@@ -5,7 +5,7 @@ vLLM 0.32 maps its names in models/kimi_k3.
 
 from __future__ import annotations
 
-from fp4cast.families.compressed_tensors import ALIASES, PACKED, PACKED_SCALES, packed_bias
+from fp4cast.families.compressed_tensors import ALIASES, PACKED, PACKED_SCALES, packed_bias, packed_section
 from fp4cast.families.family import Family
 
 KIMI_K3 = Family(
@@ -17,4 +17,6 @@ KIMI_K3 = Family(
     layouts=("modelopt", "compressed-tensors"),
     aliases=ALIASES,
     bias=packed_bias,
+    section=packed_section,
+    home=("text_config", "quantization_config"),
 )

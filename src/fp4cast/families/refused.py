@@ -29,6 +29,8 @@ class Refused(NamedTuple):
     cast: bool = False
 
 
+_CAST = "There is nothing to cast. The way back: fp4cast convert SRC DST --to mxfp4"
+
 REFUSED = (
     Refused(".weight_packed", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (compressed-tensors)", cast=True),
     Refused(".weight", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (ModelOpt)", cast=True),
@@ -49,7 +51,7 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], titles: S
     """
     not_yet = f"fp4cast does not read this layout yet; it reads {', '.join(titles[:-1])} and {titles[-1]}."
     for found in _found(tensors):
-        return f"this checkpoint is {found.what}", "There is nothing to cast." if found.cast else not_yet
+        return f"this checkpoint is {found.what}", _CAST if found.cast else not_yet
     if any(name.endswith((".mlp1_weight.blocks", ".mlp2_weight.blocks")) for name in tensors):
         return "this is gpt-oss's original/ layout", "Pass the directory above it, which holds the Hugging Face layout."
     method = find_quantization_config(config).section.get("quant_method")

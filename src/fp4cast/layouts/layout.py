@@ -211,7 +211,11 @@ class Selection:
 
 def select(source: Source, target: Target) -> Selection:
     """Separate what is cast from what stays."""
-    cast = [pair for pair in source.pairs.values() if target.casts(pair)]
+    return selection_of(source, [pair for pair in source.pairs.values() if target.casts(pair)])
+
+
+def selection_of(source: Source, cast: Sequence[Pair]) -> Selection:
+    """The selection that casts these pairs, and no others."""
     replaced = {name for pair in cast for name in (pair.codes.name, pair.scales.name)}
     tensors = source.checkpoint.tensors
     return Selection(cast, replaced, [tensor for name, tensor in tensors.items() if name not in replaced])

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fp4cast.checkpoints.directory import CONFIG
+from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG
 from fp4cast.checkpoints.header import UNQUANTIZED
-from fp4cast.checkpoints.quantization_config import drop_quantization_configs
+from fp4cast.checkpoints.quantization_config import drop_quantization_configs, find_quantization_config
+from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Source
 from fp4cast.layouts.engine_rules import Fault, Held, rule_faults
-from fp4cast.layouts.engine_view import Claims
+from fp4cast.layouts.engine_view import Claims, read_claims
 from fp4cast.layouts.layout import Selection, Target
 
 
@@ -44,6 +45,34 @@ def config_faults(
         held = Held(target.family, source.checkpoint.config, selection.modules, sorted(plain), sorted(others))
         found += rule_faults(config, beside, claims, held)
     if _without_quantization(config) != _without_quantization(source.checkpoint.config):
+        found.append(Fault(CONFIG, "its entries other than the quantization differ from the source's"))
+    return found
+
+
+def original_faults(
+    config: Mapping[str, Any], beside: Mapping[str, Any] | None, source: Source, nvfp4: Mapping[str, Any]
+) -> list[Fault]:
+    """Everything that is wrong with the config of an MXFP4 checkpoint that was made from an NVFP4 one.
+
+    Args:
+        config: its config.json.
+        beside: its hf_quant_config.json, which no MXFP4 checkpoint has; None where there is none.
+        source: the MXFP4 checkpoint.
+        nvfp4: the config.json of the NVFP4 one.
+    """
+    section, found = find_quantization_config(config).section, list[Fault]()
+    try:
+        read_claims(config)
+    except UnsupportedError:
+        pass
+    else:
+        if section.get("format") != "mixed-precision":
+            found.append(Fault(CONFIG, "describes an NVFP4 checkpoint, expected an MXFP4 one"))
+    if beside is not None:
+        found.append(Fault(QUANT_CONFIG, "is there, but describes NVFP4; expected none"))
+    if not section:
+        found.append(Fault(CONFIG, f"has no quantization_config, expected that of {source.family.title}"))
+    if _without_quantization(config) != _without_quantization(nvfp4):
         found.append(Fault(CONFIG, "its entries other than the quantization differ from the source's"))
     return found
 

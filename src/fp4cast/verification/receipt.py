@@ -23,6 +23,7 @@ from fp4cast.checkpoints.json_files import json_bytes, read_json
 from fp4cast.checkpoints.origin import UNKNOWN, Origin
 from fp4cast.errors import CheckpointError
 from fp4cast.layouts.layout import Form, Names
+from fp4cast.verification.original import Original
 from fp4cast.verification.report import Report
 
 
@@ -42,6 +43,7 @@ class Receipt:
         found: there is a receipt.
         problem: why the one that is there cannot be read; empty if it can.
         version: the fp4cast that wrote the weights.
+        original: what it keeps of the MXFP4 checkpoint, for the way back.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Receipt:
     problem: str = ""
     kv_scales: str | None = None
     version: str = __version__
+    original: Original = field(default_factory=Original)
 
     @classmethod
     def of(
@@ -66,6 +69,7 @@ class Receipt:
         kv_scales: str | None,
         files: Mapping[str, Checksum],
         source: Origin = UNKNOWN,
+        original: Original = Original(),  # noqa: B008, it is frozen
     ) -> Receipt:
         """The receipt of a conversion.
 
@@ -76,13 +80,14 @@ class Receipt:
             kv_scales: digest of all scales of a quantized KV cache.
             files: the checksum of every file.
             source: the source's id and revision on the Hub, as far as they are known.
+            original: what the way back needs of the source.
         """
         known = {"source": source.to_json()} if source.id else {}
         facts = known | {
             key: value for key, value in report.facts().items() if key != "marlin_exact"
         }  # verify measures that
         rounded = {tensor.name: tensor.rounded_half_blocks for tensor in report.inexact}
-        return cls(facts, rounded, digests, input_scales, files, kv_scales=kv_scales)
+        return cls(facts, rounded, digests, input_scales, files, kv_scales=kv_scales, original=original)
 
     @classmethod
     def read(cls, directory: Path) -> Receipt:
@@ -108,6 +113,7 @@ class Receipt:
             intact=is_sealed(document) or not found,
             found=found,
             version=str(document.get("fp4cast")),
+            original=Original.read(document.get("original")),
         )
 
     def to_bytes(self) -> bytes:
@@ -117,6 +123,8 @@ class Receipt:
             document["input_scales"] = self.input_scales
         if self.kv_scales is not None:
             document["kv_scales"] = self.kv_scales
+        if self.original != Original():
+            document["original"] = self.original.to_json()
         if self.quantized:
             document["quantized"] = sorted(self.quantized)
         document["files"] = {name: self.files[name]._asdict() for name in sorted(self.files)}
@@ -131,7 +139,7 @@ class Receipt:
 
 
 # Keys of the receipt that are no facts.
-_OWN = {"fp4cast", "digests", "input_scales", "kv_scales", "files", "quantized", "digest"}
+_OWN = {"fp4cast", "digests", "input_scales", "kv_scales", "files", "quantized", "original", "digest"}
 
 
 def _alike(said: object, measured: list[dict[str, Any]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from fp4cast.families.family import Source
@@ -75,12 +75,15 @@ def inexact_tensor(
 ) -> InexactTensor:
     """Compute the figures from sums: squared_error and energy over all `elements` weights."""
     snr = 10 * math.log10(energy / squared_error) if energy > 0 and squared_error > 0 else 0.0
+    if rounded and energy > 0 and not squared_error:
+        snr = math.inf  # nothing but signs of zeros
     return InexactTensor(name, rounded, max_error, squared_error / elements, snr)
 
 
 Area = Literal["weights", "documents", "companions"]
 AREAS: tuple[Area, ...] = get_args(Area)
 _AREAS: dict[str, Area] = {"file": "companions", "config": "documents", "header": "documents", "index": "documents"}
+_AREAS["metadata"] = "companions"  # what another tool wrote around weights that are right
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Difference:
 
     Attributes:
         name: the tensor or file.
-        kind: "missing", "unexpected", "dtype", "shape", "bytes", "values", "scale", "header", "index", "config" or
-            "file".
+        kind: "missing", "unexpected", "dtype", "shape", "bytes", "values", "scale", "header", "index", "config",
+            "file" or "metadata".
         detail: expected and actual, for people.
     """
 
@@ -130,7 +133,7 @@ class Report:
         source: the source directory.
         destination: the destination directory.
         family: the source's.
-        layout: the destination's.
+        layout: the destination's; "mxfp4" on the way back.
         activations: "w4a16" or "w4a4".
         exact: every value of every cast tensor equals the source's, and nothing else was quantized.
         tensors: counts of MXFP4 tensors "cast", "exact", "inexact", and of tensors "copied".
@@ -149,6 +152,7 @@ class Report:
         notes: what else people should know, in sentences.
         card: the path of its model card, of a conversion that has one.
         left_out: what of the source a conversion has not carried along, as `left_out` lists it.
+        original: on the way back, whether every byte is proved to be the original's; None where nothing proves it.
     """
 
     source: str
@@ -173,6 +177,7 @@ class Report:
     notes: Sequence[str] = ()
     card: str | None = None
     left_out: Sequence[str] = ()
+    original: bool | None = None
 
     @classmethod
     def of(
@@ -237,6 +242,13 @@ class Report:
             notes=tuple(notes),
         )
 
+    def as_way_back(self, source: str, destination: str) -> Report:
+        """The same, of the way back from an NVFP4 checkpoint."""
+        said = "what served the original"
+        serve = f"fp4cast inspect {destination}"
+        plain = replace(self, layout="mxfp4", activations="w4a16", served=said, serve=serve, kv_cache_qformat="none")
+        return replace(plain, source=source, destination=destination, marlin_zeroed=None, marlin_exact=True)
+
     def wrong(self, area: Area) -> list[Difference]:
         """The differences of one area."""
         return [difference for difference in self.differences if difference.area == area]
@@ -274,6 +286,7 @@ class Report:
             "marlin_zeroed": self.marlin_zeroed,
             "card": self.card,
             "left_out": list(self.left_out),
+            "original": self.original,
             "ok": self.ok,
             "notes": list(self.notes),
             "verdicts": verdicts(self.differences),

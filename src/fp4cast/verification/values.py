@@ -41,6 +41,7 @@ class Comparison:
         verbatim: half-blocks with the source's codes and values.
         shifted: half-blocks with other codes and the same values.
         rounded: half-blocks with another value, or another sign of a zero.
+        signs: those of them with no other value, but another sign of a zero.
         squared_error: sum over all weights.
         max_error: largest absolute difference; NaN where the destination holds one.
         energy: sum of the squares of the source's values (only where something is rounded).
@@ -55,6 +56,7 @@ class Comparison:
     verbatim: int = 0
     shifted: int = 0
     rounded: int = 0
+    signs: int = 0
     squared_error: float = 0.0
     max_error: float = 0.0
     energy: float = 0.0
@@ -70,6 +72,7 @@ class Comparison:
         self.verbatim += other.verbatim
         self.shifted += other.shifted
         self.rounded += other.rounded
+        self.signs += other.signs
         self.squared_error += other.squared_error
         self.energy += other.energy
         self.stray += other.stray
@@ -194,6 +197,7 @@ def _compare_values(blocks: Blocks, odd: np.ndarray, tables: ScaleTables, found:
     rounded = wrong.any(axis=-1)
     copied = (blocks.source_codes[odd] == blocks.codes[odd]).reshape(len(odd), 2, NV_BLOCK_BYTES).all(axis=-1)
     found.rounded += int(rounded.sum())
+    found.signs += int((rounded & (expected == actual).all(axis=-1)).sum())
     found.verbatim += int((copied & ~rounded).sum())
     found.shifted += int((~copied & ~rounded).sum())
     empty = ~expected.any(axis=-1) & ~rounded

@@ -19,6 +19,7 @@ from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.verification.fast_path import Converted
+from fp4cast.verification.foreign import tolerated
 from fp4cast.verification.kv_cache import kv_scale_differences
 from fp4cast.verification.opened import Opened, open_both
 from fp4cast.verification.quantized import LEAST_SNR, TOO_FAR, judge_quantized
@@ -98,18 +99,23 @@ def judge(
         begin: when it began, by `time.monotonic`.
     """
     structural = [*tensor_differences(opened), *document_differences(opened)]
-    wrong = {difference.name for difference in structural}
+    if opened.maker:
+        structural = [tolerated(difference, opened.destination.tensors) for difference in structural]
+    wrong = {difference.name for difference in structural if difference.kind != "metadata"}
     todo, found = work_of(opened, wrong), _Found(structural)
     for work, findings in zip(todo, compare(todo), strict=True):
         found.add(_judge_shard(opened, work, findings))
     far, found.noise = judge_quantized(opened.selection, opened.target.layout.projection, opened.destination, wrong)
     found.differences += far
-    found.differences += [
-        *shared_scale_differences(opened, wrong, found.scales),
-        *input_scale_differences(opened, wrong),
-        *kv_scale_differences(opened.target.layout, opened.kv_scales, opened.receipt),
-    ]
-    return _check_receipt(opened, _report(opened, opened.destination.path, found, strict, time.monotonic() - begin))
+    if not opened.back:
+        found.differences += [
+            *shared_scale_differences(opened, wrong, found.scales),
+            *input_scale_differences(opened, wrong),
+            *kv_scale_differences(opened.target.layout, opened.kv_scales, opened.receipt),
+        ]
+    if opened.maker:
+        found.differences = [tolerated(difference, opened.destination.tensors) for difference in found.differences]
+    return _check_receipt(opened, _report(opened, opened.made.path, found, strict, time.monotonic() - begin))
 
 
 def _check_receipt(opened: Opened, report: Report) -> Report:
@@ -176,7 +182,7 @@ def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference
     quantized = announced and pair.module in opened.receipt.quantized
     if quantized and found.energy < found.squared_error * 10 ** (LEAST_SNR / 10):
         yield Difference(names.codes, "values", TOO_FAR)
-    if found.stray and not quantized:
+    if found.stray and not quantized and not opened.back:
         detail = f"{found.stray} half-blocks of zeros have a scale that their exponent does not give (no value changes)"
         yield Difference(names.block_scale, "scale", detail)
     if found.nearness is not None and found.nearness.where is not None:
@@ -187,10 +193,12 @@ def _judge(opened: Opened, pair: Pair, found: Comparison) -> Iterator[Difference
             f"{found.nearness.far} rounded half-blocks are not those of least error; the first is half {half} of block "
             f"{block}: expected a squared error of {least:g} with the codes nearest to the source, got {error:g}",
         )
-    if found.rounded and not announced:
+    if found.rounded and not announced and not (opened.maker and found.rounded == found.signs):
         block, element, expected, actual = found.where or (0, 0, math.nan, math.nan)
+        if opened.back:
+            expected, actual = actual, expected
         yield Difference(
-            names.codes,
+            pair.codes.name if opened.back else names.codes,
             "values",
             f"{found.rounded} half-blocks hold other values than the source; the first is element {element} of block "
             f"{block}: expected {expected!r}, got {actual!r}; the largest error is {found.max_error:g}",
@@ -215,7 +223,11 @@ def _notes(opened: Opened, found: _Found) -> Iterator[str]:
         )
         yield f"{len(names)} {hold} only zeros, so {its} free: {_list(names)}"
     yield from _not_cast(opened, found)
-    if not opened.receipt.found:
+    if opened.maker and (signs := sum(comparison.signs for comparison in found.measured.values())):
+        yield f"{signs:,} half-blocks have zeros of the other sign, as some tools write -0: they are equal as numbers"
+    if opened.maker:
+        yield f"{opened.maker} made DST: its weights were compared, what it writes around them is listed alone"
+    elif not opened.receipt.found and not opened.back:
         scales = " and of input scales" * (opened.target.activations == "w4a4")
         scales += " and of the KV cache's scales" * bool(opened.kv_scales)
         yield (
@@ -254,7 +266,7 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         "shifted": sum(c.shifted for c in measured.values()),
         "rounded": sum(c.rounded for c in measured.values()),
     }
-    return Report.of(
+    report = Report.of(
         opened.source,
         opened.target,
         opened.selection,
@@ -275,3 +287,4 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         seconds=seconds,
         verified=True,
     )
+    return report.as_way_back(str(opened.given.path), str(destination)) if opened.back else report
