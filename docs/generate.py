@@ -22,7 +22,8 @@ from names import PUBLIC, names_table
 from fp4cast.cli.modelopt_options import ROWS, Row
 from fp4cast.families.family import Family
 from fp4cast.families.recognise import FAMILIES
-from fp4cast.families.served import KNOWN, SERVICES, Service, best_of_each_engine, served_by
+from fp4cast.families.served import KNOWN, best_of_each_engine, served_by
+from fp4cast.families.services import SERVICES, Service
 from fp4cast.layouts.choose import targets_of
 
 ROOT = Path(__file__).parent.parent
@@ -35,12 +36,12 @@ def proof() -> str:
 
 
 def families_table() -> str:
-    """One line for each thing that is served alike, from the rows of `fp4cast.families.served`."""
+    """One line for each thing that is served alike, from the rows of `fp4cast.families.services`."""
     lines = ["| family | layout | activations | served by |", "|---|---|---|---|"]
     for family in FAMILIES:
         kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
         for layout, activations in ((target.layout.name, target.activations) for target in targets_of(family)):
-            who = served_by(family.name, layout, activations)
+            who = served_by(family.served_as, layout, activations)
             kinds[layout, who].append(activations.upper())
         for (layout, who), names in kinds.items():
             lines.append(f"| {family.title} | `{layout}` | {', '.join(names)} | {who} |")
@@ -48,15 +49,19 @@ def families_table() -> str:
 
 
 def families_summary() -> str:
-    """One line a family for the README: the engines, and what is known of each."""
-    lines = ["| family | engines |", "|---|---|"]
+    """One line for families that are served, and alike, for the README: the engines, and what is known of each."""
+    alike = defaultdict[str, list[str]](list)
     for family in FAMILIES:
-        engines = [f"{row.engine} ({', '.join(_limits(row, family))})" for row in best_of_each_engine(family.name)]
-        known = {row.engine for row in best_of_each_engine(family.name)}
-        fails = [row.engine for row in SERVICES if (row.family, row.verdict) == (family.name, "fails")]
+        best = best_of_each_engine(family.served_as)
+        if not best:
+            continue
+        engines = [f"{row.engine} ({', '.join(_limits(row, family))})" for row in best]
+        known = {row.engine for row in best}
+        fails = [row.engine for row in SERVICES if (row.family, row.verdict) == (family.served_as, "fails")]
         none = [engine for engine in dict.fromkeys(fails) if engine not in known]
-        lines.append(f"| {family.title} | {', '.join(engines)}{'; not ' * bool(none)}{', '.join(none)} |")
-    return "\n".join(lines)
+        alike[f"{', '.join(engines)}{'; not ' * bool(none)}{', '.join(none)}"].append(family.title)
+    lines = [f"| {', '.join(titles)} | {who} |" for who, titles in alike.items()]
+    return "\n".join(["| family | engines |", "|---|---|", *lines])
 
 
 def _limits(row: Service, family: Family) -> list[str]:
@@ -66,7 +71,7 @@ def _limits(row: Service, family: Family) -> list[str]:
 
 
 def matrix() -> str:
-    """Every row of `fp4cast.families.served`, with its source and date."""
+    """Every row of `fp4cast.families.services`, with its source and date."""
     lines = ["| family | layout | activations | engine | verdict | when, where |", "|---|---|---|---|---|---|"]
     for row in SERVICES:
         models = f", {row.models}" if row.models else ""

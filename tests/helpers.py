@@ -62,8 +62,14 @@ def unnamed(path):
     return found | {"fp4cast.json": receipt}
 
 
+def tensor_of(path, name):
+    """A tensor by its own name, or by that under which its family sees it."""
+    checkpoint = open_checkpoint(path)
+    return checkpoint.tensors.get(name) or read_source(checkpoint).checkpoint.tensors[name]
+
+
 def raw(path, name):
-    tensor = open_checkpoint(path).tensors[name]
+    tensor = tensor_of(path, name)
     with File(tensor.path) as file:
         return file.read(tensor.start, tensor.nbytes)
 
@@ -74,7 +80,7 @@ def scalar(path, name):
 
 def edit(path, name, change):
     """Change the bytes of one tensor in place."""
-    tensor = open_checkpoint(path).tensors[name]
+    tensor = tensor_of(path, name)
     data = raw(path, name)
     change(data)
     with tensor.path.open("r+b") as file:

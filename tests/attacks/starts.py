@@ -19,7 +19,7 @@ from fp4cast.miniatures.draft import VOCABULARY
 _ROWS = 8  # that are left of embeddings
 _FIRST_EXPERT = re.compile(r"\.experts\.0\.")
 _TRAPS = re.compile(r"^mtp\.|\.engram\.")
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_LAYER = re.compile(r"\b(?:layers|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True)

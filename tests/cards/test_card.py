@@ -16,8 +16,9 @@ import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.conversion import job_array
 from fp4cast.errors import UsageError
-from fp4cast.families.recognise import read_source
-from fp4cast.families.served import SERVICES, command_of
+from fp4cast.families.recognise import FAMILIES, read_source
+from fp4cast.families.served import command_of
+from fp4cast.families.services import SERVICES
 from fp4cast.verification.files import verify_files
 from helpers import VARIANTS, call, edit, lossy, tree
 
@@ -101,16 +102,17 @@ def test_a_card_serves_as_the_pages_do(miniatures, tmp_path, variant):
     report, text = convert(
         miniatures[kind], tmp_path / "dst", layout=layout, activations=activations, input_scales=scales
     )
-    wrong = "experts" if kind.startswith("dense") else "dense"
+    wrong = "experts" if kind.startswith(("dense", "quark")) else "dense"
+    family = next(each.served_as for each in FAMILIES if each.name == report.family)
     rows = [
         row
         for row in SERVICES
-        if (row.family, row.layout) == (report.family, layout)
-        and activations in row.activations
-        and row.models != wrong
+        if (row.family, row.layout) == (family, layout) and activations in row.activations and row.models != wrong
     ]
     shown = [command_of(row, "MODEL-NVFP4") for row in rows if row.verdict in ("serves", "loads", "should")]
-    commands = re.findall(r"```sh\n(.*?)\n```", text, re.DOTALL)[0].splitlines()
+    serving = text.partition("## Serve it")[2].partition("\n## ")[0]
+    commands = [line for block in re.findall(r"```sh\n(.*?)\n```", serving, re.DOTALL) for line in block.splitlines()]
+    assert bool(commands) == any(shown)
     assert set(commands) <= set(shown)
     assert {command.split()[0] for command in commands} == {each.split()[0] for each in shown if each}
     for row in rows:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from fp4cast.families.recognise import FAMILIES
-from fp4cast.families.served import ANY_BANKS, SERVICES, best_of_each_engine, rows_of, served_by, serving_command
+from fp4cast.families.served import best_of_each_engine, rows_of, served_by, serving_command
+from fp4cast.families.services import ANY_BANKS, SERVICES
 from fp4cast.layouts.choose import targets_of
 
 ROOT = Path(__file__).parents[2]
-OFFERED = {(family.name, target.layout.name): set() for family in FAMILIES for target in targets_of(family)}
+OFFERED = {(family.served_as, target.layout.name): set() for family in FAMILIES for target in targets_of(family)}
 for each in FAMILIES:
     for one in targets_of(each):
-        OFFERED[each.name, one.layout.name].add(one.activations)
+        OFFERED[each.served_as, one.layout.name].add(one.activations)
 OFFERED[ANY_BANKS, "modelopt"] = {"w4a16", "w4a4"}
 
 
@@ -45,8 +46,8 @@ def test_what_was_run_is_not_read_and_what_was_read_does_not_serve():
 def test_every_target_has_a_row():
     for family in FAMILIES:
         for target in targets_of(family):
-            assert rows_of(family.name, target.layout.name, target.activations)
-            assert target.served == served_by(family.name, target.layout.name, target.activations)
+            assert rows_of(family.served_as, target.layout.name, target.activations)
+            assert target.served == served_by(family.served_as, target.layout.name, target.activations)
 
 
 def test_a_sentence_takes_the_best_of_each_engine_and_never_what_is_open():

@@ -17,7 +17,7 @@ from fp4cast.families.recognise import read_source
 from fp4cast.layouts import patterns
 from fp4cast.verification.files import verify_files
 from fp4cast.verification.opened import open_both
-from helpers import DEEPSEEK, edit, flip, lossy, raw, tree
+from helpers import edit, flip, lossy, options, raw, tree
 
 
 def kinds_of(report):
@@ -387,7 +387,7 @@ def test_verify_writes_nothing(miniatures, converted):
     assert tree(converted["moe"]) == before
 
 
-@pytest.mark.parametrize("kind", sorted(set(mini.KINDS) - DEEPSEEK))
+@pytest.mark.parametrize("kind", [kind for kind in mini.KINDS if not options(kind)])
 def test_plain_miniatures_fit_marlin_and_trapped_ones_do_not(plain_miniatures, miniatures, converted, tmp_path, kind):
     report = fp4cast.convert(plain_miniatures[kind], tmp_path / "dst")
     assert report.marlin_exact

@@ -15,7 +15,8 @@ from fp4cast.casting.tight_rule import Scaling
 from fp4cast.checkpoints.origin import Origin
 from fp4cast.errors import UsageError
 from fp4cast.families.family import Pair, Source
-from fp4cast.families.served import Service, failing_rows, serving_rows
+from fp4cast.families.served import failing_rows, serving_rows
+from fp4cast.families.services import Service
 from fp4cast.formats import Activations
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.verification.report import Report

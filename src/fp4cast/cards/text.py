@@ -29,7 +29,7 @@ def card_files(subject: Subject) -> dict[str, bytes]:
 def _source(subject: Subject) -> str:
     """The source, with a link where its id is known."""
     name = subject.origin.id
-    return f"[`{name}`](https://huggingface.co/{name})" if name else f"a {subject.target.family.title} checkpoint"
+    return f"[`{name}`](https://huggingface.co/{name})" if name else f"a checkpoint ({subject.target.family.title})"
 
 
 def _kind(subject: Subject) -> str:

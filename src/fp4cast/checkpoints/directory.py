@@ -47,11 +47,13 @@ class Checkpoint:
         path: its directory.
         config: config.json.
         shards: by file name, in the order of their names.
+        renamed: config and tensors are seen as those of another layout, and not as the files hold them.
     """
 
     path: Path
     config: Mapping[str, Any]
     shards: Mapping[str, Shard]
+    renamed: bool = False
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:

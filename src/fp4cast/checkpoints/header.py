@@ -106,7 +106,7 @@ def header_bytes(path: Path, size: int, read: Callable[[int, int], bytes]) -> by
     """
     prefix = read(0, min(8, size))
     if len(prefix) < 8:
-        raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file")
+        raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file: download it again")
     if LFS_POINTER.startswith(prefix):
         raise HeaderError(
             f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull` there, or download "
@@ -206,7 +206,8 @@ def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
         del raw  # before the objects take their place
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{path}: the header is not valid JSON: {error}") from error
+        what = f"{path}: the header is not valid JSON: {error}"
+        raise HeaderError(f"{what}. If its download was interrupted, download it again.") from error
     if not isinstance(header, dict):
         raise HeaderError(f"{path}: the header must be a JSON object, got {type(header).__name__}")
     metadata = header.pop(METADATA, {})

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fp4cast.checkpoints.instead import LFS_POINTER
 from fp4cast.errors import CheckpointError
 
 
@@ -75,6 +76,11 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     Raises:
         CheckpointError: it is too large, or not a JSON object.
     """
+    if raw.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the document. Fetch it with `git lfs pull` there, or download the "
+            "model again with `hf download`."
+        )
     if excess := DOCUMENT.excess(raw):
         raise CheckpointError(f"{path}: {excess}")
     try:

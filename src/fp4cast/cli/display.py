@@ -57,12 +57,14 @@ def show_inspection(console: Console, info: Inspection) -> None:
         ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
     ]
     layouts: dict[tuple[str, str], list[str]] = {}
-    for target in info.targets:
-        layouts.setdefault((target.layout.name, target.served), []).append(target.activations.upper())
+    for target, refused in zip(info.targets, info.refused, strict=True):
+        said = f"no: {refused}" if refused else target.served
+        layouts.setdefault((target.layout.name, said), []).append(target.activations.upper())
     rows += [("layout", f"{name} as {', '.join(kinds)}: {served}") for (name, served), kinds in layouts.items()]
     show_facts(console, info.source, rows)
-    if info.targets:
-        console.print(f"[bold]serve[/] {escape(info.targets[0].serving_command('DST'))}", soft_wrap=True)
+    possible = [target for target, refused in zip(info.targets, info.refused, strict=True) if not refused]
+    if possible:
+        console.print(f"[bold]serve[/] {escape(possible[0].serving_command('DST'))}", soft_wrap=True)
     console.print()
     console.print(_spreads(info))
     if inexact:

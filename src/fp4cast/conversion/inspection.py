@@ -10,12 +10,15 @@ from typing import Any
 from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
 from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.domains import Domain, find_domains
+from fp4cast.errors import Fp4CastError
+from fp4cast.families.family import Source
 from fp4cast.families.recognise import read_source
 from fp4cast.hub.opened import CONNECTIONS, open_repository
 from fp4cast.hub.ranges import RemoteFiles
 from fp4cast.hub.repository import look_up
 from fp4cast.hub.resolve import in_cache, resolve
 from fp4cast.layouts.choose import targets_of
+from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
 
@@ -34,6 +37,7 @@ class Inspection:
         bytes: of "source", its "codes", its "scales", its "other" tensors, and of the "destination"; of a model on the
             Hub also those that were "downloaded" to find all this.
         targets: the family's layouts, and the engines that serve each.
+        refused: by target, why its configs cannot describe what the checkpoint holds besides; None where they can.
     """
 
     source: str
@@ -44,6 +48,7 @@ class Inspection:
     copied: int
     bytes: dict[str, int]
     targets: Sequence[Target]
+    refused: Sequence[str | None]
 
     @property
     def exact(self) -> bool:
@@ -66,7 +71,8 @@ class Inspection:
             "domains": [domain.to_json() for domain in self.domains],
             "bytes": self.bytes,
             "layouts": [
-                {"layout": t.layout.name, "activations": t.activations, "served": t.served} for t in self.targets
+                {"layout": t.layout.name, "activations": t.activations, "served": t.served, "refused": why}
+                for t, why in zip(self.targets, self.refused, strict=True)
             ],
         }
 
@@ -122,4 +128,15 @@ def _inspect(
             "destination": total + scales + 4 * len(cast),
         },
         targets=targets,
+        refused=[_refusal(source, target) for target in targets],
     )
+
+
+def _refusal(source: Source, target: Target) -> str | None:
+    """Why `convert` would refuse a target, if it would: other formats beside MXFP4 that the layout has no word for."""
+    selection = castable(source, target)
+    try:
+        documents(source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank)
+    except Fp4CastError as error:
+        return str(error)
+    return None

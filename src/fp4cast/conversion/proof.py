@@ -46,7 +46,7 @@ def prove(plan: Plan, back: WayBack, report: Report, engine: Engine, progress: A
         doubts += _changes(plan, engine, progress)
     if back.original == Original():
         sentence = (
-            "byte for byte the original: unknown, as no receipt says what the original was. Every value is equal; "
+            "byte for byte the original: unknown, as no receipt says which bytes it had. Every value is equal; "
             "codes that the cast has shifted, and scales of blocks of zeros, may be others"
         )
         return replace(report, notes=(*report.notes, sentence))

@@ -13,13 +13,14 @@ from fp4cast.cards.subject import Subject
 from fp4cast.cards.text import card_files
 from fp4cast.checkpoints.card_files import CARD, beside_card
 from fp4cast.checkpoints.checksums import Checksum
-from fp4cast.checkpoints.directory import CONFIG, RECEIPT, open_checkpoint
+from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG, RECEIPT, open_checkpoint
+from fp4cast.checkpoints.json_files import read_json
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.proof import announce, prove
 from fp4cast.conversion.staging import Staging
-from fp4cast.errors import VerificationError
+from fp4cast.errors import CheckpointError, VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf, Progress
@@ -127,6 +128,8 @@ def _receipt(plan: Plan, stage: Staging, report: Report, files: Mapping[str, Che
 def _original(plan: Plan) -> Original:
     """What the way back needs; where exponents alone did not decide, some bytes of a tensor do not come back."""
     checkpoint, scales = plan.source.checkpoint, {pair.scales.dtype for pair in plan.selection.cast}
+    if checkpoint.renamed:  # the names that it had do not come back
+        return Original()
     headers = {name: shard.digest for name, shard in checkpoint.shards.items()}
     texts = {
         pair.module: text
@@ -140,7 +143,17 @@ def _original(plan: Plan) -> Original:
     if sum(map(len, outside.values())) > _MAX_TEXT:
         outside, lost = {}, lost | outside.keys()
     config = (checkpoint.path / CONFIG).read_text(encoding="utf-8")
-    return Original(config, scales.pop() if len(scales) == 1 else "", headers, outside, frozenset(lost))
+    scale = scales.pop() if len(scales) == 1 else ""
+    return Original(config, scale, headers, outside, frozenset(lost), _text(checkpoint.path / QUANT_CONFIG))
+
+
+def _text(path: Path) -> str:
+    """The text of a document; empty where there is none, or something else."""
+    try:
+        read_json(path)
+    except CheckpointError:
+        return ""
+    return path.read_text(encoding="utf-8")
 
 
 def _look(plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> Report:

@@ -238,7 +238,7 @@ class _Run:
         """Raise unless a downloaded shard has the header from which the plan was made."""
         planned = self.plan.source.checkpoint.shards[file]
         found = read_header(planned.path)
-        if (found.tensors, found.metadata) != (planned.tensors, planned.metadata):
+        if found.digest != planned.digest:
             raise CheckpointError(f"{self.repository}/{file}: its header is not the one that was planned from")
 
     def _compare(self, group: Group) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp4cast.checkpoints.card_files import PICTURE, behind_card
-from fp4cast.checkpoints.directory import CONFIG, Checkpoint, gc_paused, open_checkpoint, stamp
+from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG, RECEIPT, Checkpoint, gc_paused, open_checkpoint, stamp
 from fp4cast.checkpoints.header import UNQUANTIZED, digest_of_header, lay_out
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.checkpoints.quantization_config import (
@@ -28,7 +28,7 @@ from fp4cast.conversion.outside import decode
 from fp4cast.conversion.plan import ConvertOptions, Plan
 from fp4cast.conversion.recipe import CopyOf, OriginalOf, Output, OutputShard, index, place
 from fp4cast.conversion.scan_back import Scanned, explain, scan_weights
-from fp4cast.errors import CheckpointError, InexactError, UsageError
+from fp4cast.errors import CheckpointError, InexactError, UnsupportedError, UsageError
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.layouts.read_back import Readable, Weight, read_nvfp4
 from fp4cast.parallel.progress import AdvanceOf, ignore
@@ -58,7 +58,8 @@ def plan_way_back(
     stamps, receipt = stamp(checkpoint), Receipt.read(path)
     original = receipt.original if receipt.intact else Original()
     config = _parse(original.config)
-    found = read_nvfp4(checkpoint, str(receipt.facts.get("family")), original.scales, config or checkpoint.config)
+    said = str(receipt.facts.get("family")) if original != Original() else ""
+    found = read_nvfp4(checkpoint, said, original.scales, config or checkpoint.config)
     outside = {
         module: decoded
         for module, text in original.outside.items()
@@ -79,7 +80,7 @@ def plan_way_back(
         selection=found.selection,
         domains=(),
         shards=shards,
-        documents={CONFIG: _config(found, config, original.config), **index(shards)},
+        documents={CONFIG: _config(found, config, original.config), **_beside(original.beside), **index(shards)},
         companions=companions,
         stamps=stamps,
         card=False,
@@ -128,6 +129,10 @@ def _parse(text: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def _beside(text: str) -> dict[str, bytes]:
+    return {QUANT_CONFIG: text.encode(errors="replace")} if text else {}
+
+
 def _config(found: Readable, original: Mapping[str, Any] | None, text: str) -> bytes:
     """config.json: the original's own text if nothing but the quantization differs, else with its quantization_config.
 
@@ -146,6 +151,11 @@ def _config(found: Readable, original: Mapping[str, Any] | None, text: str) -> b
     said = find_quantization_config(config)
     if original is not None:
         home, section = find_quantization_config(original)
+    elif said.section.get("quant_method") == "fp8" and not family.beside_fp8:
+        raise UnsupportedError(
+            f"{checkpoint.path}: NVFP4 beside FP8, and without the receipt of its conversion nothing says how its "
+            f"original is described; expected {RECEIPT} as it was written"
+        )
     else:
         home, section = family.home, family.section(said.section, _plain_modules(found.selection))
     if home and said.path != home and (len(home) == 1 or isinstance(config.get(home[0]), dict)):

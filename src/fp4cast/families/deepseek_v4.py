@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fp4cast.families.family import Family, Suffix
+from fp4cast.families.family import W4A4_ALONE, Family, Suffix
 
 # What NVFP4 experts add to the quantization_config of the FP8 checkpoint around them.
 _ADDED = {
@@ -32,8 +32,7 @@ DEEPSEEK_V4 = Family(
     casts=r"\.ffn\.experts\.",
     keeps=r"^mtp\.",
     activations=("w4a4",),
-    hint="Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
-    "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)",
+    hint=W4A4_ALONE,
     layouts=("modelopt",),
     kv_cache=False,  # vLLM 0.32: models/deepseek_v4/quant_config.py passes `kv_cache_quant_algo=None`
     section=_section,

@@ -20,6 +20,13 @@ class Suffix(NamedTuple):
     dtypes: tuple[str, ...]
 
 
+# The hint of a family that engines serve as W4A4 only.
+W4A4_ALONE = (
+    "Pass --activations w4a4 with --input-scales FILE (calibrated amax values: fp4cast calibrate finds them) or "
+    "--input-scales 1.0 (uncalibrated, as NVIDIA's Kimi-K3 does it)"
+)
+
+
 def _standard_bias(_: Mapping[str, Any]) -> int:
     return E8M0_BIAS
 
@@ -50,9 +57,12 @@ class Family:
         aliases: (pattern, what engines may call that part of a module's name), applied one after the other.
         beside_fp8: names and patterns that the config lists as not NVFP4, for checkpoints that are FP8 but for the
             experts; empty if engines read no such config of this family.
+        drops: keys of such a config's quantization_config that speak of MXFP4, and would make engines read it.
         kv_cache: engines keep the KV cache as the config says.
         bias: returns the exponent bias of the scale bytes, given config.json.
-        known_as: its name in the rows of `families.served`, if another.
+        described: whether a checkpoint's configs say that it is the family's, where others name their tensors alike;
+            None where names and dtypes suffice.
+        known_as: its name in the rows of `families.services`, if another.
         section: returns the quantization_config of an MXFP4 checkpoint, given the one of an NVFP4 checkpoint and the
             modules that are not quantized: for the way back, where no receipt holds the original's.
         home: the keys that lead to it in config.json.
@@ -72,15 +82,17 @@ class Family:
     hint: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     beside_fp8: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
     kv_cache: bool = True
     bias: Callable[[Mapping[str, Any]], int] = _standard_bias
+    described: Callable[[Checkpoint], bool] | None = None
     known_as: str = ""
     section: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]] = _plain_section
     home: tuple[str, ...] = ("quantization_config",)
 
     @property
     def served_as(self) -> str:
-        """Its name in the rows of `families.served`."""
+        """Its name in the rows of `families.services`."""
         return self.known_as or self.name
 
     def served(self, layout: str, activations: Activations) -> str:

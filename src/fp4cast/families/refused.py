@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.header import Tensor
@@ -18,7 +18,7 @@ class Refused(NamedTuple):
         partner: suffix of the scales' name.
         dtypes: of the scales.
         what: its description, for people.
-        cast: it is NVFP4 already; otherwise fp4cast does not read it yet.
+        hint: what to do about it; empty where fp4cast does not read it yet.
     """
 
     codes: str
@@ -26,19 +26,28 @@ class Refused(NamedTuple):
     partner: str
     dtypes: tuple[str, ...]
     what: str
-    cast: bool = False
+    hint: str = ""
 
 
-_CAST = "There is nothing to cast. The way back: fp4cast convert SRC DST --to mxfp4"
+_NOTHING = "There is nothing to cast. The way back: fp4cast convert SRC DST --to mxfp4"
 
 REFUSED = (
-    Refused(".weight_packed", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (compressed-tensors)", cast=True),
-    Refused(".weight", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (ModelOpt)", cast=True),
-    Refused("_proj", "U8", "_proj_weight_scale", ("F8_E4M3",), "already NVFP4 (ModelOpt, banks of experts)", cast=True),
-    Refused(".weight", "U32", ".scales", ("U8",), "MLX mxfp4 (codes as U32)"),
-    Refused(".weight", "U8", ".weight_scale", ("U8", "F8_E8M0"), "MXFP4 as MiMo, Quark or ModelOpt write it"),
-    Refused(".weight", "I8", ".weight_scale_inv", ("U8", "F8_E8M0"), "MXFP4 as Ling-3.0 writes it"),
-)
+    Refused(".weight_packed", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (compressed-tensors)", _NOTHING),
+    Refused(".weight", "U8", ".weight_scale", ("F8_E4M3",), "already NVFP4 (ModelOpt)", _NOTHING),
+    Refused("_proj", "U8", "_proj_weight_scale", ("F8_E4M3",), "already NVFP4 (ModelOpt, banks of experts)", _NOTHING),
+    Refused(
+        ".weight", "U32", ".scales", ("U8",), "MLX's, of codes as U32 that are not mxfp4",
+        "Its scales fit another mode (nvfp4, mxfp8): name the checkpoint that it was made from.",
+    ),
+    Refused(
+        ".weight", "U8", ".weight_scale", ("U8", "F8_E8M0"), "named like MXFP4 of AMD Quark, ModelOpt and MiMo",
+        "Its config.json names none of them as the maker: expected the quantization_config that it was exported with.",
+    ),
+    Refused(
+        ".weight", "I8", ".weight_scale_inv", ("U8", "F8_E8M0"), "named like MXFP4 of Ling-3.0",
+        "Its config.json does not say so: expected a quantization_config with routed_experts_quant_method mxfp4.",
+    ),
+)  # fmt: skip
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], titles: Sequence[str]) -> tuple[str, str]:
@@ -51,12 +60,10 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], titles: S
     """
     not_yet = f"fp4cast does not read this layout yet; it reads {', '.join(titles[:-1])} and {titles[-1]}."
     for found in _found(tensors):
-        return f"this checkpoint is {found.what}", _CAST if found.cast else not_yet
-    if any(name.endswith((".mlp1_weight.blocks", ".mlp2_weight.blocks")) for name in tensors):
-        return "this is gpt-oss's original/ layout", "Pass the directory above it, which holds the Hugging Face layout."
+        return f"this checkpoint is {found.what}", found.hint or not_yet
     method = find_quantization_config(config).section.get("quant_method")
-    if method == "quark":
-        return "this is a Quark checkpoint in its legacy layout", not_yet
+    if method == "quark" and any(spec.get("dtype") == "mx" for spec in quark_specs(config)):
+        return "this is a Quark checkpoint in its legacy layout, scales and codes in one tensor", not_yet
     return (
         f"no MXFP4 weights: the checkpoint is {_main_dtype(tensors)}"
         + (f" (quant_method {method!r})" if method else ""),
@@ -71,6 +78,18 @@ def _found(tensors: Mapping[str, Tensor]) -> Iterable[Refused]:
                 scales = tensors.get(name.removesuffix(refused.codes) + refused.partner)
                 if scales is not None and scales.dtype in refused.dtypes:
                     yield refused
+
+
+def quark_specs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """How AMD Quark's config says that weights are quantized: in the whole model, in some layers, in some types."""
+    section = find_quantization_config(config).section
+    groups = [section.get("global_quant_config")]
+    for name in ("layer_quant_config", "layer_type_quant_config"):
+        layers = section.get(name)
+        groups += layers.values() if isinstance(layers, dict) else ()
+    for group in groups:
+        if isinstance(group, dict) and isinstance(weight := group.get("weight"), dict):
+            yield weight
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> str:

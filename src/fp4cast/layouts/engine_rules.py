@@ -91,7 +91,8 @@ def rule_faults(config: Section, beside: Section | None, claims: Claims, held: H
     elif beside is None:
         yield Fault(QUANT_CONFIG, "is missing")
     else:
-        kept = {key: _Kept(value) for key, value in old.section.items()} if fp8 else {}
+        stays = {key: _Kept(value) for key, value in old.section.items() if key not in held.family.drops}
+        kept = stays if fp8 else {}
         yield from _modelopt(section, beside, claims, held, kept)
 
 

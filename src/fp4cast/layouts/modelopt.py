@@ -108,7 +108,8 @@ def _beside_fp8(writing: Writing) -> tuple[Section, Section]:
     target = writing.target
     names, ignore = _banks(writing.modules), list(target.family.beside_fp8)
     layers = _layers(target, names)
-    section = find_quantization_config(writing.config).section | {
+    old = find_quantization_config(writing.config).section
+    section = {key: value for key, value in old.items() if key not in target.family.drops} | {
         "quant_method": "fp8",
         "moe_quant_algo": "NVFP4",
         "quant_algo": "MIXED_PRECISION",

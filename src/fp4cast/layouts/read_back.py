@@ -141,6 +141,7 @@ def _family(checkpoint: Checkpoint, modules: Iterable[str], form: Form, said: st
         family
         for family in FAMILIES
         if family.bank == form.transposed
+        and (family.described is None or family.name == said)
         and all(re.search(family.casts, name) for name in names)
         and any(re.search(family.module, name + family.codes.text) for name in names)
     ]

@@ -8,6 +8,7 @@ pairs and merged projections split across shards.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,18 +18,32 @@ from fp4cast.miniatures.compressed_tensors import draft_dense, draft_dense_013, 
 from fp4cast.miniatures.deepseek_v4 import draft_deepseek_v4, draft_deepseek_v41
 from fp4cast.miniatures.draft import Draft, mxfp4, write_checkpoint
 from fp4cast.miniatures.gpt_oss import draft_gpt_oss
+from fp4cast.miniatures.gpt_oss_experts import draft_gpt_oss_experts
+from fp4cast.miniatures.gpt_oss_original import draft_gpt_oss_original
 from fp4cast.miniatures.kimi_k3 import draft_kimi_k3
+from fp4cast.miniatures.ling import draft_ling
+from fp4cast.miniatures.mimo import draft_mimo
+from fp4cast.miniatures.mlx import draft_mlx
+from fp4cast.miniatures.modelopt import draft_modelopt
+from fp4cast.miniatures.quark import draft_quark
 
 __all__ = ["KINDS", "make", "mxfp4", "write_checkpoint"]
 
 MAKERS: dict[str, Callable[[Draft], None]] = {
     "gpt-oss": draft_gpt_oss,
+    "gpt-oss-original": draft_gpt_oss_original,
+    "gpt-oss-experts": draft_gpt_oss_experts,
     "deepseek-v4": draft_deepseek_v4,
     "deepseek-v4.1": draft_deepseek_v41,
     "kimi-k3": draft_kimi_k3,
     "moe": draft_moe,
     "dense": draft_dense,
     "dense-0.13": draft_dense_013,
+    "quark": draft_quark,
+    "modelopt-mxfp4": draft_modelopt,
+    "mimo-v2.6": draft_mimo,
+    "ling-3": draft_ling,
+    "mlx-mxfp4": draft_mlx,
 }
 KINDS = tuple(MAKERS)
 
@@ -48,9 +63,12 @@ def make(kind: str, path: Path, *, seed: int = 0, traps: bool = True) -> Path:
     draft = Draft(np.random.default_rng(seed), traps)
     MAKERS[kind](draft)
     names = [
-        f"model-{draft.first_shard + i:05d}-of-{len(draft.files):05d}.safetensors" for i in range(len(draft.files))
+        f"{draft.stem}{draft.first_shard + i:05d}-of-{len(draft.files):05d}.safetensors"
+        for i in range(len(draft.files))
     ]
-    write_checkpoint(path, dict(zip(names, draft.files, strict=True)), draft.config)
+    write_checkpoint(path, dict(zip(names, draft.files, strict=True)), draft.config, draft.metadata)
+    for name, document in draft.documents.items():
+        (path / name).write_text(json.dumps(document, indent=2))
     (path / "generation_config.json").write_text('{"do_sample": true}\n')
     (path / "LICENSE").write_text("A licence that has to travel with the weights.\n")
     (path / "encoding").mkdir()

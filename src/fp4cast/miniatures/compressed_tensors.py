@@ -29,13 +29,13 @@ def compressed(ignore: list[str], version: str = "0.14.0") -> dict[str, Any]:
 
 
 def _projections(
-    draft: Draft, shard: int, at: str, shapes: Mapping[str, tuple[int, int]], bias: int = E8M0_BIAS
+    draft: Draft, shard: int, at: str, shapes: Mapping[str, tuple[int, int]], codes_as: str, bias: int = E8M0_BIAS
 ) -> None:
     for name, (rows, columns) in shapes.items():
         codes, scales = draft.mxfp4(f"{at}.{name}", rows, columns)
         if bias != E8M0_BIAS:
             scales = np.maximum(scales, E8M0_BIAS - bias) - (E8M0_BIAS - bias)
-        draft.add(shard, f"{at}.{name}.weight_packed", "U8", codes.reshape(rows, -1))
+        draft.add(shard, f"{at}.{name}{codes_as}", "U8", codes.reshape(rows, -1))
         draft.add(shard, f"{at}.{name}.weight_scale", "U8", scales)
 
 
@@ -52,12 +52,12 @@ def _norms(draft: Draft, shard: int, at: str) -> None:
     draft.ones(shard, f"{at}.post_attention_layernorm.weight", 64)
 
 
-def draft_moe(draft: Draft) -> None:
-    """A Qwen3-MoE of two layers and four experts."""
+def add_moe(draft: Draft, codes_as: str) -> None:
+    """A Qwen3-MoE of two layers and four experts, without its quantization_config."""
     for i in range(2):
         at = f"model.layers.{i}"
         for e in range(4):
-            _projections(draft, i, f"{at}.mlp.experts.{e}", _MLP)
+            _projections(draft, i, f"{at}.mlp.experts.{e}", _MLP, codes_as)
         draft.bf16(i, f"{at}.mlp.gate.weight", 4, 64)
         add_attention(draft, i, f"{at}.self_attn", 64, 4, 2, 16, bias=False)
         for name in ("q_norm", "k_norm"):
@@ -67,23 +67,30 @@ def draft_moe(draft: Draft) -> None:
     draft.config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_LLAMA, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "quantization_config": compressed(["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]),
     }  # fmt: skip
+
+
+def add_dense(draft: Draft, codes_as: str, bias: int = E8M0_BIAS) -> None:
+    """A Llama of two layers, without its quantization_config."""
+    for i in range(2):
+        at = f"model.layers.{i}"
+        _projections(draft, i, f"{at}.self_attn", _ATTENTION, codes_as, bias)
+        _projections(draft, i, f"{at}.mlp", _MLP, codes_as, bias)
+        _norms(draft, i, at)
+    add_globals(draft, 64)
+    draft.config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_LLAMA}
+
+
+def draft_moe(draft: Draft) -> None:
+    """A Qwen3-MoE of two layers and four experts."""
+    add_moe(draft, ".weight_packed")
+    draft.config["quantization_config"] = compressed(["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"])
 
 
 def draft_dense(draft: Draft, version: str = "0.14.0") -> None:
     """A Llama of two layers, as a version of compressed-tensors writes it."""
-    bias = E8M0_BIAS - 2 if version.startswith("0.13.") else E8M0_BIAS
-    for i in range(2):
-        at = f"model.layers.{i}"
-        _projections(draft, i, f"{at}.self_attn", _ATTENTION, bias)
-        _projections(draft, i, f"{at}.mlp", _MLP, bias)
-        _norms(draft, i, at)
-    add_globals(draft, 64)
-    quantization = compressed(["lm_head"], version)
-    draft.config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **_LLAMA, "quantization_config": quantization,
-    }  # fmt: skip
+    add_dense(draft, ".weight_packed", E8M0_BIAS - 2 if version.startswith("0.13.") else E8M0_BIAS)
+    draft.config["quantization_config"] = compressed(["lm_head"], version)
 
 
 def draft_dense_013(draft: Draft) -> None:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,10 @@ class Draft:
         traps: whether to plant the traps.
         files: by shard, by name: (dtype, array).
         config: config.json.
+        documents: other JSON files, by name.
         first_shard: the number in the first shard's name.
+        stem: how the shards' names begin.
+        metadata: of every shard.
         decoys: files that hold the weights in other formats.
     """
 
@@ -37,7 +41,10 @@ class Draft:
     traps: bool
     files: list[dict[str, tuple[str, Array]]] = field(default_factory=lambda: [{}, {}])
     config: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     first_shard: int = 1
+    stem: str = "model-"
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     decoys: tuple[str, ...] = ()
 
     def add(self, shard: int, name: str, dtype: str, array: Array) -> None:
@@ -57,12 +64,22 @@ class Draft:
         """Random FP32 weights."""
         self.add(shard, name, "F32", self.rng.standard_normal(shape).astype(np.float32))
 
-    def fp8(self, shard: int, module: str, rows: int, columns: int, block: int) -> None:
-        """FP8 weights with E8M0 block scales, named like the MXFP4 ones."""
+    def fp8(
+        self,
+        shard: int,
+        module: str,
+        rows: int,
+        columns: int,
+        block: int,
+        scales_as: str = ".scale",
+        dtype: str = "F8_E8M0",
+    ) -> None:
+        """FP8 weights with block scales, named like the MXFP4 ones."""
         codes = self.rng.integers(0, 0x7F, (rows, columns)).astype(np.uint8)
         self.add(shard, f"{module}.weight", "F8_E4M3", codes)
         grid = (-(-rows // block), -(-columns // block))
-        self.add(shard, f"{module}.scale", "F8_E8M0", np.full(grid, 118, np.uint8))
+        scales = np.full(grid, 118, np.uint8) if dtype == "F8_E8M0" else np.full(grid, 2.0**-9, np.float32)
+        self.add(shard, f"{module}{scales_as}", dtype, scales)
 
     def mxfp4(self, module: str, *shape: int, lower: int = 0) -> tuple[Bytes, Bytes]:
         """(codes [.., K/32, 16], scales [.., K/32]) for shape [.., N, K], with the traps.
@@ -106,7 +123,10 @@ def _plant(codes: Bytes, scales: Bytes, top: int, *, reaches_top: bool) -> None:
 
 
 def write_checkpoint(
-    path: Path, files: Mapping[str, Mapping[str, tuple[str, Array]]], config: Mapping[str, Any]
+    path: Path,
+    files: Mapping[str, Mapping[str, tuple[str, Array]]],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """Write safetensors shards, their index and config.json.
 
@@ -114,10 +134,11 @@ def write_checkpoint(
         path: the directory to make.
         files: by file name, by tensor name: (safetensors dtype, array of the stored bits).
         config: config.json.
+        metadata: of every shard.
     """
     path.mkdir(parents=True)
     for file, tensors in files.items():
-        placed = lay_out(((n, dtype, array.shape) for n, (dtype, array) in tensors.items()), {"format": "pt"})
+        placed = lay_out(((n, dtype, array.shape) for n, (dtype, array) in tensors.items()), dict(metadata))
         with (path / file).open("wb") as out:
             out.write(placed.header)
             for name in sorted(tensors, key=lambda n: placed.offsets[n]):

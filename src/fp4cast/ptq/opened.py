@@ -14,7 +14,7 @@ from fp4cast.families.compressed_tensors import COMPRESSED_TENSORS
 from fp4cast.families.family import Family, Pair, Source
 from fp4cast.families.gpt_oss import GPT_OSS
 from fp4cast.families.recognise import read_source
-from fp4cast.families.served import ANY_BANKS
+from fp4cast.families.services import ANY_BANKS
 from fp4cast.formats import Activations
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import choose_target

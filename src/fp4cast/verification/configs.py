@@ -13,6 +13,7 @@ from fp4cast.checkpoints.header import UNQUANTIZED
 from fp4cast.checkpoints.quantization_config import drop_quantization_configs, find_quantization_config
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Source
+from fp4cast.families.modelopt import names_mxfp4
 from fp4cast.layouts.engine_rules import Fault, Held, rule_faults
 from fp4cast.layouts.engine_view import Claims, read_claims
 from fp4cast.layouts.layout import Selection, Target
@@ -56,7 +57,7 @@ def original_faults(
 
     Args:
         config: its config.json.
-        beside: its hf_quant_config.json, which no MXFP4 checkpoint has; None where there is none.
+        beside: its hf_quant_config.json, which of MXFP4 checkpoints ModelOpt's alone have; None where there is none.
         source: the MXFP4 checkpoint.
         nvfp4: the config.json of the NVFP4 one.
     """
@@ -68,8 +69,8 @@ def original_faults(
     else:
         if section.get("format") != "mixed-precision":
             found.append(Fault(CONFIG, "describes an NVFP4 checkpoint, expected an MXFP4 one"))
-    if beside is not None:
-        found.append(Fault(QUANT_CONFIG, "is there, but describes NVFP4; expected none"))
+    if beside is not None and not names_mxfp4(beside.get("quantization")):
+        found.append(Fault(QUANT_CONFIG, "is there, but names no MXFP4; expected none"))
     if not section:
         found.append(Fault(CONFIG, f"has no quantization_config, expected that of {source.family.title}"))
     if _without_quantization(config) != _without_quantization(nvfp4):

@@ -18,6 +18,7 @@ class Original:
         outside: by module, the exponents of blocks outside of the window, which block scales do not tell: as a text.
         lost: the modules of which some exponents are known to nobody any more: they were too many, or a rounding lost
             more. The values of the former are kept.
+        beside: the text of its hf_quant_config.json.
     """
 
     config: str = ""
@@ -25,19 +26,21 @@ class Original:
     headers: Mapping[str, str] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
+    beside: str = ""
 
     @classmethod
     def read(cls, value: object) -> Original:
         """Read a receipt's entry. It is untrusted: what no conversion writes is left out."""
         if not isinstance(value, dict):
             return cls()
-        config, scales, lost = (value.get(key) for key in ("config", "scales", "lost"))
+        config, scales, lost, beside = (value.get(key) for key in ("config", "scales", "lost", "beside"))
         return cls(
             config if isinstance(config, str) else "",
             scales if isinstance(scales, str) else "",
             _texts(value.get("headers")),
             _texts(value.get("outside")),
             frozenset(map(str, lost)) if isinstance(lost, list) else frozenset(),
+            beside if isinstance(beside, str) else "",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class Original:
             "headers": dict(sorted(self.headers.items())),
             "outside": dict(sorted(self.outside.items())),
             "lost": sorted(self.lost),
+            **({"beside": self.beside} if self.beside else {}),
         }
 
 
