@@ -1,4 +1,4 @@
-"""Two hooks for hatchling: compile the one C file, where there is a compiler, and make PyPI's page of the README."""
+"""Two hooks for hatchling: compile the C files, where there is a compiler, and make PyPI's page of the README."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
+SOURCES = ("checkpoints/transpose.c", "verification/compare.c")  # below src/fp4cast
 
-class CompileTranspose(BuildHookInterface[Any]):
-    """Makes checkpoints/_transpose.so, which ctypes loads: it belongs to a platform, not to a version of Python.
 
-    The package works without it, only gpt-oss's banks turn slower. FP4CAST_PURE=1 leaves it out, for any system.
+class CompileKernels(BuildHookInterface[Any]):
+    """Makes a library of each C file, which ctypes loads: they belong to a platform, not to a version of Python.
+
+    The package works without them, only slower. FP4CAST_PURE=1 leaves them out, for any system.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Compile before the wheel is packed; what fails is said and left out."""
-        package = Path(self.root, "src", "fp4cast", "checkpoints")
-        library = package / "_transpose.so"
-        library.unlink(missing_ok=True)
+        sources = [Path("src", "fp4cast", name) for name in SOURCES]
+        libraries = [source.with_name(f"_{source.stem}.so") for source in sources]
+        for library in libraries:
+            Path(self.root, library).unlink(missing_ok=True)
         if os.environ.get("FP4CAST_PURE"):
             return
         compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
-        command = [*compiler, "-O3", "-shared", "-fPIC", "-o", str(library), str(package / "transpose.c")]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            self.app.display_warning(f"fp4cast: no compiled transpose, NumPy does it instead: {reason}")
-            return
-        build_data["artifacts"].append("src/fp4cast/checkpoints/_transpose.so")
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        for source, library in zip(sources, libraries, strict=True):
+            command = [*compiler, "-O3", "-shared", "-fPIC", "-o", str(library), str(source)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.root)  # noqa: S603
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = getattr(error, "stderr", None) or error
+                self.app.display_warning(f"fp4cast: {source.name} is not compiled, NumPy does its work: {reason}")
+                continue
+            build_data["artifacts"].append(library.as_posix())
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
 
 class LongDescription(MetadataHookInterface):

@@ -83,7 +83,7 @@ def test_a_pure_wheel_is_for_any_system(project):
 def test_a_compiled_wheel_belongs_to_a_platform_and_no_python(project):
     wheel = build(project)
     assert re.fullmatch(rf"fp4cast-{re.escape(fp4cast.__version__)}-py3-none-(linux|macosx|win)\w+\.whl", wheel.name)
-    assert "fp4cast/checkpoints/_transpose.so" in contents(wheel)
+    assert {"fp4cast/checkpoints/_transpose.so", "fp4cast/verification/_compare.so"} <= set(contents(wheel))
 
 
 def test_without_a_compiler_the_wheel_is_pure(project):

@@ -67,6 +67,7 @@ class Buffers(threading.local):
         expected: the block scales that follow from the source.
         tile: a transposed tile.
         copy: bytes on their way between two files.
+        compared: bytes of both sides.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class Buffers(threading.local):
         self.expected = Buffer()
         self.tile = Buffer()
         self.copy = Buffer()
+        self.compared = Buffer()
 
 
 BUFFERS = Buffers()

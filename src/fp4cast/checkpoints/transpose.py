@@ -56,6 +56,11 @@ def compiled() -> bool:
     return _KERNEL is not None
 
 
+def compiled_comparison() -> Call | None:
+    """The function of transpose.c that compares, for other C code; None if it is not in use."""
+    return _KERNEL.compare if _KERNEL is not None else None
+
+
 def _fits(matrix: Bytes, other: Bytes) -> bool:
     """Whether the compiled kernel takes these matrices."""
     if other.shape != matrix.shape[::-1]:

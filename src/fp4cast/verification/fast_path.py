@@ -23,6 +23,7 @@ from fp4cast.formats import MX_BLOCK_BYTES, Activations, Bytes
 from fp4cast.layouts.layout import Form
 from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.ranges import spans
+from fp4cast.verification.compiled import Place, same_blocks, same_bytes, same_turned, step_of
 from fp4cast.verification.rounding import Nearness
 from fp4cast.verification.values import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal
 
@@ -112,46 +113,86 @@ def compare_units(
 
 def _compare_chunk(converted: Converted, unit: int, tables: ScaleTables, files: Files, found: Comparison) -> int:
     """Compare blocks that lie alike on both sides; returns the bytes read."""
-    pair, start, size = converted.pair, unit * tiles.LIMITS.compare_blocks, MX_BLOCK_BYTES
-    n = min(tiles.LIMITS.compare_blocks, pair.blocks - start)
-    source_codes = _read(files, pair.codes, start * size, n * size, BUFFERS.source).reshape(n, size)
-    codes = _read(files, converted.codes, start * size, n * size, BUFFERS.codes).reshape(n, size)
+    pair, at, size = converted.pair, unit * tiles.LIMITS.compare_blocks, MX_BLOCK_BYTES
+    end = min(at + tiles.LIMITS.compare_blocks, pair.blocks)
+    read = (end - at) * (2 * size + 3)
+    step = step_of(end - at)
+    while at < end:
+        same, found.zeros = same_blocks(
+            (
+                _place(files, pair.codes, at * size),
+                _place(files, pair.scales, at),
+                _place(files, converted.codes, at * size),
+                _place(files, converted.scales, 2 * at),
+            ),
+            end - at,
+            tables.pairs,
+            zeros=found.zeros,
+        )
+        found.verbatim += 2 * same
+        at += same
+        if at < end:
+            _decode_blocks(converted, at, min(at + step, end), tables, files, found)
+            at += step
+    return read
+
+
+def _decode_blocks(
+    converted: Converted, first: int, last: int, tables: ScaleTables, files: Files, found: Comparison
+) -> None:
+    """Compare blocks [first, last), and decode what is not plainly equal."""
+    pair, size, n = converted.pair, MX_BLOCK_BYTES, last - first
+    source_codes = _read(files, pair.codes, first * size, n * size, BUFFERS.source).reshape(n, size)
+    codes = _read(files, converted.codes, first * size, n * size, BUFFERS.codes).reshape(n, size)
     found.see_codes(source_codes)
-    exponents = _read(files, pair.scales, start, n, BUFFERS.exponents)
-    scales = _read(files, converted.scales, 2 * start, 2 * n, BUFFERS.scales).reshape(n, 2)
+    exponents = _read(files, pair.scales, first, n, BUFFERS.exponents)
+    scales = _read(files, converted.scales, 2 * first, 2 * n, BUFFERS.scales).reshape(n, 2)
     if tables.plain(scales) and equal(source_codes, codes) and np.array_equal(tables.expected(exponents), scales):
         found.verbatim += 2 * n
     else:
-        compare_blocks(Blocks(partial(add, start), source_codes, exponents, codes, scales), tables, found)
-    return source_codes.nbytes + codes.nbytes + exponents.nbytes + scales.nbytes
+        compare_blocks(Blocks(partial(add, first), source_codes, exponents, codes, scales), tables, found)
 
 
 def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: Files, found: Comparison) -> int:
     """Compare a tile, transposed band by band; returns the bytes read."""
-    pair, tiling = converted.pair, converted.pair.tiling
+    pair, tiling, at = converted.pair, converted.pair.tiling, tile.top
     codes = _turned(files, converted.codes, tiling, tile, BUFFERS.codes)
     scales = _turned(files, converted.scales, tiling, tile, BUFFERS.scales)
-    exponents = _rows(files, pair.scales, tiling, tile, BUFFERS.exponents)
-    expected = tables.expected(exponents.reshape(-1)).reshape(tile.rows, -1)
-    same_scales = tables.plain(scales) and is_transpose(expected, scales)
-    done = codes.nbytes + scales.nbytes + exponents.nbytes
-    for top, bottom in spans(tile.top, tile.bottom, tiling.band_rows):
-        band, columns = tile.band(top, bottom), slice(top - tile.top, bottom - tile.top)
-        source_codes = _rows(files, pair.codes, tiling, band, BUFFERS.source)
-        found.see_codes(source_codes)
-        done += source_codes.nbytes
-        if same_scales and is_transpose(source_codes, codes[:, columns]):
-            found.verbatim += 2 * band.width * band.rows
-            continue
-        blocks = Blocks(
-            partial(_number, tiling, band),
-            source_codes.reshape(-1, MX_BLOCK_BYTES),
-            exponents[columns].reshape(-1),
-            np.ascontiguousarray(codes[:, columns].T).reshape(-1, MX_BLOCK_BYTES),
-            np.ascontiguousarray(scales[:, columns].T).reshape(-1, 2),
-        )
-        compare_blocks(blocks, tables, found)
-    return done
+    while at < tile.bottom:
+        block = _number(tiling, tile.band(at, tile.bottom), 0)
+        places = (_place(files, pair.codes, block * MX_BLOCK_BYTES), _place(files, pair.scales, block))
+        made = (codes[:, at - tile.top :], scales[:, at - tile.top :])
+        same, found.zeros = same_turned(places, tiling.blocks, made, tiling.band_rows, tables.pairs, zeros=found.zeros)
+        found.verbatim += 2 * tile.width * same
+        at += same
+        if at < tile.bottom:
+            band = tile.band(at, min(at + tiling.band_rows, tile.bottom))
+            columns = slice(at - tile.top, band.bottom - tile.top)
+            _decode_band(converted, band, codes[:, columns], scales[:, columns], tables, files, found)
+            at = band.bottom
+    return codes.nbytes + scales.nbytes + tile.rows * tile.width * (MX_BLOCK_BYTES + 1)
+
+
+def _decode_band(
+    converted: Converted, band: Tile, codes: Bytes, scales: Bytes, tables: ScaleTables, files: Files, found: Comparison
+) -> None:
+    """Compare some rows with columns, and decode what is not plainly equal."""
+    pair, tiling = converted.pair, converted.pair.tiling
+    exponents = _rows(files, pair.scales, tiling, band, BUFFERS.exponents).reshape(-1)
+    source_codes = _rows(files, pair.codes, tiling, band, BUFFERS.source)
+    found.see_codes(source_codes)
+    expected = tables.expected(exponents).reshape(band.rows, -1)
+    if tables.plain(scales) and is_transpose(expected, scales) and is_transpose(source_codes, codes):
+        found.verbatim += 2 * band.width * band.rows
+        return
+    blocks = Blocks(
+        partial(_number, tiling, band),
+        source_codes.reshape(-1, MX_BLOCK_BYTES),
+        exponents,
+        np.ascontiguousarray(codes.T).reshape(-1, MX_BLOCK_BYTES),
+        np.ascontiguousarray(scales.T).reshape(-1, 2),
+    )
+    compare_blocks(blocks, tables, found)
 
 
 def _number(tiling: Tiling, tile: Tile, block: int) -> int:
@@ -159,6 +200,10 @@ def _number(tiling: Tiling, tile: Tile, block: int) -> int:
     row, across = divmod(block, tile.width)
     place = (tile.expert, tile.top + row, tile.first + across)
     return int(np.ravel_multi_index(place, (tiling.experts, tiling.rows, tiling.blocks)))
+
+
+def _place(files: Files, tensor: Tensor, start: int) -> Place:
+    return Place(files[tensor.path], tensor.start + start)
 
 
 def _read(files: Files, tensor: Tensor, start: int, nbytes: int, buffer: Buffer) -> Bytes:
@@ -198,9 +243,11 @@ def compare_bytes(
 ) -> int | None:
     """Position of the first byte of [start, start + nbytes) in which two tensors of one size differ, or None."""
     for first, last in spans(start, start + nbytes, tiles.LIMITS.copy_bytes):
-        left = _read(files, a, first, last - first, BUFFERS.source)
-        right = _read(files, b, first, last - first, BUFFERS.codes)
-        if not equal(left, right):
-            return first + int(np.argmax(left != right))
+        at = first + same_bytes(_place(files, a, first), _place(files, b, first), last - first)
+        if at < last:
+            left = _read(files, a, at, last - at, BUFFERS.source)
+            right = _read(files, b, at, last - at, BUFFERS.codes)
+            if not equal(left, right):
+                return at + int(np.argmax(left != right))
         progress(2 * (last - first))
     return None

@@ -25,6 +25,7 @@ from fp4cast.formats import (
     mxfp4_values,
     nvfp4_values,
 )
+from fp4cast.verification.compiled import NOT_PLAIN, Pairs
 from fp4cast.verification.rounding import Nearness, find_far
 
 _SCALE_CODES = np.arange(0x01, 0x7F, dtype=np.uint8)  # positive finite E4M3
@@ -119,12 +120,14 @@ class ScaleTables:
         bias: exponent k is a scale byte minus this.
         same: uint8 [256], for every E8M0 byte the E4M3 code of the same scale; 255 where there is none.
         zero: uint8 [256], for blocks of zeros, with the nearest power of two instead.
+        pairs: uint32 [256], `same` twice as one number; `NOT_PLAIN` where it is none or so small that Marlin loses it.
     """
 
     tensor_scale: float
     bias: int
     same: Bytes
     zero: Bytes
+    pairs: Pairs
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -138,7 +141,9 @@ class ScaleTables:
         unit = tensor_scale if np.frexp(tensor_scale)[0] == 0.5 else 1.0
         clamped = np.clip(wanted / unit, 2.0**-9, 2.0**8)
         zero = [_SCALE_CODES[E4M3.values[_SCALE_CODES] == value][0] if value == value else 0 for value in clamped]
-        return ScaleTables(tensor_scale, bias, same, np.array(zero, np.uint8))
+        plain = (same >= _MARLIN_SMALLEST) & (same < _NAN)
+        pairs = np.where(plain, 0x0101 * same.astype(np.uint32), np.uint32(NOT_PLAIN))
+        return ScaleTables(tensor_scale, bias, same, np.array(zero, np.uint8), pairs)
 
     def expected(self, exponents: Bytes) -> Bytes:
         """E8M0 uint8 [n] -> the E4M3 bytes of both half-blocks, uint8 [n, 2]."""
