@@ -578,17 +578,16 @@ def test_a_shard_truncated_while_it_is_read_is_an_error(miniatures, tmp_path, mo
 
 
 def test_what_does_not_verify_is_not_published(miniatures, tmp_path, monkeypatch):
-    execute = converting.execute
+    write = executing.write_shard
 
-    def damage(plan, directory, **kwargs):
-        result = execute(plan, directory, **kwargs)
-        path = Path(directory) / "model-00001-of-00002.safetensors"
+    def damage(shard, path, *more):
+        result = write(shard, path, *more)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
         return result
 
-    monkeypatch.setattr(converting, "execute", damage)
+    monkeypatch.setattr(executing, "write_shard", damage)
     with pytest.raises(VerificationError, match="nothing was published"):
         fp4cast.convert(miniatures["moe"], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 from fp4cast.conversion.complete import check_resumption, complete_or_write, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.direction import find_direction
+from fp4cast.conversion.early import Early
 from fp4cast.conversion.execute import execute
 from fp4cast.conversion.input_scales import InputScalesLike
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
@@ -124,6 +126,7 @@ def convert_checkpoint(
             stage.adopt(plan.fingerprint, resume=resume, restart=restart)
             stage.check_space(plan.sizes)
             total = plan.write_bytes
+            early = Early.of(plan, stage, worker, partial(progress, "verify")) if verify else None
             shards = execute(
                 plan.shards,
                 stage.out,
@@ -132,10 +135,19 @@ def convert_checkpoint(
                 engine=worker,
                 sync=sync,
                 progress=lambda n: progress("write", n, total),
+                then=early.look if early else None,
             )
             check_unchanged(plan)
             return publish(
-                plan, stage, shards, str(dst), engine=worker, verify=verify, overwrite=overwrite, progress=progress
+                plan,
+                stage,
+                shards,
+                str(dst),
+                engine=worker,
+                verify=verify,
+                overwrite=overwrite,
+                progress=progress,
+                look=early.judge if early else None,
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +69,7 @@ def execute(
     engine: Engine,
     sync: bool = True,
     progress: Advance = ignore,
+    then: Callable[[OutputShard, Finished, Workers], None] | None = None,
 ) -> dict[str, Finished]:
     """Write shards of a plan into `directory`.
 
@@ -80,11 +81,20 @@ def execute(
         engine: runs the work.
         sync: wait until each shard is on the disk before it counts as finished.
         progress: called with the number of bytes just written, maybe from worker threads.
+        then: called with each shard that is finished, and the workers, for an engine that works here.
 
     Returns:
         What is known of each shard, by its file's name.
     """
-    todo, work = list(shards), FinishShard(fingerprint, directory, state, sync)
+    todo, finish = list(shards), FinishShard(fingerprint, directory, state, sync)
+
+    def and_then(shard: OutputShard, pool: Workers) -> Finished:
+        finished = finish(shard, pool)
+        if then is not None:
+            then(shard, finished, pool)
+        return finished
+
+    work = finish if then is None else and_then
     found: dict[str, Finished] = {}
     for shard, finished in zip(todo, engine.map(work, todo, progress), strict=True):
         if finished.damage:

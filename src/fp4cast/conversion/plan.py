@@ -122,6 +122,12 @@ class Plan:
         return beside_card(companion) if self.card else companion
 
     @property
+    def compare_bytes(self) -> int:
+        """Bytes of all tensors of both sides."""
+        headers = sum(len(shard.layout.header) for shard in self.shards)
+        return self.source.checkpoint.total_size + self.write_bytes - headers
+
+    @property
     def write_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.layout.size for shard in self.shards)

@@ -243,7 +243,7 @@ class _Run:
 
     def _compare(self, group: Group) -> None:
         rounded = [name for name, tally in tallies_of(self.finished.values()).items() if tally.rounded]
-        total = self.plan.source.checkpoint.total_size + self.plan.write_bytes
+        total = self.plan.compare_bytes
         self.notes.compare(
             self.plan,
             self.stage.out,

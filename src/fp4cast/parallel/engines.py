@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
@@ -20,6 +20,10 @@ Result = TypeVar("Result")
 
 class Engine(Protocol):
     """Runs a function on each of some items."""
+
+    @property
+    def here(self) -> bool:
+        """Whether it works in this process, so that what it calls may change the caller's objects."""
 
     def map(
         self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
@@ -43,6 +47,7 @@ class Local:
     """This process: as many items at a time as it has threads, which the items share."""
 
     jobs: int | None = None
+    here: ClassVar[bool] = True
 
     def map(
         self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance

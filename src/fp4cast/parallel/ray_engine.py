@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fp4cast.errors import EngineError, Fp4CastError
 from fp4cast.extras import require
@@ -78,6 +78,7 @@ class Ray:
     """
 
     jobs: int | None = None
+    here: ClassVar[bool] = False
 
     def map(
         self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance

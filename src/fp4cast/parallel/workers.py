@@ -5,11 +5,13 @@ NumPy and the kernel do the work and release the GIL, so threads use all cores w
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -33,6 +35,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass
+class _State:
+    """The maps that are running, and the first error of any."""
+
+    maps: int = 0
+    error: BaseException | None = None
+
+
 class Workers:
     """A pool of threads; for one job, the caller's own thread, in which a debugger can step.
 
@@ -52,10 +62,9 @@ class Workers:
         self._progress = progress
         self._threads = ThreadPoolExecutor(self.jobs) if self.jobs > 1 else None
         self._stop = stop or Event()
-        self._maps = 0
         self._lock = Lock()
         self._turn = Lock()
-        self._error: BaseException | None = None
+        self._state = _State()
 
     def check(self) -> None:
         """Raise if the work has been given up; tasks call this between steps.
@@ -70,6 +79,12 @@ class Workers:
         """Report bytes just done, and check; tasks call this."""
         self.check()
         self._progress(nbytes)
+
+    def reporting(self, progress: Advance) -> Workers:
+        """The same threads, whose tasks report their bytes elsewhere."""
+        other = copy.copy(self)
+        other._progress = progress
+        return other
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield results in the order of the items, which are taken as they are needed.
@@ -99,13 +114,13 @@ class Workers:
             with workers(min(self.jobs, max(1, len(items))), stop=self._stop) as waiters:
                 yield from waiters.map(work, items)
         except Stopped:
-            raise self._error or Stopped from None
+            raise self._state.error or Stopped from None
 
     @contextmanager
     def _sharing(self, waiting: deque[Future[Result]]) -> Iterator[None]:
         """Count a running map; when it ends early, wait for its tasks, which may use files that the caller closes."""
         with self._lock:
-            self._maps += 1
+            self._state.maps += 1
         try:
             yield
         except BaseException as error:
@@ -117,13 +132,13 @@ class Workers:
             raise
         finally:
             with self._lock:
-                self._maps -= 1
+                self._state.maps -= 1
 
     def _share(self) -> int:
         """How many tasks each running map may have submitted: one, or enough to keep all threads busy."""
-        if self._maps >= self.jobs:
+        if self._state.maps >= self.jobs:
             return 1
-        return 2 * -(-self.jobs // max(1, self._maps)) + 1
+        return 2 * -(-self.jobs // max(1, self._state.maps)) + 1
 
     def _do(self, work: Callable[[Item], Result], item: Item) -> Result:
         self.check()
@@ -131,7 +146,7 @@ class Workers:
             return work(item)
         except BaseException as error:
             with self._lock:
-                self._error = self._error or error
+                self._state.error = self._state.error or error
             self._stop.set()
             raise
 
@@ -142,7 +157,7 @@ class Workers:
                 pass
             return future.result()
         except Stopped:
-            raise self._error or Stopped from None
+            raise self._state.error or Stopped from None
 
     @contextmanager
     def one_at_a_time_if_many(self, tasks: int) -> Iterator[None]:
