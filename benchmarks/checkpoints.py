@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,9 +117,13 @@ def write(path: Path, draft: Draft, sparse: bool = False) -> None:
     (path / "config.json").write_text(json.dumps(draft.config, indent=2))
 
 
-def make(path: Path, case: str, layers: int, gb: float) -> None:
-    """Write one of the cases; a function of plain arguments, for a process of its own."""
-    write(path, CASES[case](layers, gb))
+def make(path: Path, case: str, layers: int, gb: float, shard_bytes: float = 0) -> None:
+    """Write one of the cases, maybe in other shards; a function of plain arguments, for a process of its own."""
+    draft = CASES[case](layers, gb)
+    if shard_bytes:
+        specs = [spec for shard in draft.shards for spec in shard]
+        draft = replace(draft, shards=cut(specs, shard_bytes))
+    write(path, draft)
 
 
 def cut(specs: Sequence[Spec], shard_bytes: float) -> list[list[Spec]]:

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fp4cast import __version__
+
 CHUNK_BYTES = 8 << 20
 
 
@@ -79,7 +81,7 @@ def machine(directory: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "fp4cast": version("fp4cast"),
+        "fp4cast": __version__,
     }
 
 
