@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -52,13 +53,14 @@ SMALLER = {
     "--push me/gpt-oss-20b-NVFP4": "",
     "fp4cast push": "fp4cast push --dry-run",
 }
-# Checkpoints that pages name: the miniature, or directory of the repository, that stands for each.
+# Checkpoints that pages name: the miniature, directory of the repository, or what makes it, that stands for each.
 CHECKPOINTS = {
     "SRC": "tests/fixtures/gpt-oss-tiny",
     "openai/gpt-oss-20b": "tests/fixtures/gpt-oss-tiny",
     "openai/gpt-oss-120b": "tests/fixtures/gpt-oss-tiny",
     "Qwen3-30B-A3B-MXFP4": "moe",
     "shared/Kimi-K3": "kimi-k3",
+    "moonshotai/Kimi-K3": "tests/attention.py",
 }
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -108,7 +110,9 @@ def furnish(scratch: Path) -> None:
     for name, kind in CHECKPOINTS.items():
         place = scratch / name
         place.parent.mkdir(exist_ok=True)
-        if kind.startswith("tests/"):
+        if kind.endswith(".py"):
+            runpy.run_path(str(ROOT / kind))["kimi_k3"](place)
+        elif kind.startswith("tests/"):
             place.symlink_to(ROOT / kind)
         else:
             make(kind, place)

@@ -21,7 +21,7 @@ ALLOWED = {
     "layouts": GROUND | {"checkpoints", "families"},
     "casting": GROUND,
     "verification": GROUND
-    | {"checkpoints", "families", "hub", "layouts.choose", "layouts.engine_rules", "layouts.engine_view"}
+    | {"checkpoints", "families", "hub", "layouts.choose", "layouts.engine_rules", "layouts.engine_view", "layouts.fp8"}
     | {"layouts.layout", "layouts.read_back", "parallel"},
     "cards": GROUND | {"casting", "checkpoints", "families", "layouts", "verification"},
     "conversion": GROUND

@@ -26,6 +26,7 @@ MX_BLOCK_BYTES, NV_BLOCK_BYTES = MX_BLOCK // 2, NV_BLOCK // 2  # of packed codes
 
 Activations = Literal["w4a16", "w4a4"]  # 4-bit weights, and activations of 16 or of 4 bits
 KvCache = Literal["none", "fp8", "fp8_cast"]  # of engines: their own, or FP8 with scales that are calibrated, or 1
+Fp8 = Literal["none", "attention"]  # the other weights that become FP8
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fp4cast.cli.display import show_facts, show_inexact
 from fp4cast.cli.tables import show_table
-from fp4cast.verification.report import InexactTensor
+from fp4cast.verification.figures import InexactTensor
 from helpers import lossy
 
 LONG = "language_model.model.layers.10.block_sparse_moe.experts.123.down_projection_of_an_expert.weight"

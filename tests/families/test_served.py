@@ -1,6 +1,7 @@
 """The rows that say who serves what: each has a source, and sentences are made of nothing else."""
 
 import re
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from fp4cast.families.recognise import FAMILIES
 from fp4cast.families.served import best_of_each_engine, rows_of, served_by, serving_command
 from fp4cast.families.services import ANY_BANKS, SERVICES
-from fp4cast.layouts.choose import targets_of
+from fp4cast.layouts.choose import choose_target, targets_of
 
 ROOT = Path(__file__).parents[2]
 OFFERED = {(family.served_as, target.layout.name): set() for family in FAMILIES for target in targets_of(family)}
@@ -17,6 +18,8 @@ for each in FAMILIES:
     for one in targets_of(each):
         OFFERED[each.served_as, one.layout.name].add(one.activations)
 OFFERED[ANY_BANKS, "modelopt"] = {"w4a16", "w4a4"}
+WITH_FP8 = [family for family in FAMILIES if family.attention]
+OFFERED |= {(f"{family.name}+fp8", "modelopt"): set(family.activations) for family in WITH_FP8}
 
 
 @pytest.mark.parametrize("row", SERVICES, ids=lambda row: f"{row.family}-{row.layout}-{row.release}-{row.verdict}")
@@ -48,6 +51,14 @@ def test_every_target_has_a_row():
         for target in targets_of(family):
             assert rows_of(family.served_as, target.layout.name, target.activations)
             assert target.served == served_by(family.served_as, target.layout.name, target.activations)
+
+
+@pytest.mark.parametrize("family", WITH_FP8, ids=lambda family: family.name)
+def test_every_family_with_attention_in_fp8_has_an_engine_that_reads_it(family):
+    for activations in family.activations:
+        target = replace(choose_target(family, "modelopt", activations), fp8="attention")
+        assert "vLLM 0.32.0" in target.served
+        assert target.served == served_by(f"{family.name}+fp8", "modelopt", activations)
 
 
 def test_a_sentence_takes_the_best_of_each_engine_and_never_what_is_open():

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import attention
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.families.recognise import read_source
@@ -214,6 +215,49 @@ def test_two_ranks_hold_gpt_oss_together(miniatures, tmp_path):
     done = engine("vllm_gpt_oss", "ranks", cast(miniatures["gpt-oss"], tmp_path / "dst"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("12 parameters equal, 0 differ") == 2
+
+
+def test_vllm_loads_attention_in_fp8_exactly(tmp_path):
+    """A whole Qwen3-MoE by its loader, as W4A16 and W4A4."""
+    source = attention.qwen3_moe(tmp_path / "src")
+    for activations in ("w4a16", "w4a4"):
+        scales = 1.0 if activations == "w4a4" else None
+        fp4cast.convert(source, tmp_path / activations, activations=activations, input_scales=scales, fp8="attention")
+    done = engine("vllm_loader", tmp_path / "w4a16", tmp_path / "w4a4")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("20 projections equal, 0 differ") == 2, done.stdout
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_merged_attention_of_kimi_k3_holds_what_the_files_say(tmp_path):
+    """Every projection, in FP8 or not. What stays in BF16 would be wrong in FP8: the gate would have other scales."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor
+
+    path = tmp_path / "dst"
+    fp4cast.convert(attention.kimi_k3(tmp_path / "src"), path, fp8="attention")
+    done = engine("vllm_kimi", path)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count(": ModelOptLinearMethod: equal") == len(attention.KDA_FP8 + attention.MLA_FP8)
+    assert done.stdout.count(": UnquantizedLinearMethod: equal") == len(attention.MERGED_BADLY)
+    config = json.loads((path / "config.json").read_text())
+    for shard in path.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for module in (attention.LAYER.format(2) + name for name in attention.MERGED_BADLY):
+            config["quantization_config"]["quantized_layers"][module] = {"quant_algo": "FP8_PB_WO"}
+            if f"{module}.weight" in tensors:
+                codes, scales = FP8QTensor.quantize(tensors[f"{module}.weight"], block_sizes={-2: 128, -1: 128})
+                tensors[f"{module}.weight"] = codes._quantized_data
+                tensors[f"{module}.weight_scale"] = scales[:, None, :, None].float()
+        save_file(tensors, shard, {"format": "pt"})
+    index = {"weight_map": {name: file.name for file in path.glob("*.safetensors") for name in load_file(file)}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(config))
+    done = engine("vllm_kimi", path)
+    assert done.returncode == 1
+    wrong = [line for line in done.stdout.splitlines() if line.endswith("differs")]
+    assert wrong == [f"{attention.LAYER.format(2)}fused_qkv_a_g_proj[g_proj]: ModelOptLinearMethod: differs"], (
+        done.stdout + done.stderr[-3000:]
+    )
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point(tmp_path):

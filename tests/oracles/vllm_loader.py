@@ -74,6 +74,13 @@ def dequantize(packed: torch.Tensor, block: torch.Tensor, scale: torch.Tensor) -
     return E2M1[codes.long()] * block.double().repeat_interleave(16, -1) * scale.double()
 
 
+def dequantize_fp8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """E4M3 codes [N, K] times the scale of each block of 128 x 128, [N / 128, K / 128] rounded up, in float64."""
+    rows, columns = codes.shape
+    wide = scale.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return codes.double() * wide
+
+
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor that the index names, or of the one file."""
     if (path / "model.safetensors").exists():
@@ -96,6 +103,8 @@ def input_multiplier(tensors: dict[str, torch.Tensor], prefix: str) -> torch.Ten
 
 def stored_projection(tensors: dict[str, torch.Tensor], name: str) -> Projection:
     """Decode one projection straight from the files."""
+    if (scale := tensors[f"{name}.weight_scale"]).ndim == 4:
+        return Projection(dequantize_fp8(tensors[f"{name}.weight"], scale[:, 0, :, 0]), None)
     if (divisor := tensors.get(f"{name}.weight_global_scale")) is not None:
         packed, scale = tensors[f"{name}.weight_packed"], 1 / divisor.double()
     else:
@@ -129,6 +138,13 @@ def stub_kernels() -> None:
         experts = SimpleNamespace(process_weights_after_loading=lambda _: None)
         return SimpleNamespace(fused_experts=experts, is_monolithic=False)
 
+    class NoKernel:
+        """Of an FP8 linear layer, whose kernels need a GPU."""
+
+        process_weights_after_loading = staticmethod(lambda _: None)
+        input_quant_key = staticmethod(lambda: None)
+
+    modelopt.init_fp8_linear_kernel = lambda **_: NoKernel()
     torch.accelerator.empty_cache = lambda: None  # raises where there is no accelerator
     for module in (modelopt, ct_linear):
         module.init_nvfp4_linear_kernel = linear
@@ -202,8 +218,12 @@ def is_plain(layer: torch.nn.Module) -> bool:
 
 
 def linear_projections(model: torch.nn.Module, name: str, layer: Any) -> Iterator[tuple[str, Projection]]:
-    """Projections of an NVFP4 linear layer, with the tensor scales vLLM settled on."""
+    """Projections of a quantized linear layer, with the scales vLLM settled on."""
     method = layer.quant_method
+    if isinstance(method, modelopt.ModelOptLinearMethod) and method.spec.weight == modelopt.kFp8Static128BlockSym:
+        for shard, rows in shards(model, name, layer, layer.weight):
+            yield shard, Projection(dequantize_fp8(layer.weight, layer.weight_scale)[rows], None)
+        return
     if isinstance(method, modelopt.ModelOptLinearMethod):
         assert method.spec.weight == modelopt.kNvfp4Static, f"{name}: {method.spec}"
         weight_only = method.spec.activation is None

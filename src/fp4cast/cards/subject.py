@@ -81,7 +81,7 @@ class Subject:
 
     @property
     def _kind_of_result(self) -> tuple[str, str, Activations]:
-        return self.target.family.served_as, self.target.layout.name, self.target.activations
+        return self.target.result.served_as, self.target.layout.name, self.target.activations
 
     @property
     def _models(self) -> str:
@@ -157,6 +157,11 @@ class Kind(NamedTuple):
 def cast_kinds(selection: Selection) -> list[Kind]:
     """The MXFP4 tensors that were cast, the largest kinds first."""
     return _kinds((pair.module, "MXFP4", pair.codes.nbytes + pair.scales.nbytes) for pair in selection.cast)
+
+
+def fp8_kinds(selection: Selection) -> list[Kind]:
+    """The weights that were quantized to FP8, the largest kinds first."""
+    return _kinds((tensor.name, tensor.dtype, tensor.nbytes) for tensor in selection.fp8.values())
 
 
 def kept_kinds(source: Source, selection: Selection) -> list[Kind]:

@@ -8,11 +8,12 @@ from pathlib import PurePosixPath
 from fp4cast.cards.markdown import code, gigabytes, plural, table
 from fp4cast.cards.metadata import front_matter, licence, licence_files, metadata
 from fp4cast.cards.picture import describe, draw
-from fp4cast.cards.subject import Kind, Subject, cast_kinds, kept_kinds
+from fp4cast.cards.subject import Kind, Subject, cast_kinds, fp8_kinds, kept_kinds
 from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 from fp4cast.checkpoints.card_files import CARD, PICTURE, beside_card
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.families.served import command_of
+from fp4cast.verification.figures import Fp8Tensor
 
 _SHOWN = 20  # rows of a table
 _INEXACT = 10
@@ -56,6 +57,11 @@ def _verdict(subject: Subject) -> str:
     tensors = subject.report.tensors
     if subject.report.exact:
         return "**Every weight has the value that it had, bit for bit.**"
+    if not tensors["inexact"]:
+        return (
+            "**Every weight that was cast has the value that it had, bit for bit. The attention "
+            f"({plural(len(subject.report.fp8), 'weight')}) was quantized from BF16 to FP8: that is not exact.**"
+        )
     return (
         f"**{plural(tensors['inexact'], 'tensor')} of {tensors['cast']:,} could not be written exactly and "
         f"{'holds' if tensors['inexact'] == 1 else 'hold'} the nearest values in places; all other weights have the "
@@ -72,6 +78,7 @@ def _exactness(subject: Subject) -> Iterator[str]:
             ("half-blocks (16 weights) that keep their codes", f"{halves['verbatim']:,}"),
             ("half-blocks whose codes were divided by a power of two", f"{halves['shifted']:,}, exact too"),
             ("half-blocks that hold rounded values", f"{halves['rounded']:,}"),
+            *_fp8_figures(report.fp8),
             ("other tensors", f"{report.tensors['copied']:,}, copied byte for byte"),
         ],
         ("what", "figure"),
@@ -89,6 +96,15 @@ def _exactness(subject: Subject) -> Iterator[str]:
         yield table(rows, ("rounded tensor", "half-blocks", "largest error", "MSE", "SNR"))
         if len(worst) > _INEXACT:
             yield f"And {len(worst) - _INEXACT:,} more, with a higher SNR; `{RECEIPT}` lists all."
+
+
+def _fp8_figures(fp8: Sequence[Fp8Tensor]) -> list[tuple[str, str]]:
+    """The row about weights in FP8; none if there are none."""
+    ratios = sorted(tensor.snr_db for tensor in fp8)
+    if not ratios:
+        return []
+    said = f"{len(fp8):,}, with an SNR of {ratios[0]:.1f} to {ratios[-1]:.1f} dB; `{RECEIPT}` lists each"
+    return [("weights quantized from BF16 to FP8", said)]
 
 
 def _windows(subject: Subject) -> Iterator[str]:
@@ -122,6 +138,7 @@ def _windows(subject: Subject) -> Iterator[str]:
 def _tensors(subject: Subject) -> Iterator[str]:
     yield "## What was cast, and what was not"
     yield from _kinds(cast_kinds(subject.selection), "NVFP4", "cast")
+    yield from _kinds(fp8_kinds(subject.selection), "FP8, a scale for 128 x 128", "quantized")
     yield from _kinds(kept_kinds(subject.source, subject.selection), "", "not cast, and equal byte for byte")
 
 
@@ -167,6 +184,7 @@ def _making(subject: Subject) -> Iterator[str]:
     options = [f"--layout {report.layout}"] * (report.layout != "modelopt")
     options += ["--activations w4a4 --input-scales FILE"] * (report.activations == "w4a4")
     options += [f"--kv-cache-qformat {subject.target.kv_cache}"] * (subject.target.kv_cache != "none")
+    options += [f"--fp8 {subject.target.fp8}"] * (subject.target.fp8 != "none")
     options += ["--inexact nearest"] * bool(report.inexact)
     yield "## How it was made"
     yield "\n".join(["```sh", " ".join(["fp4cast convert", source, subject.name, *options]), "```"])
@@ -200,6 +218,8 @@ def _limits(subject: Subject) -> Iterator[str]:
         limits.insert(
             1, "KV cache in FP8, with scales of 1: engines round it while they serve. That part is not lossless."
         )
+    if subject.report.fp8:
+        limits.insert(1, "Attention in FP8: its weights are rounded, and engines round what goes into it, too.")
     yield "## Limits"
     yield "\n".join(f"- {limit}" for limit in limits)
 

@@ -6,6 +6,7 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -24,6 +25,7 @@ from fp4cast.cli.options import (
     Destination,
     DryRun,
     Finish,
+    Fp8Option,
     InexactOption,
     InputScales,
     Jobs,
@@ -117,6 +119,7 @@ def convert(
     input_scales: InputScales = None,
     inexact: InexactOption = "fail",
     kv_cache_qformat: KvCacheOption = "none",
+    fp8: Fp8Option = "none",
     jobs: Jobs = None,
     engine: Where = "local",
     shards: Shards = None,
@@ -142,7 +145,8 @@ def convert(
     refuse_together(shards, finish=finish, alone=resume or restart, read=not no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
     refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, not no_card, source_id, to)
+    what = (layout, activations, input_scales, inexact, kv_cache_qformat)
+    options = ConvertOptions(*what, not no_card, source_id, to, fp8)
     if dry_run:
         preview = partial(preview_conversion, source, destination, options, shards=shards, finish=finish, jobs=jobs)
         look_ahead(as_json, lambda meter: preview(restart=restart, overwrite=overwrite, progress=meter))
@@ -153,14 +157,10 @@ def convert(
         convert_part(source, destination, shards, options, jobs, overwrite=overwrite, sync=not no_sync, as_json=as_json)
         return
     rest = Rest(jobs=jobs, engine=engine, overwrite=overwrite, verify=not no_verify, sync=not no_sync)
-
-    def work(meter: Meter) -> Report:
-        if finish:
-            return job_array.finish(source, destination, options, progress=meter, **rest)
-        run = convert_streamed if stream else convert_checkpoint
-        return run(source, destination, options, resume=resume, restart=restart, progress=meter, **rest)
-
-    report = run_or_exit(as_json, work)
+    run: Callable[..., Report] = job_array.finish
+    if not finish:
+        run = partial(convert_streamed if stream else convert_checkpoint, resume=resume, restart=restart)
+    report = run_or_exit(as_json, lambda meter: run(source, destination, options, progress=meter, **rest))
     push_commands.push_and_show(report, place, destination, as_json)
 
 

@@ -16,8 +16,9 @@ from fp4cast.cli.tables import show_table, show_wrapped
 from fp4cast.conversion.inspection import Inspection
 from fp4cast.conversion.job_array import Part
 from fp4cast.formats import KvCache
+from fp4cast.verification.figures import Fp8Tensor, InexactTensor
 from fp4cast.verification.files import FilesReport
-from fp4cast.verification.report import Difference, InexactTensor, Report
+from fp4cast.verification.report import Difference, Report
 
 _SHOWN = 8
 
@@ -126,6 +127,8 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         rows.append(("documents", f"[red]WRONG[/]: {len(wrong)} differences in what an engine reads"))
     if wrong := report.wrong("companions"):
         rows.append(("companions", f"[yellow]{len(wrong)} files differ[/]; --strict counts them as wrong"))
+    if report.fp8:
+        rows.append(("attention", fp8_sentence(report.fp8)))
     if report.activations == "w4a4":
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
     if report.kv_cache_qformat != "none":
@@ -164,6 +167,15 @@ def kv_cache_sentence(name: KvCache) -> str:
     """What a format of the KV cache other than "none" means."""
     scales = "calibrated scales" if name == "fp8" else "scales of 1"
     return f"FP8 with {scales}, quantized while serving: that part is not lossless"
+
+
+def fp8_sentence(fp8: Sequence[Fp8Tensor]) -> str:
+    """What became of the weights in FP8."""
+    least = min(fp8, key=lambda tensor: tensor.snr_db)
+    return (
+        f"{len(fp8)} weights quantized to FP8, with an SNR of {least.snr_db:.1f} dB and more (the least: "
+        f"{escape(printable(least.name))}): [yellow]not exact[/]"
+    )
 
 
 def _marlin_sentence(report: Report) -> str:

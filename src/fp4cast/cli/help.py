@@ -17,7 +17,7 @@ from fp4cast.cli.examples import EXAMPLES
 GROUPS = {
     "Arguments": "",
     "Options": "",
-    "What to write": """to layout activations input_scales inexact kv_cache_qformat no_card source_id pyt_ckpt_path
+    "What to write": """to layout activations input_scales inexact kv_cache_qformat fp8 no_card source_id pyt_ckpt_path
         qformat export_path cast_mxfp4_to_nvfp4 out push public""",
     "Calibration": "dataset calib_size calib_seq batch_size act_headroom input_scales_per",
     "Running": """jobs engine shards finish no_verify no_sync device use_seq_device_map gpu_max_mem_percentage

@@ -9,7 +9,7 @@ import typer
 
 from fp4cast.casting.inexact import Inexact
 from fp4cast.conversion.direction import Direction
-from fp4cast.formats import Activations
+from fp4cast.formats import Activations, Fp8
 from fp4cast.layouts.choose import LayoutName
 from fp4cast.parallel.engines import EngineName
 
@@ -67,6 +67,13 @@ KvCacheOption = Annotated[
         "--kv-cache-qformat",
         metavar="none|fp8_cast",
         help="Ask engines for a KV cache in FP8, with scales of 1; none: leave it to them.",
+    ),
+]
+Fp8Option = Annotated[
+    Fp8,
+    typer.Option(
+        "--fp8",
+        help="attention: quantize it from BF16 to FP8, in blocks of 128 x 128; measured, and not exact.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST of fp4cast, once the new one is complete.")]

@@ -93,4 +93,6 @@ class Notes:
 def _within(selection: Selection, group: Group) -> Selection:
     """What of a selection lies within some of the source's shards."""
     cast = [pair for pair in selection.cast if {pair.codes.path.name, pair.scales.path.name} <= group]
-    return Selection(cast, selection.replaced, [t for t in selection.untouched if t.path.name in group])
+    fp8 = {module: weight for module, weight in selection.fp8.items() if weight.path.name in group}
+    untouched = [tensor for tensor in selection.untouched if tensor.path.name in group]
+    return Selection(cast, selection.replaced, untouched, fp8=fp8)

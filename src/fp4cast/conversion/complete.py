@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -19,8 +20,9 @@ from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, 
 from fp4cast.errors import CheckpointError, DestinationError, UsageError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
+from fp4cast.verification.figures import Fp8Tensor, InexactTensor
 from fp4cast.verification.files import verify_files
-from fp4cast.verification.report import HalfBlockCounts, InexactTensor, Report
+from fp4cast.verification.report import HalfBlockCounts, Report
 from fp4cast.verification.verify import verify_checkpoint
 
 _INEXACT = ("name", "rounded_half_blocks", "max_abs_error", "mse", "snr_db")  # the fields of an InexactTensor
@@ -117,6 +119,7 @@ def _noted(plan: Plan, destination: Path, facts: Mapping[str, Any]) -> Report:
     try:
         counts = {name: int(facts["half_blocks"][name]) for name in ("verbatim", "shifted", "rounded")}
         inexact = [InexactTensor(*(each[name] for name in _INEXACT)) for each in facts["inexact"]]
+        fp8 = [Fp8Tensor(str(each["name"]), _decibels(each["snr_db"])) for each in facts.get("fp8", ())]
     except (LookupError, TypeError, ValueError) as error:
         raise DestinationError(
             f"{destination / RECEIPT}: does not say what was made; pass --overwrite to write {destination} again"
@@ -130,8 +133,13 @@ def _noted(plan: Plan, destination: Path, facts: Mapping[str, Any]) -> Report:
         inexact=inexact,
         marlin_exact=all(domain.marlin_exact for domain in plan.domains),
         bytes={"read": 0, "written": 0},
+        fp8=fp8,
         notes=["it was complete already, and its files are as they were written; nothing was downloaded or written"],
     )
+
+
+def _decibels(value: float | None) -> float:
+    return math.inf if value is None else float(value)
 
 
 def looks_complete(plan: Plan, destination: Path) -> bool:

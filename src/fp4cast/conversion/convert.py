@@ -47,6 +47,7 @@ def convert(
     source_id: str | None = None,
     stream: bool = False,
     to: str = "nvfp4",
+    fp8: str = "none",
     progress: Progress = ignore,
 ) -> Report:
     """Convert an MXFP4 checkpoint into an NVFP4 one, or back.
@@ -76,6 +77,8 @@ def convert(
         stream: of a model on the Hub, have only the shards on the disk that are being converted.
         to: "nvfp4", or "mxfp4" for the way back: an NVFP4 checkpoint all of whose weights are MXFP4 values becomes the
             MXFP4 one that it was cast from; no other option of the format goes with it.
+        fp8: "none", or "attention" to quantize attention, which is BF16, to FP8 in blocks of 128 x 128: not exact, and
+            measured; `report.fp8` has the SNR of each weight.
         progress: called, from worker threads, with (phase, bytes just done, total bytes or 0).
 
     Returns:
@@ -84,7 +87,7 @@ def convert(
     Raises:
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
-    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id, to)
+    options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id, to, fp8)
     run = convert_streamed if stream else convert_checkpoint
     return run(
         src,

@@ -21,6 +21,7 @@ import numpy as np
 
 from fp4cast.checkpoints.byte_ranges import File, Files, sync_path, write_all, write_whole
 from fp4cast.checkpoints.checksums import Checksum, checksum, checksum_of_path
+from fp4cast.conversion.fp8_blocks import Fp8Of
 from fp4cast.conversion.recipe import CodesOf, OriginalOf, OutputShard
 from fp4cast.conversion.tasks import Piece, pieces
 from fp4cast.conversion.working_directory import note_of
@@ -222,8 +223,9 @@ class FindShard:
 
 
 def _possible(shard: OutputShard, tallies: Tallies) -> bool:
-    """Whether these can be the tallies of a shard: numbers, of tensors whose codes are encoded in it."""
+    """Whether these can be the tallies of a shard: numbers, of tensors whose codes are made in it."""
     modules = {output.step.pair.module for output in shard.outputs if isinstance(output.step, CodesOf | OriginalOf)}
+    modules |= {output.step.module for output in shard.outputs if isinstance(output.step, Fp8Of)}
     figures = [value for tally in tallies.values() for value in asdict(tally).values()]
     return tallies.keys() <= modules and all(isinstance(value, int | float) and value >= 0 for value in figures)
 

@@ -32,6 +32,7 @@ from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.destination import companions_to_carry
 from fp4cast.conversion.direction import WayBack
 from fp4cast.conversion.domains import Domain, find_domains
+from fp4cast.conversion.fp8_attention import fp8_outputs, quantize_attention
 from fp4cast.conversion.input_scales import InputScales, InputScalesLike, load_input_scales
 from fp4cast.conversion.recipe import (
     BlockScalesOf,
@@ -71,6 +72,7 @@ class ConvertOptions:
             the process that publishes asks for them.
         source_id: the source's id on the Hub, ORG/NAME or ORG/NAME@REVISION, where its path does not say it.
         to: "nvfp4", or "mxfp4" for the way back, which asks for nothing else.
+        fp8: "none", or "attention" for attention in FP8 beside the cast weights; that is not exact.
     """
 
     layout: str = DEFAULT_LAYOUT
@@ -81,6 +83,7 @@ class ConvertOptions:
     card: bool = True
     source_id: str | None = None
     to: str = "nvfp4"
+    fp8: str = "none"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Plan:
         card: whether to write a model card.
         day: the date for the card, if somebody says it.
         back: it goes from NVFP4 to MXFP4.
+        notes: what people should know beforehand, in sentences.
     """
 
     source: Source
@@ -114,6 +118,7 @@ class Plan:
     card: bool = True
     day: date | None = None
     back: WayBack | None = None
+    notes: tuple[str, ...] = ()
 
     def place(self, companion: PurePosixPath) -> PurePosixPath:
         """The name of one of the source's companions in the destination."""
@@ -217,17 +222,19 @@ def plan_conversion(
             "--kv_cache_qformat fp8 needs scales that only running the model can find: use fp4cast ptq, or fp8_cast, "
             "whose scales are 1"
         )
-    selection = castable(source, target)
+    target, selection, notes = quantize_attention(source, target, castable(source, target), options.fp8)
     amax = _activation_scales(target, options.input_scales, selection.modules)
+    new: dict[str, list[Output]] = fp8_outputs(selection)
     found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress, files=reader)
     domains = tuple(_storable(domain, target) for domain in found)
-    new: dict[str, list[Output]] = {}
     for domain in domains:
         for pair in domain.pairs:
             new |= _outputs(pair, domain, target, amax)
     shards = tuple(place(source.checkpoint, new, kv_constants(source.checkpoint, target)))
     table = index(shards)
-    files = documents(source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank)
+    files = documents(
+        source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank, fp8=selection.fp8
+    )
     _check_configs(path, files, source, target, selection)
     return Plan(
         source=source,
@@ -241,6 +248,7 @@ def plan_conversion(
         origin=origin,
         card=options.card,
         day=day,
+        notes=notes,
     )
 
 

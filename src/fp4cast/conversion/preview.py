@@ -19,6 +19,7 @@ from fp4cast.conversion.staging import ONCE, other_conversion, require_space
 from fp4cast.conversion.working_directory import finished_shards, plan_of, state_of
 from fp4cast.errors import DestinationError
 from fp4cast.hub.resolve import resolve
+from fp4cast.layouts.layout import Selection
 from fp4cast.parallel.progress import Progress, ignore
 
 
@@ -83,8 +84,8 @@ def preview_conversion(
         "family": plan.source.family.name,
         "layout": "mxfp4" if plan.back else plan.target.layout.name,
         "activations": plan.target.activations,
-        "exact": all(exact),
-        "tensors": {"cast": len(plan.selection.cast), "copied": len(plan.selection.untouched)},
+        "exact": all(exact) and not plan.selection.fp8,
+        "tensors": _counts(plan.selection),
         "scale_domains": {"exact": sum(exact), "all": len(exact)},
     }
     missing = left_out(plan.source.checkpoint)
@@ -97,7 +98,12 @@ def preview_conversion(
     there = next(path for path in destination.parents if path.exists())
     require_space(destination, there, sum(size or 0 for size in files.values()))
     notes = [f"shards that an earlier run has finished, and that would be kept: {len(kept)}"] if kept else []
-    return Preview(str(dst), files, facts, missing, notes)
+    return Preview(str(dst), files, facts, missing, [*plan.notes, *notes])
+
+
+def _counts(selection: Selection) -> dict[str, int]:
+    fp8 = {"fp8": len(selection.fp8)} if selection.fp8 else {}
+    return {"cast": len(selection.cast), **fp8, "copied": len(selection.untouched)}
 
 
 def _kept(plan: Plan, destination: Path, *, finish: bool) -> set[str]:

@@ -24,10 +24,11 @@ from fp4cast.errors import CheckpointError, VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf, Progress
+from fp4cast.verification.figures import Fp8Tensor, InexactTensor, inexact_tensor, signal_to_noise
 from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.original import Original
 from fp4cast.verification.receipt import Receipt, input_scales_digest, weight_digest
-from fp4cast.verification.report import InexactTensor, Report, inexact_tensor
+from fp4cast.verification.report import Report
 from fp4cast.verification.verify import verify_checkpoint
 
 LOG = logging.getLogger(__name__)
@@ -202,5 +203,10 @@ def _report(plan: Plan, destination: str, shards: Mapping[str, Finished]) -> Rep
         inexact=inexact,
         marlin_exact=all(domain.marlin_exact for domain in plan.domains),
         bytes={"read": plan.read_by(written), "written": sum(shards[name].checksum.bytes for name in written)},
-        notes=[kept] if len(written) < len(shards) else [],
+        fp8=[
+            Fp8Tensor(module, signal_to_noise(tally.energy, tally.squared_error))
+            for module in plan.selection.fp8
+            if (tally := tallies.get(module)) is not None
+        ],
+        notes=[*plan.notes, *([kept] if len(written) < len(shards) else [])],
     )

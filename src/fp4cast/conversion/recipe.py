@@ -14,6 +14,7 @@ from fp4cast.checkpoints.directory import SINGLE, Checkpoint
 from fp4cast.checkpoints.header import METADATA, FileLayout, Shard, Tensor, lay_out
 from fp4cast.checkpoints.index import INDEX
 from fp4cast.checkpoints.json_files import index_bytes
+from fp4cast.conversion.fp8_blocks import Fp8Of
 from fp4cast.conversion.outside import Outside
 from fp4cast.errors import UnsupportedError
 from fp4cast.families.family import Pair
@@ -115,7 +116,7 @@ class OriginalOf:
         return self.weight.form.transposed
 
 
-Step = CopyOf | CodesOf | BlockScalesOf | OriginalOf | Constant | FromModel
+Step = CopyOf | CodesOf | BlockScalesOf | OriginalOf | Constant | FromModel | Fp8Of
 
 
 @dataclass(frozen=True, slots=True)

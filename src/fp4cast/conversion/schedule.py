@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from fp4cast.conversion.fp8_blocks import Fp8Of
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, CopyOf, OutputShard
 
@@ -107,3 +108,5 @@ def _sources(shard: OutputShard) -> Iterator[str]:
             case CodesOf(pair) | BlockScalesOf(pair):
                 yield pair.codes.path.name
                 yield pair.scales.path.name
+            case Fp8Of(weight=weight):
+                yield weight.path.name

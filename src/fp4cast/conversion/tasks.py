@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fp4cast.checkpoints import tiles
+from fp4cast.conversion.fp8_blocks import Fp8Of
 from fp4cast.conversion.recipe import (
     BlockScalesOf,
     CodesOf,
@@ -28,8 +29,8 @@ class Task:
     Attributes:
         offset: where the step's whole output begins in the new file.
         step: what makes the bytes.
-        first: the first byte of a copy, expert of a model's weight, tile of a transposed bank, or block of other
-            codes and scales; 0 for a constant, which is whole.
+        first: the first byte of a copy, expert of a model's weight, stripe of one in FP8, tile of a transposed bank,
+            or block of other codes and scales; 0 for a constant, which is whole.
         last: one after the last.
         nbytes: about how many bytes are written.
     """
@@ -65,6 +66,8 @@ def _units(step: Step) -> tuple[int, int]:
             return 1, len(step.data)
         case FromModel():
             return step.experts, step.nbytes
+        case Fp8Of():
+            return step.stripes, step.stripe_bytes
         case CodesOf() | BlockScalesOf() | OriginalOf():
             size = _block_bytes(step)
             if not step.transposed:

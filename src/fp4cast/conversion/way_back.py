@@ -29,6 +29,7 @@ from fp4cast.conversion.plan import ConvertOptions, Plan
 from fp4cast.conversion.recipe import CopyOf, OriginalOf, Output, OutputShard, index, place
 from fp4cast.conversion.scan_back import Scanned, explain, scan_weights
 from fp4cast.errors import CheckpointError, InexactError, UnsupportedError, UsageError
+from fp4cast.layouts.fp8 import stored_fp8
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.layouts.read_back import Readable, Weight, read_nvfp4
 from fp4cast.parallel.progress import AdvanceOf, ignore
@@ -55,6 +56,7 @@ def plan_way_back(
     """
     _check_options(options)
     checkpoint = open_checkpoint(path)
+    _check_others(checkpoint)
     stamps, receipt = stamp(checkpoint), Receipt.read(path)
     original = receipt.original if receipt.intact else Original()
     config = _parse(original.config)
@@ -89,12 +91,24 @@ def plan_way_back(
 
 
 def _check_options(options: ConvertOptions) -> None:
-    asked = (options.layout, options.activations, options.input_scales, options.inexact, options.kv_cache_qformat)
-    default = ConvertOptions()
-    if asked != (default.layout, None, None, default.inexact, default.kv_cache_qformat):
+    names = ("layout", "activations", "input_scales", "inexact", "kv_cache_qformat", "fp8")
+    if any(getattr(options, name) != getattr(ConvertOptions(), name) for name in names):
         raise UsageError(
-            "--to mxfp4 knows no --layout, --activations, --input-scales, --inexact or --kv-cache-qformat: the "
+            "--to mxfp4 knows no --layout, --activations, --input-scales, --inexact, --kv-cache-qformat or --fp8: the "
             "original's names and values come back, or nothing is written"
+        )
+
+
+def _check_others(checkpoint: Checkpoint) -> None:
+    """Raise for weights that `--fp8`, or another tool, has quantized beside the cast: nothing brings their values back.
+
+    Raises:
+        InexactError: there are some.
+    """
+    if fp8 := stored_fp8(checkpoint.tensors):
+        raise InexactError(
+            f"{checkpoint.path}: {len(fp8)} weights were quantized to FP8 beside the cast, as {fp8[0]}; nothing was "
+            "written. Their values are not the original's any more: only the MXFP4 checkpoint itself has them"
         )
 
 

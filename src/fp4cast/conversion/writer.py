@@ -21,6 +21,7 @@ from fp4cast.checkpoints.byte_ranges import BUFFERS, Buffer, Files, copy_range, 
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tile, Tiling
 from fp4cast.checkpoints.transpose import transpose
+from fp4cast.conversion.fp8_blocks import Fp8Of, fp8_codes, fp8_noise, fp8_scales
 from fp4cast.conversion.nvfp4_blocks import exponents_of, parts
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel, OriginalOf
 from fp4cast.conversion.tasks import Piece, Task
@@ -98,6 +99,8 @@ class Writer:
                         self._put(task.offset + expert * step.nbytes, step.make(expert))
                 case OriginalOf() as step:
                     self._original(task, step)
+                case Fp8Of() as step:
+                    self._fp8(task, step)
                 case CodesOf() | BlockScalesOf() as step if step.transposed:
                     self._transposed(task, step)
                 case BlockScalesOf() as step:
@@ -121,6 +124,19 @@ class Writer:
                 data = part.codes()
             for first, line in part.lines(data):
                 self._put(task.offset + first * size, line)
+
+    def _fp8(self, task: Task, step: Fp8Of) -> None:
+        """Codes or scales of a weight in FP8, stripe by stripe; the codes' error is measured."""
+        for stripe in range(task.first, task.last):
+            weights = step.read(stripe, self.files)
+            scales = fp8_scales(weights)
+            data = scales.astype("<f4").view(np.uint8)
+            if not step.scales:
+                data = fp8_codes(weights, scales)
+                error, largest, energy = fp8_noise(weights, data, scales)
+                tally = self.tallies.setdefault(step.module, Tally())
+                tally.merge(Tally(squared_error=error, max_error=largest, energy=energy))
+            self._put(task.offset + stripe * step.stripe_bytes, data)
 
     def _put(self, offset: int, data: Bytes) -> None:
         write_all(self.target, offset, data)

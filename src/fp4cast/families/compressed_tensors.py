@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp4cast.checkpoints.quantization_config import find_quantization_config
+from fp4cast.families.attention import PLAIN_ATTENTION
 from fp4cast.families.family import Family, Suffix
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, NV_BLOCK
 
@@ -59,4 +60,5 @@ COMPRESSED_TENSORS = Family(
     aliases=ALIASES,
     bias=packed_bias,
     section=packed_section,
+    attention=PLAIN_ATTENTION,
 )

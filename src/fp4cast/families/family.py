@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.tiles import Tiling
+from fp4cast.families.attention import Attention
 from fp4cast.families.served import served_by, serving_command
 from fp4cast.formats import E8M0_BIAS, MX_BLOCK, Activations
 
@@ -66,6 +67,7 @@ class Family:
         section: returns the quantization_config of an MXFP4 checkpoint, given the one of an NVFP4 checkpoint and the
             modules that are not quantized: for the way back, where no receipt holds the original's.
         home: the keys that lead to it in config.json.
+        attention: what `--fp8 attention` quantizes; None where no engine that we know reads that.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Family:
     known_as: str = ""
     section: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]] = _plain_section
     home: tuple[str, ...] = ("quantization_config",)
+    attention: Attention | None = None
 
     @property
     def served_as(self) -> str:

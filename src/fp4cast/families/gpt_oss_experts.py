@@ -32,6 +32,7 @@ def _named(family: Family, name: str) -> Family:
         module=_EXPERT,
         described=_of_gpt_oss(family.described),
         known_as="gpt-oss-experts",
+        attention=None,
     )
 
 

@@ -5,6 +5,7 @@ vLLM 0.32 maps its names in models/kimi_k3.
 
 from __future__ import annotations
 
+from fp4cast.families.attention import KIMI_K3_ATTENTION
 from fp4cast.families.compressed_tensors import ALIASES, PACKED, PACKED_SCALES, packed_bias, packed_section
 from fp4cast.families.family import Family
 
@@ -19,4 +20,5 @@ KIMI_K3 = Family(
     bias=packed_bias,
     section=packed_section,
     home=("text_config", "quantization_config"),
+    attention=KIMI_K3_ATTENTION,
 )

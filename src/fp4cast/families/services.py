@@ -18,6 +18,7 @@ W4A16: tuple[Activations, ...] = ("w4a16",)
 W4A4: tuple[Activations, ...] = ("w4a4",)
 BOTH: tuple[Activations, ...] = ("w4a16", "w4a4")
 
+# "kimi-k3+fp8" is what `--fp8 attention` makes of a family.
 # Where nobody could know the model beforehand: `ptq` exports any with banks of experts.
 ANY_BANKS = "any banks"
 
@@ -229,6 +230,17 @@ SERVICES: tuple[Service, ...] = (
         "compressed-tensors", "compressed-tensors", W4A16, "TensorRT-LLM", "main", "fails", _READ,
         "models/quant_config_utils.py at 21156a7: _quant_config_from_config_group",
         "reads the strategy of `input_activations`, which is null",
+    ),
+    Service(
+        "kimi-k3+fp8", "modelopt", BOTH, "vLLM", "0.32.0", "should", _READ,
+        "model_executor/layers/quantization/modelopt.py:1717-1796,1813-1866,2214-2268,2693-2704; "
+        "models/kimi_k3/nvidia/kda.py:626-654; model_executor/layers/linear.py:84-93,1535-1621",
+        "on a CPU its linear layers hold the values of the files (tests/oracles/vllm_kimi.py); where parts of a matrix "
+        "end within a block it mixes their scales, so that such parts stay in BF16",
+    ),
+    Service(
+        "compressed-tensors+fp8", "modelopt", BOTH, "vLLM", "0.32.0", "loads", _TESTED, _VLLM_LOADER,
+        models="experts", seen=True,
     ),
     Service(
         ANY_BANKS, "modelopt", BOTH, "transformers + fp4cast.hf", "5.23.0", "loads", _TESTED, _HF,

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fp4cast.errors import CheckpointError
+from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.engine_view import read_claims
+from fp4cast.layouts.fp8 import ALGORITHM
 
 METHODS = ("modelopt", "modelopt_mixed")
 
@@ -54,6 +55,8 @@ def _check(section: Mapping[str, Any]) -> None:
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise _fault(table, entries, "an object of objects")
         for name, entry in entries.items():
+            if entry.get("quant_algo") == ALGORITHM:
+                raise UnsupportedError(f"quantization_config: {table}.{name} is {ALGORITHM}, FP8 that is not read here")
             _check_group(entry, "group_size", f"{table}.{name}.")
     for name, group in section.get("config_groups", {}).items():
         weights = group.get("weights")

@@ -19,7 +19,13 @@ from fp4cast.layouts.layout import Target, Writing
 
 
 def documents(
-    checkpoint: Checkpoint, target: Target, modules: Sequence[str], replaced: Collection[str], *, bank: bool
+    checkpoint: Checkpoint,
+    target: Target,
+    modules: Sequence[str],
+    replaced: Collection[str],
+    *,
+    bank: bool,
+    fp8: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """The config files of the destination by name.
 
@@ -29,6 +35,7 @@ def documents(
         modules: the modules that become NVFP4; everything else stays as it is.
         replaced: the source tensors that they are made from.
         bank: whether some of them are banks of experts.
+        fp8: the modules that become FP8.
 
     Raises:
         CheckpointError: a quantization_config of the source is not where, or not what, engines read.
@@ -42,7 +49,7 @@ def documents(
     except RecursionError as error:
         raise CheckpointError(f"{checkpoint.path / CONFIG}: is nested too deeply") from error
     kept, producer = _kept(checkpoint, target, replaced), {"name": "fp4cast", "version": __version__}
-    return target.layout.documents(Writing(checkpoint, config, target, modules, kept, bank, producer))
+    return target.layout.documents(Writing(checkpoint, config, target, modules, kept, bank, producer, fp8))
 
 
 def check_kv_cache(checkpoint: Checkpoint, target: Target) -> None:

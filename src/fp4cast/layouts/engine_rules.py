@@ -7,7 +7,7 @@ share their mistakes. They hold without a receipt, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG
@@ -16,6 +16,7 @@ from fp4cast.errors import CheckpointError
 from fp4cast.families.family import Family
 from fp4cast.formats import MX_BLOCK, NV_BLOCK
 from fp4cast.layouts.engine_view import Claims, ancestors
+from fp4cast.layouts.fp8_rules import ALGORITHM, fp8_sentences
 from fp4cast.layouts.patterns import PatternError, names_and_wildcards, spellings
 
 Section = Mapping[str, Any]
@@ -42,6 +43,7 @@ class Held:
         cast: the modules that are NVFP4.
         plain: the modules whose weight matrices are not quantized.
         others: the other modules with weight matrices.
+        fp8: by module, the shape of the weights that were quantized to FP8.
     """
 
     family: Family
@@ -49,6 +51,7 @@ class Held:
     cast: Sequence[str]
     plain: Sequence[str]
     others: Sequence[str]
+    fp8: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class _Text:
@@ -103,9 +106,15 @@ def _modelopt(
     algorithm = "NVFP4" if claims.activations == "w4a4" else "W4A16_NVFP4"
     layers = None if claims.layers is None else sorted(claims.layers)
     inputs = {"input_activations": _ARGS} if claims.activations == "w4a4" else {}
+    groups: dict[str, object] = {
+        "group_0": {"weights": _ARGS, "targets": ["Linear"] if layers is None else layers, **inputs}
+    }
+    blocks = {name: {"quant_algo": ALGORITHM} for name in sorted(claims.fp8)}
+    if blocks:
+        groups["group_1"] = {"quant_algo": ALGORITHM, "targets": list(blocks)}
     said: dict[str, object] = {
         **fp8,
-        "config_groups": {"group_0": {"weights": _ARGS, "targets": ["Linear"] if layers is None else layers, **inputs}},
+        "config_groups": groups,
         "quant_algo": algorithm if layers is None else "MIXED_PRECISION",
         "quant_method": "fp8" if fp8 else "modelopt" if layers is None else "modelopt_mixed",
         "group_size": NV_BLOCK,
@@ -122,10 +131,12 @@ def _modelopt(
     listed = {}
     if layers is not None:
         entry = {"quant_algo": algorithm, "group_size": NV_BLOCK}
-        listed = {"quantized_layers": dict.fromkeys(layers, entry)}
+        listed = {"quantized_layers": {**dict.fromkeys(layers, entry), **blocks}}
     yield from (Fault(CONFIG, sentence) for sentence in _compare("quantization_config", section, {**said, **listed}))
     sentences = _layers(claims.layers, held) if claims.layers is not None else _exceptions(claims, held)
     yield from (Fault(CONFIG, sentence) for sentence in sentences)
+    whole = [*held.cast, *held.plain, *held.others, *held.fp8]
+    yield from (Fault(CONFIG, sentence) for sentence in fp8_sentences(claims.fp8, held.family, held.fp8, whole))
     twin = {
         "quant_algo": said["quant_algo"],
         "kv_cache_quant_algo": "FP8" if cached else None,

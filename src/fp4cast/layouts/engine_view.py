@@ -16,6 +16,7 @@ from fp4cast.checkpoints.directory import CONFIG
 from fp4cast.checkpoints.quantization_config import find_quantization_config
 from fp4cast.errors import CheckpointError, UnsupportedError
 from fp4cast.formats import NV_BLOCK, Activations
+from fp4cast.layouts.fp8 import ALGORITHM
 from fp4cast.layouts.patterns import PatternError, names_and_expressions, substrings_and_wildcards
 
 
@@ -32,6 +33,7 @@ class Claims:
         other_groups: modules in other formats have groups of their own, beside `ignore`.
         path: the config file, which errors name.
         kv_cache: it asks for a quantized KV cache.
+        fp8: the modules listed as FP8 in blocks.
     """
 
     layout: str
@@ -42,6 +44,7 @@ class Claims:
     other_groups: bool = False
     path: Path = Path(CONFIG)
     kv_cache: bool = False
+    fp8: frozenset[str] = frozenset()
 
     def quantized(self, modules: Iterable[str]) -> set[str]:
         """Those of the modules that an engine would load as NVFP4.
@@ -105,11 +108,14 @@ def _modelopt_mixed(section: Mapping[str, Any]) -> Claims | None:
     mixed = method in ("modelopt", "modelopt_mixed") or (method == "fp8" and section.get("moe_quant_algo") == "NVFP4")
     if not mixed or section.get("quant_algo") != "MIXED_PRECISION" or not isinstance(layers, dict):
         return None
-    algorithms = {str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for layer in layers.values()}
+    said = {name: str(layer.get("quant_algo")) if isinstance(layer, dict) else "" for name, layer in layers.items()}
+    fp8 = frozenset(name for name, algorithm in said.items() if algorithm == ALGORITHM)
+    algorithms = set(said.values()) - {ALGORITHM}
     activations = _ALGORITHMS.get(algorithms.pop()) if len(algorithms) == 1 else None
     if activations is None:
         return None
-    return Claims("modelopt", activations, frozenset(layers), _strings(section.get("ignore")), substrings_and_wildcards)
+    ignore, named = _strings(section.get("ignore")), frozenset(layers) - fp8
+    return Claims("modelopt", activations, named, ignore, substrings_and_wildcards, fp8=fp8)
 
 
 _ALGORITHMS: dict[str, Activations] = {"NVFP4": "w4a4", "W4A16_NVFP4": "w4a16"}

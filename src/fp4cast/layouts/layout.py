@@ -12,7 +12,7 @@ from fp4cast.checkpoints.directory import Checkpoint
 from fp4cast.checkpoints.header import UNQUANTIZED, Tensor
 from fp4cast.errors import UnsupportedError, UsageError
 from fp4cast.families.family import Family, Pair, Source
-from fp4cast.formats import NV_BLOCK, Activations, KvCache
+from fp4cast.formats import NV_BLOCK, Activations, Fp8, KvCache
 
 
 class Names(NamedTuple):
@@ -87,6 +87,7 @@ class Writing:
         kept: the weight matrices that are not cast, by module, sorted.
         bank: some of `modules` are banks of experts in one tensor.
         producer: the value of the field of that name.
+        fp8: the modules that become FP8.
     """
 
     checkpoint: Checkpoint
@@ -96,6 +97,7 @@ class Writing:
     kept: Mapping[str, Tensor]
     bank: bool
     producer: dict[str, str]
+    fp8: Collection[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +142,14 @@ class Target:
         activations: "w4a16" (no activation scale) or "w4a4".
         family: the source's.
         kv_cache: the format of the KV cache.
+        fp8: the other weights that are FP8.
     """
 
     layout: Layout
     activations: Activations
     family: Family
     kv_cache: KvCache = "none"
+    fp8: Fp8 = "none"
 
     @cached_property
     def form(self) -> Form:
@@ -153,13 +157,18 @@ class Target:
         return self.layout.form(self.family.bank)
 
     @property
+    def result(self) -> Family:
+        """The family under the name that the result has in the rows of `families.served`."""
+        return self.family if self.fp8 == "none" else replace(self.family, known_as=f"{self.family.served_as}+fp8")
+
+    @property
     def served(self) -> str:
         """Which engines read the result, for people."""
-        return self.family.served(self.layout.name, self.activations)
+        return self.result.served(self.layout.name, self.activations)
 
     def serving_command(self, path: str) -> str:
         """The command that serves the result at a path, for people."""
-        return self.family.serving_command(self.layout.name, self.activations, path)
+        return self.result.serving_command(self.layout.name, self.activations, path)
 
     def names(self, module: str) -> Names:
         """The names of the four tensors of a module of the family."""
@@ -182,12 +191,14 @@ class Selection:
         untouched: the other tensors, which stay as they are.
         quantized: by module, weights that are unquantized in the source and NVFP4 in the destination; only `ptq` does
             that.
+        fp8: by module, weights that are unquantized in the source and FP8 in the destination.
     """
 
     cast: Sequence[Pair]
     replaced: Collection[str]
     untouched: Sequence[Tensor]
     quantized: Mapping[str, Tensor] = field(default_factory=dict)
+    fp8: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> list[str]:
@@ -196,17 +207,30 @@ class Selection:
 
     def with_quantized(self, modules: Collection[str]) -> Selection:
         """The same, with those of the modules quantized whose weight is an untouched matrix."""
+        found = self._matrices(modules)
+        return replace(self._without(found), quantized=found) if found else self
+
+    def with_fp8(self, modules: Collection[str]) -> Selection:
+        """The same, with those of the modules in FP8 whose weight is an untouched matrix in BF16."""
+        found = {name: tensor for name, tensor in self._matrices(modules).items() if tensor.dtype == "BF16"}
+        return replace(self._without(found), fp8=found) if found else self
+
+    def _matrices(self, modules: Collection[str]) -> dict[str, Tensor]:
+        """By module, the untouched matrices of some modules, in the order of the checkpoint."""
         if not modules:
-            return self
+            return {}
         names = {f"{module}.weight": module for module in modules}
-        found = {
+        return {
             names[tensor.name]: tensor
             for tensor in self.untouched
             if tensor.name in names and tensor.dtype in UNQUANTIZED and len(tensor.shape) == 2
         }
+
+    def _without(self, found: Mapping[str, Tensor]) -> Selection:
+        """The same, with some matrices replaced."""
         gone = {tensor.name for tensor in found.values()}
         rest = [tensor for tensor in self.untouched if tensor.name not in gone]
-        return replace(self, replaced={*self.replaced, *gone}, untouched=rest, quantized=found)
+        return replace(self, replaced={*self.replaced, *gone}, untouched=rest)
 
 
 def select(source: Source, target: Target) -> Selection:

@@ -22,6 +22,7 @@ from fp4cast.checkpoints.quantization_config import (
 from fp4cast.errors import UsageError
 from fp4cast.families.merging import expert_projection, merged_module
 from fp4cast.formats import NV_BLOCK
+from fp4cast.layouts.fp8 import ALGORITHM
 from fp4cast.layouts.kv_cache import FP8
 from fp4cast.layouts.layout import Form, Layout, Names, Target, Writing
 
@@ -87,13 +88,17 @@ def _bank(writing: Writing) -> tuple[Section, Section]:
 def _projections(writing: Writing) -> tuple[Section, Section]:
     """Like `_bank`, for projections: one algorithm with exceptions where that suffices, else a list of layers."""
     target, modules = writing.target, writing.modules
-    if _is_plain(modules, writing.kept):
+    if not writing.fp8 and _is_plain(modules, writing.kept):
         ignore = list(writing.kept)
         return _flat(target, ignore), _quantization(_algorithm(target), ignore)
     names = sorted({name for bank in _banks(modules) for name in _spellings(bank, target)})
-    layers = _layers(target, names)
+    layers, groups = _layers(target, names), {"group_0": _group(target, names)}
+    if writing.fp8:
+        listed = _fp8_names(writing)
+        layers |= {name: {"quant_algo": ALGORITHM} for name in listed}
+        groups["group_1"] = {"quant_algo": ALGORITHM, "targets": listed}
     section = {
-        "config_groups": {"group_0": _group(target, names)},
+        "config_groups": groups,
         "group_size": NV_BLOCK,
         "ignore": [],
         "quant_algo": "MIXED_PRECISION",
@@ -101,6 +106,14 @@ def _projections(writing: Writing) -> tuple[Section, Section]:
         "quantized_layers": layers,
     }
     return section, _quantization("MIXED_PRECISION", [], layers)
+
+
+def _fp8_names(writing: Writing) -> list[str]:
+    """Every name under which an engine may look up a weight in FP8, or a matrix into which it merges several."""
+    names, attention = list(writing.fp8), writing.target.family.attention
+    for parent, merged in attention.among(writing.fp8) if attention else ():
+        names += [f"{parent}.{name}" for name in merged.names]
+    return sorted({each for name in names for each in _spellings(name, writing.target)})
 
 
 def _beside_fp8(writing: Writing) -> tuple[Section, Section]:

@@ -32,9 +32,9 @@ from fp4cast.ptq.exported import Exported, WeightCounts
 from fp4cast.ptq.model_weights import ReadRows, Weight, calibrated_weights, check_untouched
 from fp4cast.ptq.opened import OpenedModel, model_target, open_model
 from fp4cast.ptq.read_back import read_back
+from fp4cast.verification.figures import InexactTensor
 from fp4cast.verification.kv_cache import kv_scales_digest, kv_scales_of
 from fp4cast.verification.receipt import Receipt, weight_digest
-from fp4cast.verification.report import InexactTensor
 
 
 def export(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from fp4cast.formats import Activations, KvCache
-from fp4cast.verification.report import ByteCounts, InexactTensor
+from fp4cast.verification.figures import InexactTensor
+from fp4cast.verification.report import ByteCounts
 
 
 class WeightCounts(TypedDict):

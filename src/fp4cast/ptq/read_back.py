@@ -14,7 +14,7 @@ from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
 from fp4cast.ptq.model_weights import Weight
 from fp4cast.verification.fast_path import Converted
-from fp4cast.verification.report import InexactTensor, inexact_tensor
+from fp4cast.verification.figures import InexactTensor, inexact_tensor
 from fp4cast.verification.shard_check import ShardWork, check_shard
 from fp4cast.verification.values import Comparison
 

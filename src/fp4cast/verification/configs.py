@@ -43,7 +43,8 @@ def config_faults(
     if actual != expected:
         found.append(Fault(CONFIG, f"describes {' '.join(actual)}, expected {' '.join(expected)}"))
     else:
-        held = Held(target.family, source.checkpoint.config, selection.modules, sorted(plain), sorted(others))
+        fp8 = {module: tensor.shape for module, tensor in selection.fp8.items()}
+        held = Held(target.family, source.checkpoint.config, selection.modules, sorted(plain), sorted(others), fp8)
         found += rule_faults(config, beside, claims, held)
     if _without_quantization(config) != _without_quantization(source.checkpoint.config):
         found.append(Fault(CONFIG, "its entries other than the quantization differ from the source's"))

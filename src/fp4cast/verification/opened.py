@@ -92,7 +92,9 @@ def open_both(source: Path | Checkpoint, destination: Path, config: str) -> Open
     if asks_for_fp8(claims, found):
         scales = kv_scales_of(target.layout, found.checkpoint.tensors, opened.tensors)
         target = replace(target, kv_cache=kv_cache_format(target.layout, scales))
-    selection = select(found, target).with_quantized(receipt.quantized)
+    selection = select(found, target).with_quantized(receipt.quantized).with_fp8(claims.fp8)
+    if selection.fp8:
+        target = replace(target, fp8="attention")
     return Opened(found, opened, config, target, claims, selection, receipt, scales)
 
 

@@ -20,6 +20,7 @@ from fp4cast.layouts.layout import Selection, Target
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Advance
 from fp4cast.verification.fast_path import Converted
+from fp4cast.verification.fp8_blocks import Fp8Comparison, Fp8Weight, fp8_differences
 from fp4cast.verification.rounding import Nearness
 from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredScales, check_shard
 from fp4cast.verification.values import Comparison
@@ -28,7 +29,7 @@ from fp4cast.verification.work import compare_work
 Finding = dict[str, Any]
 
 
-def key_of(compared: Converted | tuple[Tensor, Tensor]) -> str:
+def key_of(compared: Converted | tuple[Tensor, Tensor] | Fp8Weight) -> str:
     """The name of a finding: a digest of what is compared with what."""
     return hashlib.blake2b(repr(compared).encode(), digest_size=16).hexdigest()
 
@@ -73,7 +74,7 @@ class Piecewise:
         path = next(iter(shards.values())).path.parent
         destination = Checkpoint(path, {}, shards)
         work = [self._new(each) for each in compare_work(destination, target, selection, rounded)]
-        work = [each for each in work if each.converted or each.copies]
+        work = [each for each in work if each.converted or each.copies or each.fp8]
         new: dict[str, Finding] = {}
         for each, findings in zip(work, engine.map(check_shard, work, progress), strict=True):
             new |= _as_json(each, findings)
@@ -84,6 +85,7 @@ class Piecewise:
         return ShardWork(
             [converted for converted in work.converted if key_of(converted) not in self.found],
             [copy for copy in work.copies if key_of(copy) not in self.found],
+            [weight for weight in work.fp8 if key_of(weight) not in self.found],
         )
 
     def __call__(self, todo: list[ShardWork]) -> list[ShardFindings]:
@@ -97,11 +99,12 @@ class Piecewise:
                 [_comparison(self._finding(each, each.codes.name)) for each in work.converted],
                 [StoredScales(*self._finding(each, each.codes.name)["scales"]) for each in work.converted],
                 [self._finding(each, each[1].name)["differs"] for each in work.copies],
+                [Fp8Comparison(**self._finding(each, each.codes.name)) for each in work.fp8],
             )
             for work in todo
         ]
 
-    def _finding(self, compared: Converted | tuple[Tensor, Tensor], name: str) -> Finding:
+    def _finding(self, compared: Converted | tuple[Tensor, Tensor] | Fp8Weight, name: str) -> Finding:
         found = self.found.get(key_of(compared))
         if found is None:
             raise VerificationError(f"{name}: was not compared while its source was there; run again with --restart")
@@ -128,6 +131,12 @@ def _as_json(work: ShardWork, findings: ShardFindings) -> dict[str, Finding]:
                 "Run again with --restart."
             )
         new[key_of(copy)] = {"differs": None}
+    for weight, measured in zip(work.fp8, findings.fp8, strict=True):
+        for difference in fp8_differences(weight, measured):
+            raise VerificationError(
+                f"{weight.codes.path}: {difference}; nothing was published. Run again with --restart."
+            )
+        new[key_of(weight)] = asdict(measured)
     text = json.dumps(new, default=lambda number: number.item())  # NumPy's numbers
     found: dict[str, Finding] = json.loads(text)
     return found

@@ -15,6 +15,7 @@ from fp4cast.checkpoints.header import Tensor
 from fp4cast.formats import NV_BLOCK, Bytes, Float64s, float_values, nvfp4_values, usable_scale
 from fp4cast.layouts.layout import Form, Selection
 from fp4cast.parallel.ranges import spans
+from fp4cast.verification.figures import signal_to_noise
 from fp4cast.verification.report import Difference
 
 LEAST_SNR = 10.0  # dB
@@ -37,13 +38,13 @@ def judge_quantized(
     for module, tensor in selection.quantized.items():
         names = form.names(module)
         if not set(names) & set(wrong):
-            noise[module] = signal_to_noise(tensor, form, module, destination.tensors)
+            noise[module] = noise_of(tensor, form, module, destination.tensors)
             if not noise[module] >= LEAST_SNR:
                 far.append(Difference(names.codes, "values", TOO_FAR))
     return far, noise
 
 
-def signal_to_noise(source: Tensor, form: Form, module: str, written: Mapping[str, Tensor]) -> float:
+def noise_of(source: Tensor, form: Form, module: str, written: Mapping[str, Tensor]) -> float:
     """10 log10(energy / squared error) in dB of a quantized weight; infinity where nothing was lost.
 
     Args:
@@ -68,9 +69,7 @@ def signal_to_noise(source: Tensor, form: Form, module: str, written: Mapping[st
             found = nvfp4_values(*pieces, 1.0 / stored if form.reciprocal else stored)
             energy += float((values**2).sum())
             error += float(((found.reshape(values.shape) - values) ** 2).sum())
-    if not error > 0:
-        return math.inf if error == 0 else math.nan
-    return 10 * math.log10(energy / error) if energy else -math.inf
+    return signal_to_noise(energy, error)
 
 
 def _rows(

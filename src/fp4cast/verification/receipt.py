@@ -134,7 +134,7 @@ class Receipt:
         """Sentences about facts that differ from those of a report, as measured."""
         for key, value in measured.items():
             said = self.facts.get(key, value)  # an export's receipt says less than a conversion's
-            if not (_alike(said, value) if key == "inexact" else said == value):
+            if not (_alike(said, value) if key in ("inexact", "fp8") else said == value):
                 yield f"says {key} is {str(said)[:200]}, measured {str(value)[:200]}"
 
 

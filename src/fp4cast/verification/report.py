@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypedDict, get_args
 from fp4cast.families.family import Source
 from fp4cast.formats import Activations, KvCache
 from fp4cast.layouts.layout import Selection, Target
+from fp4cast.verification.figures import Fp8Tensor, InexactTensor
 
 
 class TensorCounts(TypedDict):
@@ -34,50 +34,6 @@ class ByteCounts(TypedDict):
 
     read: int
     written: int
-
-
-def _number(value: float) -> float | None:
-    """A number for JSON; None for NaN, which JSON lacks and a damaged scale decodes to."""
-    return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class InexactTensor:
-    """A tensor that could not be written exactly, with its error against the source's values.
-
-    Attributes:
-        name: the module.
-        rounded_half_blocks: how many half-blocks of 16 weights hold a rounded value.
-        max_abs_error: largest absolute error of a weight.
-        mse: mean squared error over all weights of the tensor.
-        snr_db: 10 log10(energy of the source / squared error).
-    """
-
-    name: str
-    rounded_half_blocks: int
-    max_abs_error: float
-    mse: float
-    snr_db: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {
-            "name": self.name,
-            "rounded_half_blocks": self.rounded_half_blocks,
-            "max_abs_error": _number(self.max_abs_error),
-            "mse": _number(self.mse),
-            "snr_db": _number(self.snr_db),
-        }
-
-
-def inexact_tensor(
-    name: str, rounded: int, elements: int, squared_error: float, max_error: float, energy: float
-) -> InexactTensor:
-    """Compute the figures from sums: squared_error and energy over all `elements` weights."""
-    snr = 10 * math.log10(energy / squared_error) if energy > 0 and squared_error > 0 else 0.0
-    if rounded and energy > 0 and not squared_error:
-        snr = math.inf  # nothing but signs of zeros
-    return InexactTensor(name, rounded, max_error, squared_error / elements, snr)
 
 
 Area = Literal["weights", "documents", "companions"]
@@ -153,6 +109,7 @@ class Report:
         card: the path of its model card, of a conversion that has one.
         left_out: what of the source a conversion has not carried along, as `left_out` lists it.
         original: on the way back, whether every byte is proved to be the original's; None where nothing proves it.
+        fp8: the other weights that were quantized to FP8.
     """
 
     source: str
@@ -178,6 +135,7 @@ class Report:
     card: str | None = None
     left_out: Sequence[str] = ()
     original: bool | None = None
+    fp8: Sequence[Fp8Tensor] = ()
 
     @classmethod
     def of(
@@ -198,6 +156,7 @@ class Report:
         seconds: float = 0.0,
         verified: bool = False,
         notes: Sequence[str] = (),
+        fp8: Sequence[Fp8Tensor] = (),
     ) -> Report:
         """A report from what was selected and measured; the other arguments are those of the class.
 
@@ -217,15 +176,17 @@ class Report:
             seconds: wall time.
             verified: measured on what was written.
             notes: what else people should know.
+            fp8: measured.
         """
         cast, lost = len(selection.cast), len(inexact) + unmeasured
+        others = selection.quantized or selection.fp8
         return cls(
             source=str(source.checkpoint.path),
             destination=destination,
             family=source.family.name,
             layout=target.layout.name,
             activations=target.activations,
-            exact=not lost and not selection.quantized and not any(each.area == "weights" for each in differences),
+            exact=not lost and not others and not any(each.area == "weights" for each in differences),
             tensors={"cast": cast, "exact": cast - lost, "inexact": lost, "copied": len(selection.untouched)},
             half_blocks=half_blocks,
             inexact=inexact,
@@ -240,6 +201,7 @@ class Report:
             differences=tuple(differences),
             strict=strict,
             notes=tuple(notes),
+            fp8=tuple(fp8),
         )
 
     def as_way_back(self, source: str, destination: str) -> Report:
@@ -270,6 +232,7 @@ class Report:
             "half_blocks": dict(self.half_blocks),
             "inexact": [tensor.to_json() for tensor in self.inexact],
             "marlin_exact": self.marlin_exact,
+            **({"fp8": [tensor.to_json() for tensor in self.fp8]} if self.fp8 else {}),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -278,6 +241,7 @@ class Report:
             "source": self.source,
             "destination": self.destination,
             **self.facts(),
+            "fp8": [tensor.to_json() for tensor in self.fp8],
             "bytes": dict(self.bytes),
             "seconds": round(self.seconds, 3),
             "verified": self.verified,

@@ -13,6 +13,7 @@ from fp4cast.formats import usable_scale
 from fp4cast.parallel.ranges import grouped, spans
 from fp4cast.parallel.workers import Workers
 from fp4cast.verification.fast_path import Converted, compare_bytes, compare_units, count_units, energy_of_units
+from fp4cast.verification.fp8_blocks import Fp8Comparison, Fp8Weight, compare_stripes
 from fp4cast.verification.values import Comparison
 
 
@@ -30,10 +31,12 @@ class ShardWork:
     Attributes:
         converted: those that were cast.
         copies: (source, destination) of those that were not.
+        fp8: those that were quantized to FP8.
     """
 
     converted: list[Converted] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    fp8: list[Fp8Weight] = field(default_factory=list)
 
 
 @dataclass
@@ -44,16 +47,18 @@ class ShardFindings:
         comparisons: one for every cast tensor; None where its tensor scale is not usable.
         scales: one for every cast tensor.
         copies: for every copy, the position of the first byte that differs, or None.
+        fp8: one for every weight in FP8.
     """
 
     comparisons: list[Comparison | None]
     scales: list[StoredScales]
     copies: list[int | None]
+    fp8: list[Fp8Comparison] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """[first, last) of the item with this number: units of a cast tensor, or bytes of a copy."""
+    """[first, last) of the item with this number: units of a cast tensor, bytes of a copy, stripes of one in FP8."""
 
     number: int
     first: int
@@ -66,7 +71,8 @@ def check_shard(work: ShardWork, pool: Workers) -> ShardFindings:
         scales = [_scales(converted, files) for converted in work.converted]
         pool.advance(sum(4 for stored in scales for scale in stored if scale is not None))
         comparisons = _compare_values(work, scales, files, pool)
-        return ShardFindings(comparisons, scales, _compare_copies(work, files, pool))
+        copies = _compare_copies(work, files, pool)
+        return ShardFindings(comparisons, scales, copies, _compare_fp8(work, files, pool))
 
 
 def _scales(converted: Converted, files: Files) -> StoredScales:
@@ -118,6 +124,19 @@ def _compare_copies(work: ShardWork, files: Files, pool: Workers) -> list[int | 
             if copies[number] is None:
                 copies[number] = at
     return copies
+
+
+def _compare_fp8(work: ShardWork, files: Files, pool: Workers) -> list[Fp8Comparison]:
+    comparisons = [Fp8Comparison() for _ in work.fp8]
+
+    def compare(piece: list[_Units]) -> list[tuple[int, Fp8Comparison]]:
+        return [(p.number, compare_stripes(work.fp8[p.number], p.first, p.last, files, pool.advance)) for p in piece]
+
+    units = (cut for n, weight in enumerate(work.fp8) for cut in _cut(n, weight.stripes, weight.stripe_bytes))
+    for found in pool.map(compare, grouped(units, tiles.LIMITS.compare_bytes)):
+        for number, comparison in found:
+            comparisons[number].merge(comparison)
+    return comparisons
 
 
 def _value_units(work: ShardWork, comparisons: list[Comparison | None]) -> Iterator[tuple[_Units, int]]:

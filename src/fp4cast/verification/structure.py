@@ -15,6 +15,7 @@ from fp4cast.checkpoints.json_files import read_json
 from fp4cast.errors import UnsupportedError
 from fp4cast.layouts.engine_rules import Fault
 from fp4cast.layouts.engine_view import read_claims
+from fp4cast.layouts.fp8 import fp8_tensors
 from fp4cast.layouts.layout import DTYPES
 from fp4cast.verification.configs import config_faults, original_faults
 from fp4cast.verification.opened import Opened
@@ -30,6 +31,8 @@ def _expected(opened: Opened) -> dict[str, tuple[str, tuple[int, ...]]]:
         table |= opened.target.form.tensors(pair.module, pair.shape, opened.target.activations)
     for module, tensor in opened.selection.quantized.items():
         table |= opened.target.layout.projection.tensors(module, tensor.shape, opened.target.activations)
+    for module, tensor in opened.selection.fp8.items():
+        table |= fp8_tensors(module, tensor.shape)
     scalar = (DTYPES.tensor_scale, opened.target.layout.projection.scalar_shape)
     return table | dict.fromkeys(opened.kv_scales, scalar)
 

@@ -13,25 +13,25 @@ from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG, RECEIPT
 from fp4cast.families.family import Pair
-from fp4cast.families.merging import shared_scale_group
 from fp4cast.formats import usable_scale
 from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.verification.fast_path import Converted
+from fp4cast.verification.figures import Fp8Tensor, inexact_tensor
 from fp4cast.verification.foreign import tolerated
+from fp4cast.verification.fp8_blocks import fp8_differences
 from fp4cast.verification.kv_cache import kv_scale_differences
+from fp4cast.verification.notes import notes_of
 from fp4cast.verification.opened import Opened, open_both
 from fp4cast.verification.quantized import LEAST_SNR, TOO_FAR, judge_quantized
 from fp4cast.verification.receipt import weight_digest
-from fp4cast.verification.report import Difference, HalfBlockCounts, Report, inexact_tensor
+from fp4cast.verification.report import Difference, HalfBlockCounts, Report
 from fp4cast.verification.scales import input_scale_differences, shared_scale_differences
 from fp4cast.verification.shard_check import ShardFindings, ShardWork, StoredScales, check_shard
 from fp4cast.verification.structure import document_differences, tensor_differences
 from fp4cast.verification.values import Comparison
 from fp4cast.verification.work import work_of
-
-_NAMED = 5  # names in a note
 
 
 def verify(
@@ -135,18 +135,21 @@ class _Found:
         measured: by module, for the tensors that could be compared.
         scales: by module, as stored.
         noise: by module, the SNR in dB of weights that were quantized and are no casts of MXFP4.
+        fp8: by module, the SNR in dB of weights in FP8.
     """
 
     differences: list[Difference] = field(default_factory=list)
     measured: dict[str, Comparison] = field(default_factory=dict)
     scales: dict[str, StoredScales] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
+    fp8: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: _Found) -> None:
         """Add what was found in another shard."""
         self.differences += other.differences
         self.measured |= other.measured
         self.scales |= other.scales
+        self.fp8 |= other.fp8
 
 
 def _judge_shard(opened: Opened, work: ShardWork, findings: ShardFindings) -> _Found:
@@ -162,6 +165,9 @@ def _judge_shard(opened: Opened, work: ShardWork, findings: ShardFindings) -> _F
         if at is not None:
             detail = f"differs from the source from byte {at} on"
             found.differences.append(Difference(tensor.name, "bytes", detail))
+    for weight, measured in zip(work.fp8, findings.fp8, strict=True):
+        found.fp8[weight.module] = measured.snr_db
+        found.differences += fp8_differences(weight, measured)
     return found
 
 
@@ -214,50 +220,6 @@ def _announced(opened: Opened, pair: Pair, found: Comparison) -> bool:
     return receipt.digests.get(pair.module) == weight_digest(names, opened.destination.tensors)
 
 
-def _notes(opened: Opened, found: _Found) -> Iterator[str]:
-    """What could not be judged."""
-    if free := _zeros(found.measured):
-        names = [opened.target.names(module).tensor_scale for module in free]
-        hold, its = (
-            ("tensors hold", "their tensor scales are") if len(names) > 1 else ("tensor holds", "its tensor scale is")
-        )
-        yield f"{len(names)} {hold} only zeros, so {its} free: {_list(names)}"
-    yield from _not_cast(opened, found)
-    if opened.maker and (signs := sum(comparison.signs for comparison in found.measured.values())):
-        yield f"{signs:,} half-blocks have zeros of the other sign, as some tools write -0: they are equal as numbers"
-    if opened.maker:
-        yield f"{opened.maker} made DST: its weights were compared, what it writes around them is listed alone"
-    elif not opened.receipt.found and not opened.back:
-        scales = " and of input scales" * (opened.target.activations == "w4a4")
-        scales += " and of the KV cache's scales" * bool(opened.kv_scales)
-        yield (
-            f"{RECEIPT} is missing: configs were judged by what they must say; whether every byte of them{scales} is "
-            "what a conversion wrote could not be checked"
-        )
-
-
-def _not_cast(opened: Opened, found: _Found) -> Iterator[str]:
-    """What the receipt calls quantized from values, where an export of `ptq` is no cast."""
-    pairs, others = sorted(found.measured.keys() & opened.receipt.quantized), sorted(found.noise)
-    if pairs:
-        what = "quantized from values by `fp4cast ptq`: their errors were measured"
-        yield f"{len(pairs)} of {len(opened.selection.cast)} MXFP4 tensors are no casts but {what}: {_list(pairs)}"
-    if others:
-        what = f"quantized by `fp4cast ptq`, too, with an SNR of {min(found.noise.values()):.1f} dB and more"
-        yield f"{len(others)} weights that the source does not hold in MXFP4 are {what}: {_list(others)}"
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
-def _zeros(measured: dict[str, Comparison]) -> list[str]:
-    """The modules whose tensor scale no value pins down: they and all that engines merge with them hold only zeros."""
-    zeros = {module for module, comparison in measured.items() if comparison.zeros}
-    others = measured.keys() - zeros
-    return sorted(module for module in zeros if others.isdisjoint(shared_scale_group(module)[1]))
-
-
 def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seconds: float) -> Report:
     pairs, measured = {pair.module: pair for pair in opened.selection.cast}, found.measured
     zeroed = sum(comparison.marlin_zeroed for comparison in measured.values())
@@ -283,8 +245,9 @@ def _report(opened: Opened, destination: Path, found: _Found, strict: bool, seco
         bytes={"read": opened.source.checkpoint.total_size + opened.destination.total_size, "written": 0},
         differences=found.differences,
         strict=strict,
-        notes=tuple(_notes(opened, found)),
+        notes=tuple(notes_of(opened, found.measured, found.noise, found.fp8)),
         seconds=seconds,
         verified=True,
+        fp8=[Fp8Tensor(module, found.fp8[module]) for module in opened.selection.fp8 if module in found.fp8],
     )
     return report.as_way_back(str(opened.given.path), str(destination)) if opened.back else report

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fp4cast.checkpoints.directory import Checkpoint
+from fp4cast.layouts.fp8 import scale_name
 from fp4cast.layouts.layout import Selection, Target
 from fp4cast.verification.fast_path import Converted
+from fp4cast.verification.fp8_blocks import Fp8Weight
 from fp4cast.verification.opened import Opened
 from fp4cast.verification.shard_check import ShardWork
 
@@ -44,4 +46,8 @@ def compare_work(
     for tensor in selection.untouched:
         if tensor.name not in left_out and (copy := tensors.get(tensor.name)) is not None:
             table[copy.path].copies.append((tensor, copy))
+    for module, source in selection.fp8.items():
+        name, scale = source.name, scale_name(module)
+        if left_out.isdisjoint((name, scale)) and name in tensors and scale in tensors:
+            table[tensors[name].path].fp8.append(Fp8Weight(module, source, tensors[name], tensors[scale]))
     return list(table.values())
