@@ -1,7 +1,10 @@
 """Checkpoints whose attention can become FP8: Kimi-K3's both kinds, with the real names, small and ragged sizes."""
 
+import json
+
 import numpy as np
 
+from fp4cast.checkpoints.header import read_header
 from fp4cast.miniatures.compressed_tensors import compressed
 from fp4cast.miniatures.draft import VOCABULARY, Draft, write_checkpoint
 from fp4cast.miniatures.kimi_k3 import draft_kimi_k3
@@ -85,3 +88,12 @@ def written(path, draft):
     write_checkpoint(path, dict(zip(names, draft.files, strict=True)), draft.config)
     (path / "LICENSE").write_text("A licence that has to travel with the weights.\n")
     return path
+
+
+def index_anew(path):
+    """After tensors were added by hand."""
+    shards = [read_header(file) for file in sorted(path.glob("*.safetensors"))]
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors.values())
+    names = {name: shard.path.name for shard in shards for name in shard.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import attention
 import fp4cast
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.card_files import is_card_file
@@ -61,10 +62,11 @@ class Span(NamedTuple):
 
 
 def make_cases(root: Path) -> list[Case]:
-    """Every family in every layout, one with rounded half-blocks, and one with a tensor of zeros."""
+    """Every family in every layout, one with attention in FP8, with rounded half-blocks, and with a tensor of zeros."""
     for kind in mini.KINDS:
         mini.make(kind, root / kind)
     cases = [_convert(root, root / variant[0], "-".join(variant), *variant[1:]) for variant in VARIANTS]
+    cases.append(_convert(root, attention.kimi_k3(root / "fp8"), "kimi-k3-fp8", "modelopt", "w4a16", fp8="attention"))
     rng, rounded, zeros = (
         np.random.default_rng(0),
         *(shutil.copytree(root / "dense", root / n) for n in ("wide", "zero")),
@@ -80,12 +82,13 @@ def make_cases(root: Path) -> list[Case]:
     return cases
 
 
-def _convert(root: Path, source: Path, name: str, layout: str, activations: str, *, rounded: bool = False) -> Case:
+def _convert(
+    root: Path, source: Path, name: str, layout: str, activations: str, *, rounded: bool = False, **options: str
+) -> Case:
     scales = 1.0 if activations == "w4a4" else None
     destination, bare = root / f"{name}-NVFP4", root / f"{name}-bare"
-    fp4cast.convert(
-        source, destination, layout=layout, activations=activations, input_scales=scales, inexact="nearest", sync=False
-    )
+    options |= {"layout": layout, "activations": activations, "inexact": "nearest"}
+    fp4cast.convert(source, destination, input_scales=scales, sync=False, **options)
     shutil.copytree(destination, bare)
     (bare / RECEIPT).unlink()
     return Case(name, source, destination, bare, rounded)
@@ -103,6 +106,9 @@ def spans(source: Path, destination: Path) -> dict[str, list[Span]]:
         called = (names[:3], names[:3], names[:3], (*names, RECEIPT))
         free = ("", "", names.tensor_scale, "input scales")
         weights |= {name: (regions_of[i], tuple(called[i]), free[i]) for i, name in enumerate(names)}
+    for module in opened.selection.fp8:
+        names = (f"{module}.weight", f"{module}.weight_scale")
+        weights |= {name: (region, names, "") for name, region in zip(names, ("FP8 codes", "FP8 scales"), strict=True)}
     for tensor in opened.destination.tensors.values():
         region, called_so, note = weights.get(tensor.name, ("copied tensors", (tensor.name,), ""))
         if tensor.nbytes:

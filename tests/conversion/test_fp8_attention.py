@@ -238,6 +238,50 @@ def test_w4a4_and_a_plain_attention(tmp_path):
     assert layers["model.layers.1.self_attn.qkv_proj"] == {"quant_algo": "FP8_PB_WO"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_verify_judges_what_nvidia_s_script_writes(tmp_path):
+    """Its names, and all of the attention in FP8, in its own bytes or rounded otherwise; far ones are wrong."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor
+
+    source, path = attention.kimi_k3(tmp_path / "src", traps=False), tmp_path / "dst"
+    fp4cast.convert(source, path, card=False)
+    (path / "fp4cast.json").unlink()
+    for name in ("config.json", "hf_quant_config.json"):
+        (path / name).write_text((path / name).read_text().replace('"name": "fp4cast"', '"name": "modelopt"'))
+    weights = [attention.LAYER.format(1) + name for name in attention.KDA]
+    weights += [attention.LAYER.format(2) + name for name in attention.MLA]
+
+    def quantized(change):
+        for shard in path.glob("*.safetensors"):
+            before = {**safetensors.load_file(source / shard.name)}
+            tensors = safetensors.load_file(shard)
+            for module in (module for module in weights if f"{module}.weight" in before):
+                codes, scales = FP8QTensor.quantize(change(before[f"{module}.weight"]), block_sizes={-2: 128, -1: 128})
+                tensors[f"{module}.weight"] = codes._quantized_data.contiguous()
+                tensors[f"{module}.weight_scale"] = scales[:, None, :, None].float().contiguous()
+            safetensors.save_file(tensors, shard, {"format": "pt"})
+        attention.index_anew(path)
+        return fp4cast.verify(source, path)
+
+    for change in (lambda weight: weight, lambda weight: weight.float()):
+        report = quantized(change)
+        assert report.ok, report.differences
+        assert len(report.fp8) == len(weights)
+        assert not report.exact
+    report = quantized(lambda weight: weight.roll(1, 0))
+    wrong = {difference.name for difference in report.differences if difference.area == "weights"}
+    assert {f"{module}.weight" for module in weights} <= wrong
+
+
+def test_the_card_is_written_anew(source, converted, tmp_path):
+    path = shutil.copytree(converted[0], tmp_path / "dst")
+    (path / "README.md").unlink()
+    done = call("card", source, path)
+    assert done.exit_code == 0, done.output
+    assert (path / "README.md").read_bytes() == (converted[0] / "README.md").read_bytes()
+    assert "quantized from BF16 to FP8: that is not exact" in (path / "README.md").read_text()
+
+
 def test_no_way_back(converted, tmp_path):
     with pytest.raises(InexactError, match=r"11 weights were quantized to FP8 beside the cast, as .*self_attn"):
         fp4cast.convert(converted[0], tmp_path / "back", to="mxfp4")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import core_model_loading as loading
 from transformers.quantizers import auto
 
+import attention
 import fp4cast
 import fp4cast.hf
 from fp4cast.errors import (
@@ -393,6 +394,12 @@ CONFIGS = {
     },
     "only other layers": {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W4A16_NVFP4"}}},
 }
+
+
+def test_attention_in_fp8_is_refused(tmp_path):
+    fp4cast.convert(attention.qwen3_moe(tmp_path / "src"), tmp_path / "dst", fp8="attention")
+    with pytest.raises(UnsupportedError, match="is FP8_PB_WO, FP8 that is not read here"):
+        load(tmp_path / "dst")
 
 
 @pytest.mark.parametrize("case", CONFIGS)

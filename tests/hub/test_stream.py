@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from local_hub import TOKEN
 
+import attention
 import fp4cast
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.checkpoints.header import read_header
@@ -115,6 +116,27 @@ def test_card_and_receipt_name_the_model_and_its_commit_either_way(hub, miniatur
     assert tree(tmp_path / "dst") == tree(tmp_path / "whole")
     said = json.loads((tmp_path / "dst" / "fp4cast.json").read_text())["source"]
     assert said["id"] == "org/model" and len(said["revision"]) == 40
+
+
+def test_attention_in_fp8(hub, tmp_path):
+    """In twenty shards, each compared while its source is there; interrupted, and complete already: the same."""
+    source = cut_up(attention.kimi_k3(tmp_path / "src"), tmp_path / "cut", 20)
+    hub.add("org/model", source)
+    expected = fp4cast.convert(source, tmp_path / "expected", fp8="attention")
+    fp8 = ConvertOptions(fp8="attention")
+
+    def progress(*what):
+        if what[0] == "verify" and next(steps) > 60:
+            raise Interrupted
+
+    steps = itertools.count()
+    with pytest.raises(Interrupted):
+        convert_streamed("org/model", tmp_path / "dst", fp8, progress=progress, jobs=1)
+    for _ in range(2):
+        report = convert_streamed("org/model", tmp_path / "dst", fp8)
+        assert unnamed(tmp_path / "dst") == unnamed(tmp_path / "expected")
+        assert report.fp8 == expected.fp8
+        assert not report.exact
 
 
 @pytest.mark.parametrize("kind", ["gpt-oss", "deepseek-v4", "dense"])

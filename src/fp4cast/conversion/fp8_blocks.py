@@ -18,10 +18,12 @@ from fp4cast.checkpoints.header import Tensor
 from fp4cast.errors import CheckpointError
 from fp4cast.formats import E4M3, E4M3_MAX, Bytes, usable_scale
 from fp4cast.layouts.fp8 import BLOCK
+from fp4cast.parallel.ranges import spans
 
 Bits = npt.NDArray[np.uint16]  # of BF16
 Float32s = npt.NDArray[np.float32]
 _INFINITY = 0x7F80
+_COLUMNS = 16 * BLOCK  # of a stripe that are computed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,22 @@ def fp8_scales(weights: Bits) -> Float32s:
 
 def fp8_codes(weights: Bits, scales: Float32s) -> Bytes:
     """The E4M3 codes of a stripe: BF16 [n, K] and its scales -> uint8 [n, K]."""
-    divided = from_bf16(weights) / _spread(scales, weights.shape[1])
-    return _table()[to_bf16(divided)]
+    wide, codes = _spread(scales, weights.shape[1]), np.empty(weights.shape, np.uint8)
+    for first, last in spans(0, weights.shape[1], _COLUMNS):
+        divided = from_bf16(weights[:, first:last]) / wide[first:last]
+        codes[:, first:last] = _table()[to_bf16(divided)]
+    return codes
 
 
 def fp8_noise(weights: Bits, codes: Bytes, scales: Float32s) -> tuple[float, float, float]:
     """(squared error, largest error, energy of the weights) of a stripe."""
-    values = from_bf16(weights).astype(np.float64)
-    error = np.abs(E4M3.values[codes] * _spread(scales, weights.shape[1]) - values)
-    return float((error**2).sum()), float(error.max()), float((values**2).sum())
+    wide, squared, largest, energy = _spread(scales, weights.shape[1]), 0.0, 0.0, 0.0
+    for first, last in spans(0, weights.shape[1], _COLUMNS):
+        values = from_bf16(weights[:, first:last]).astype(np.float64)
+        error = np.abs(E4M3.values[codes[:, first:last]] * wide[first:last] - values)
+        squared += float((error**2).sum())
+        largest, energy = max(largest, float(error.max())), energy + float((values**2).sum())
+    return squared, largest, energy
 
 
 def _spread(scales: Float32s, columns: int) -> Float32s:

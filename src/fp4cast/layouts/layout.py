@@ -212,7 +212,8 @@ class Selection:
 
     def with_fp8(self, modules: Collection[str]) -> Selection:
         """The same, with those of the modules in FP8 whose weight is an untouched matrix in BF16."""
-        found = {name: tensor for name, tensor in self._matrices(modules).items() if tensor.dtype == "BF16"}
+        matrices = self._matrices(modules).items()
+        found = {name: tensor for name, tensor in matrices if tensor.dtype == "BF16" and tensor.nbytes}
         return replace(self._without(found), fp8=found) if found else self
 
     def _matrices(self, modules: Collection[str]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from fp4cast.families.family import Source
 from fp4cast.families.recognise import read_source
 from fp4cast.layouts.choose import choose_target
 from fp4cast.layouts.engine_view import Claims, read_claims
+from fp4cast.layouts.fp8 import stored_fp8
 from fp4cast.layouts.layout import Selection, Target, select, selection_of
 from fp4cast.layouts.read_back import holds_nvfp4, read_nvfp4
 from fp4cast.verification.foreign import maker
@@ -111,6 +112,8 @@ def _by_names(
     if scales and not back:
         target = replace(target, kv_cache=kv_cache_format(target.layout, scales))
     selection = selection_of(source, cast)
+    if not back:
+        selection = selection.with_fp8(stored_fp8(nvfp4.tensors))
     return Opened(source, nvfp4, config, target, None, selection, receipt, scales, back=back, maker=maker)
 
 

@@ -167,7 +167,7 @@ def _judge_shard(opened: Opened, work: ShardWork, findings: ShardFindings) -> _F
             found.differences.append(Difference(tensor.name, "bytes", detail))
     for weight, measured in zip(work.fp8, findings.fp8, strict=True):
         found.fp8[weight.module] = measured.snr_db
-        found.differences += fp8_differences(weight, measured)
+        found.differences += fp8_differences(weight, measured, opened.maker)
     return found
 
 
