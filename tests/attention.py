@@ -26,7 +26,7 @@ KDA_FP8 = [LAYER.format(1) + name for name in KDA]
 MLA_FP8 = [LAYER.format(2) + name for name in MLA if name not in MERGED_BADLY]
 
 
-def kimi_k3(path, traps=True):
+def kimi_k3(path, traps=True, widest=500):
     """A Kimi-K3 with a KDA layer and an MLA layer; traps: a block of zeros, of minus zeros, and of tiny numbers."""
     draft = Draft(np.random.default_rng(0), True)
     draft_kimi_k3(draft)
@@ -36,7 +36,7 @@ def kimi_k3(path, traps=True):
     for layer, shapes in ((1, KDA), (2, MLA)):
         at = LAYER.format(layer)
         for number, (name, shape) in enumerate(shapes.items()):
-            draft.bf16(number % 2, f"{at}{name}.weight", *shape)
+            draft.bf16(number % 2, f"{at}{name}.weight", *(min(size, widest) for size in shape))
         for name in ("q_conv1d", "k_conv1d", "v_conv1d") if layer == 1 else ():
             draft.bf16(0, f"{at}{name}.weight", 256, 1, 4)
         draft.ones(0, f"{at}o_norm.weight", 128)

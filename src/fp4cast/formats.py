@@ -109,9 +109,10 @@ def _scaled(packed: Bytes, scales: Float64s, block: int) -> Float64s:
 
 def float_values(data: Bytes, dtype: str) -> Float64s:
     """Float64 [n] of the bytes of unquantized weights, uint8 [n * width], by their dtype in safetensors."""
-    if dtype == "BF16":
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return data.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN are NaN, too
+        if dtype == "BF16":
+            return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return data.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)
 
 
 def mxfp4_values(packed: Bytes, scales: Bytes, bias: int = E8M0_BIAS) -> Float64s:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import attention
 import fp4cast
 from attacks.mutate_json import parse
 from fp4cast import miniatures as mini
@@ -126,15 +127,19 @@ def _few_rows(dtype: str, shape: tuple[int, ...], data: bytes) -> tuple[str, tup
 
 @cache
 def starts() -> tuple[Start, ...]:
-    """Every kind of miniature with every target that it has."""
+    """Every kind of miniature with every target that it has, and one with attention in FP8."""
     found = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in mini.KINDS:
-            tree, source = _cut(read_tree(mini.make(kind, Path(scratch, "whole", kind)))), Path(scratch, kind)
+        whole = {kind: mini.make(kind, Path(scratch, "whole", kind)) for kind in mini.KINDS}
+        whole["fp8"] = attention.kimi_k3(Path(scratch, "whole", "fp8"), widest=128)
+        for kind, path in whole.items():
+            tree, source = _cut(read_tree(path)), Path(scratch, kind)
             write_tree(source, tree)
             opened = read_source(open_checkpoint(source))
-            for target in targets_of(opened.family):
+            for target in targets_of(opened.family)[: 1 if kind == "fp8" else None]:
                 options: dict[str, object] = {"layout": target.layout.name, "activations": target.activations}
+                if kind == "fp8":
+                    options["fp8"] = "attention"
                 if target.activations == "w4a4":
                     options["input_scales"] = 1.0
                 name = f"{kind}-{target.layout.name}-{target.activations}"

@@ -86,6 +86,11 @@ class Fp8Comparison:
 
 def compare_stripes(weight: Fp8Weight, first: int, last: int, files: Files, progress: Advance) -> Fp8Comparison:
     """Compare some stripes of a weight."""
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities, which are wrong, too
+        return _compare_stripes(weight, first, last, files, progress)
+
+
+def _compare_stripes(weight: Fp8Weight, first: int, last: int, files: Files, progress: Advance) -> Fp8Comparison:
     found, (rows, columns) = Fp8Comparison(), weight.source.shape
     for stripe in range(first, last):
         top, bottom = stripe * BLOCK, min((stripe + 1) * BLOCK, rows)
@@ -96,8 +101,7 @@ def compare_stripes(weight: Fp8Weight, first: int, last: int, files: Files, prog
             part = np.ascontiguousarray(bits[:, left:right])
             values = float_values(part.view(np.uint8).reshape(-1), "BF16").reshape(part.shape)
             stored = scales[left // BLOCK : -(-right // BLOCK)]
-            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities, which are wrong, too
-                _compare(values, E4M3.values[codes[:, left:right]], stored, (top, left), found)
+            _compare(values, E4M3.values[codes[:, left:right]], stored, (top, left), found)
         progress(3 * bits.size + scales.nbytes // 2)
     return found
 
