@@ -71,8 +71,11 @@ def _parts(plan: Plan) -> Mapping[str, Selection]:
     place = {output.name: shard.file for shard in plan.shards for output in shard.outputs}
     cast: dict[str, list[Pair]] = {shard.file: [] for shard in plan.shards}
     untouched: dict[str, list[Tensor]] = {shard.file: [] for shard in plan.shards}
+    fp8: dict[str, dict[str, Tensor]] = {shard.file: {} for shard in plan.shards}
     for pair in plan.selection.cast:
         cast[place[plan.target.names(pair.module).codes]].append(pair)
     for tensor in plan.selection.untouched:
         untouched[place[tensor.name]].append(tensor)
-    return {file: Selection(cast[file], frozenset(), untouched[file]) for file in cast}
+    for module, tensor in plan.selection.fp8.items():
+        fp8[place[tensor.name]][module] = tensor
+    return {file: Selection(cast[file], frozenset(), untouched[file], fp8=fp8[file]) for file in cast}
