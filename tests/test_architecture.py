@@ -22,7 +22,7 @@ ALLOWED = {
     "casting": GROUND,
     "verification": GROUND
     | {"checkpoints", "families", "hub", "layouts.choose", "layouts.engine_rules", "layouts.engine_view", "layouts.fp8"}
-    | {"layouts.layout", "layouts.read_back", "parallel"},
+    | {"layouts.gguf", "layouts.layout", "layouts.mlx", "layouts.read_back", "parallel"},
     "cards": GROUND | {"casting", "checkpoints", "families", "layouts", "verification"},
     "conversion": GROUND
     | {"cards", "casting", "checkpoints", "families", "hub", "layouts", "parallel", "verification"},

@@ -11,7 +11,15 @@ import fp4cast
 import truth
 from fp4cast.casting import tight_rule as exact
 from fp4cast.casting.nearest import encode
-from fp4cast.casting.tight_rule import ArrayBlocks, choose, half_masks, scale_table, shift_bounds, shift_codes
+from fp4cast.casting.tight_rule import (
+    ArrayBlocks,
+    choose,
+    choose_unscaled,
+    half_masks,
+    scale_table,
+    shift_bounds,
+    shift_codes,
+)
 from fp4cast.errors import InexactError, ScaleError, ShapeError, UsageError
 from fp4cast.formats import E4M3, unpack
 
@@ -147,6 +155,19 @@ def test_cast_is_exact_if_and_only_if_brute_force_finds_a_tensor_scale(domain):
     assert out.rounded == 0
     assert truth.nvfp4(out.codes, out.block_scales, out.tensor_scale) == truth.mxfp4(codes, scales)
     assert out.tensor_scale >= 2.0**-126, "a subnormal tensor scale is flushed to zero on a GPU"
+
+
+@settings(max_examples=250, deadline=None)
+@given(domains(), st.integers(-30, 2))
+def test_without_a_tensor_scale_it_is_exact_if_and_only_if_every_half_block_is_by_brute_force(domain, low):
+    codes, scales = domain
+    scales = np.minimum(scales.astype(np.int64) - scales.min() + 127 + low, 254).astype(np.uint8)
+    scaling, _ = choose_unscaled([ArrayBlocks("x", codes, scales)])
+    assert scaling.exact == all(_representable(members, k, truth.power(0)) for members, k in sets_of(codes, scales))
+    if scaling.exact:
+        out = encode(codes, scales, scaling)
+        assert (scaling.tensor_scale, out.rounded) == (1.0, 0)
+        assert truth.nvfp4(out.codes, out.block_scales.reshape(len(codes), 2), 1.0) == truth.mxfp4(codes, scales)
 
 
 @settings(max_examples=150, deadline=None)

@@ -45,7 +45,7 @@ def test_every_name_metavar_and_choice_is_whole(command, width):
         if each.metavar and each.param_type_name == "option":
             assert set(re.split(r"[\s,]+", each.metavar)) <= found
     if command == "convert":
-        assert {"<modelopt|compressed-tensors>", "<w4a16|w4a4>", "<fail|nearest>", "<local|ray>"} <= found
+        assert {"<modelopt|compressed-tensors|mlx>", "<w4a16|w4a4>", "<fail|nearest>", "<local|ray>"} <= found
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -268,3 +268,15 @@ def choose(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
         return _power(0, None, None, 0, 0), search
     m = min(search.k_max - E_MAX, search.hi) if search.lo <= search.hi else search.lo
     return _power(max(m, M_NORMAL), search.k_min, search.k_max, search.lo, search.hi), search
+
+
+def choose_unscaled(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
+    """Like `choose`, where nothing holds a tensor scale: S is 1, and the scaling is exact where that is."""
+    extents = [_extent(source) for source in domain]
+    k_min, k_max = min(low for low, _ in extents), max(high for _, high in extents)
+    if k_min >= E_MIN and k_max <= E_MAX:
+        return _power(0, k_min, k_max, 0, 0), None
+    search = Search()
+    for source in domain:
+        search.scan(source)
+    return _power(0, search.k_min, search.k_max, max(search.lo, 0), min(search.hi, 0)), search

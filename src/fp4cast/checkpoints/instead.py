@@ -27,8 +27,8 @@ def refuse_path(path: Path) -> CheckpointError:
 def _kind(path: Path, first: bytes) -> str:
     if path.suffix == ".gguf" or first.startswith(b"GGUF"):
         return (
-            "a GGUF file, which holds a model in blocks of its own. fp4cast reads safetensors: name the Hugging Face "
-            "checkpoint that it was made from"
+            "a GGUF file, which becomes another one: fp4cast convert SRC.gguf DST.gguf. Elsewhere name the Hugging "
+            "Face checkpoint that it was made from"
         )
     if first.startswith(LFS_POINTER):
         return "a Git LFS pointer. Fetch the files with `git lfs pull`, then name their directory"
@@ -49,7 +49,7 @@ def refuse_without_weights(path: Path, files: set[str]) -> UnsupportedError:
         files: the names in it.
     """
     if any(name.endswith(".gguf") for name in files):
-        what = "holds GGUF files; fp4cast reads safetensors. Name the checkpoint that they were made from."
+        what = "holds GGUF files: name one of them, or the checkpoint that they were made from."
     elif "model.bin" in files and "config.json" not in files:
         what = (
             "looks like gpt-oss's metal/ format (model.bin), a layout of its own; "

@@ -22,6 +22,7 @@ from fp4cast.cli.display import show_facts, show_files, show_inspection, show_pa
 from fp4cast.cli.environment import environment, rows
 from fp4cast.cli.modelopt_options import PtqCommand
 from fp4cast.cli.options import (
+    ConvertLayoutOption,
     Destination,
     DryRun,
     Finish,
@@ -31,7 +32,6 @@ from fp4cast.cli.options import (
     Jobs,
     Json,
     KvCacheOption,
-    LayoutOption,
     NoCard,
     NoSync,
     NoVerify,
@@ -52,7 +52,7 @@ from fp4cast.cli.options import (
 from fp4cast.cli.preview import look_ahead
 from fp4cast.cli.progress import Meter
 from fp4cast.cli.streams import open_streams
-from fp4cast.cli.usage import Commands, refuse_to_push, refuse_to_stream, refuse_together
+from fp4cast.cli.usage import Commands, refuse_to_push, refuse_to_spread, refuse_to_stream, refuse_together
 from fp4cast.conversion import job_array
 from fp4cast.conversion.convert import convert_checkpoint
 from fp4cast.conversion.plan import ConvertOptions
@@ -114,7 +114,7 @@ def convert(
     source: Source,
     destination: Destination,
     to: To = "nvfp4",
-    layout: LayoutOption = "modelopt",
+    layout: ConvertLayoutOption = "modelopt",
     activations: OptionalActivations = None,
     input_scales: InputScales = None,
     inexact: InexactOption = "fail",
@@ -145,6 +145,7 @@ def convert(
     refuse_together(shards, finish=finish, alone=resume or restart, read=not no_verify, engine=engine, as_json=as_json)
     refuse_to_stream(stream, spread=shards is not None or finish or engine == "ray", as_json=as_json)
     refuse_to_push(push, public=public, part=shards is not None, as_json=as_json)
+    refuse_to_spread(source, destination, layout, as_json, shards=shards, finish=finish, stream=stream, push=push)
     what = (layout, activations, input_scales, inexact, kv_cache_qformat)
     options = ConvertOptions(*what, not no_card, source_id, to, fp8)
     if dry_run:

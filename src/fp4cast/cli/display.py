@@ -55,8 +55,9 @@ def show_inspection(console: Console, info: Inspection) -> None:
         ("size", f"{format_bytes(size['source'])} -> {format_bytes(size['destination'])}"),
         *_downloaded(size),
         ("exact", _exact_sentence(len(domains) - len(inexact), len(domains))),
-        ("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"),
     ]
+    if info.targets:  # else no engine that has these kernels reads the result
+        rows.append(("Marlin", f"{narrow} of {len(domains)} domains fit its window of {MARLIN_BINADES} binades"))
     layouts: dict[tuple[str, str], list[str]] = {}
     for target, refused in zip(info.targets, info.refused, strict=True):
         said = f"no: {refused}" if refused else target.served
@@ -70,7 +71,9 @@ def show_inspection(console: Console, info: Inspection) -> None:
     console.print(_spreads(info))
     if inexact:
         console.print("\n[bold red]not exact:[/] " + _names([domain.name for domain in inexact]), soft_wrap=True)
-        console.print("convert with --inexact nearest to write the nearest values there")
+        if info.targets:
+            console.print("convert with --inexact nearest to write the nearest values there")
+    _show_notes(console, info.notes)
 
 
 def _downloaded(size: dict[str, int]) -> list[tuple[str, str]]:
@@ -133,7 +136,7 @@ def show_report(console: Console, report: Report, verb: str) -> None:
         rows.append(("activations", "NVFP4 too, quantized while serving: that part is not lossless"))
     if report.kv_cache_qformat != "none":
         rows.append(("KV cache", kv_cache_sentence(report.kv_cache_qformat)))
-    if report.layout != "mxfp4":
+    if report.layout not in ("gguf", "mlx", "mxfp4"):
         window = f"(window of {MARLIN_BINADES} binades: W4A16 MoE, Hopper and older)"
         rows.append(("Marlin", f"{_marlin_sentence(report)} {window}"))
     rows += [
@@ -151,11 +154,15 @@ def show_report(console: Console, report: Report, verb: str) -> None:
     show_facts(console, f"{verb if report.ok else 'failed'} {report.destination}", rows)
     if report.inexact:
         show_inexact(console, report.inexact)
-    for note in report.notes:
-        console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
+    _show_notes(console, report.notes)
     _show_differences(console, report.differences)
     if report.ok:
         show_next(console, report.serve)
+
+
+def _show_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(printable(note))}", soft_wrap=True)
 
 
 def left_out_row(names: Sequence[str]) -> list[tuple[str, str]]:

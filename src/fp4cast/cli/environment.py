@@ -18,6 +18,7 @@ CORE = ("numpy", "typer", "rich", "huggingface_hub", "xxhash")
 EXTRAS = {
     "ptq": ("torch", "transformers", "accelerate", "safetensors"),
     "datasets": ("datasets",),
+    "gguf": ("gguf",),
     "ray": ("ray",),
     "study": ("gfloat", "markdown-it-py", "matplotlib", "wordllama"),
 }

@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "fp4cast convert ORG/NAME DST --stream --push ME/NAME-NVFP4",
             "On a disk for DST and a few shards; then upload DST, once you agreed.",
         ),
+        ("fp4cast convert SRC.gguf DST.gguf", "For llama.cpp, which reads GGUF."),
         ("fp4cast convert SRC DST --shards 2/8", "The second of eight parts; --finish publishes them."),
         ("fp4cast convert NVFP4 MXFP4 --to mxfp4", "The way back."),
     ),

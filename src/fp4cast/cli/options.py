@@ -10,13 +10,14 @@ import typer
 from fp4cast.casting.inexact import Inexact
 from fp4cast.conversion.direction import Direction
 from fp4cast.formats import Activations, Fp8
-from fp4cast.layouts.choose import LayoutName
+from fp4cast.layouts.choose import ConvertLayout, LayoutName
 from fp4cast.parallel.engines import EngineName
 
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SRC", help="A directory, or a Hugging Face model: ORG/NAME, ORG/NAME@REVISION or its page."
+        metavar="SRC",
+        help="A directory, a Hugging Face model (ORG/NAME, ORG/NAME@REVISION or its page), or a GGUF file.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
@@ -47,12 +48,16 @@ Shards = Annotated[
     typer.Option(metavar="I/N", help="Write only part I of N, some of the shards, as one task of a job array."),
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="When all parts are written: verify them and publish DST.")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make, or the GGUF file.")]
 To = Annotated[
     Direction,
     typer.Option("--to", help="mxfp4: the way back, from an NVFP4 SRC whose weights were cast from MXFP4."),
 ]
 LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="How the tensors are named and stored.")]
+ConvertLayoutOption = Annotated[
+    ConvertLayout,
+    typer.Option("--layout", help="How the tensors are named and stored; mlx is for MLX's mxfp4, which stays MLX's."),
+]
 OptionalActivations = Annotated[
     Activations | None,
     typer.Option("--activations", help="w4a4 needs --input-scales.", show_default="w4a16 where it can be served"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from fp4cast.checkpoints.gguf_file import names_gguf
 from fp4cast.cli.console import exit_with
 from fp4cast.cli.help import HelpedGroup
 from fp4cast.errors import UsageError
+from fp4cast.layouts.mlx import MLX
 from fp4cast.parallel.engines import EngineName
 
 _WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy that typer has of it
@@ -71,3 +74,11 @@ def refuse_to_push(push: str | None, *, public: bool, part: bool, as_json: bool)
         exit_with(UsageError("--shards publishes nothing; pass --push with --finish"), as_json, 2)
     if public and push is None:
         exit_with(UsageError("--public belongs to --push ORG/NAME"), as_json, 2)
+
+
+def refuse_to_spread(source: str, destination: Path, layout: str, as_json: bool, **given: object) -> None:
+    """Exit with 2 for options, `given` with their values, that GGUF files and MLX's layout cannot go with."""
+    what = "a GGUF file" if names_gguf(source, destination) else "--layout mlx" if layout == MLX else ""
+    wrong = [f"--{option}" for option, value in given.items() if value and (option, layout) != ("push", MLX)]
+    if wrong and what:
+        exit_with(UsageError(f"{', '.join(wrong)}: not for {what}, which is converted in one go"), as_json, 2)

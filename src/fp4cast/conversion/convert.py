@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from fp4cast.checkpoints.gguf_file import names_gguf
 from fp4cast.conversion.complete import check_resumption, complete_or_write, may_be_complete
 from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.direction import find_direction
 from fp4cast.conversion.early import Early
 from fp4cast.conversion.execute import execute
+from fp4cast.conversion.gguf import convert_gguf
 from fp4cast.conversion.input_scales import InputScalesLike
+from fp4cast.conversion.mlx import convert_mlx
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import finished, publish
-from fp4cast.conversion.staging import staging
+from fp4cast.conversion.staging import Staging, staging
 from fp4cast.conversion.streaming import convert_streamed
 from fp4cast.conversion.way_back import plan_way_back
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
-from fp4cast.parallel.engines import make_engine
+from fp4cast.layouts.mlx import MLX
+from fp4cast.parallel.engines import Engine, make_engine
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.verification.report import Report
 
@@ -56,9 +61,9 @@ def convert(
     value of it is compared, and nothing is written.
 
     Args:
-        src: a directory, or a Hugging Face model id.
-        dst: the directory to make.
-        layout: "modelopt" or "compressed-tensors".
+        src: a directory, a Hugging Face model id, or a GGUF file.
+        dst: the directory to make, or the GGUF file.
+        layout: "modelopt" or "compressed-tensors"; "mlx" for a source in MLX's mxfp4, which stays one of MLX.
         activations: "w4a16" or "w4a4"; None for w4a16 where the family can be served so.
         input_scales: for w4a4: a number (the input_scale of every projection), or a mapping or file (JSON,
             safetensors) of projection name -> amax of its input.
@@ -119,6 +124,9 @@ def convert_checkpoint(
     progress: Progress,
 ) -> Report:
     """Like `convert`, with its options in one object."""
+    if (unscaled := _unscaled(src, dst, options)) is not None:
+        others = {"engine": engine != "local", "resume": resume, "restart": restart, "overwrite": overwrite}
+        return unscaled(src, dst, options, jobs=jobs, verify=verify, sync=sync, progress=progress, **others)
     begin, worker = time.monotonic(), make_engine(engine, jobs)
     check_resumption(resume=resume, restart=restart)
     destination, plan = prepare(src, dst, options, jobs=jobs, progress=progress)
@@ -128,33 +136,58 @@ def convert_checkpoint(
         with staging(plan.source.checkpoint.path, destination, overwrite=overwrite, sync=sync) as stage:
             stage.adopt(plan.fingerprint, resume=resume, restart=restart)
             stage.check_space(plan.sizes)
-            total = plan.write_bytes
-            early = Early.of(plan, stage, worker, partial(progress, "verify")) if verify else None
-            shards = execute(
-                plan.shards,
-                stage.out,
-                fingerprint=plan.fingerprint,
-                state=stage.state,
-                engine=worker,
-                sync=sync,
-                progress=lambda n: progress("write", n, total),
-                then=early.look if early else None,
-            )
-            check_unchanged(plan)
-            return publish(
-                plan,
-                stage,
-                shards,
-                str(dst),
-                engine=worker,
-                verify=verify,
-                overwrite=overwrite,
-                progress=progress,
-                look=early.judge if early else None,
+            return _write(
+                plan, stage, str(dst), worker, verify=verify, overwrite=overwrite, sync=sync, progress=progress
             )
 
     report = complete_or_write(plan, destination, worker, write, look=look, overwrite=overwrite, progress=progress)
     return finished(plan, report, dst, time.monotonic() - begin)
+
+
+def _write(
+    plan: Plan,
+    stage: Staging,
+    destination: str,
+    engine: Engine,
+    *,
+    verify: bool,
+    overwrite: bool,
+    sync: bool,
+    progress: Progress,
+) -> Report:
+    """Write all shards, and publish DST."""
+    total = plan.write_bytes
+    early = Early.of(plan, stage, engine, partial(progress, "verify")) if verify else None
+    shards = execute(
+        plan.shards,
+        stage.out,
+        fingerprint=plan.fingerprint,
+        state=stage.state,
+        engine=engine,
+        sync=sync,
+        progress=lambda n: progress("write", n, total),
+        then=early.look if early else None,
+    )
+    check_unchanged(plan)
+    look = early.judge if early else None
+    return publish(
+        plan,
+        stage,
+        shards,
+        destination,
+        engine=engine,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
+        look=look,
+    )
+
+
+def _unscaled(src: str | Path, dst: str | Path, options: ConvertOptions) -> Callable[..., Report] | None:
+    """What converts into a format without a tensor scale: a GGUF file, or MLX's layout; None for all others."""
+    if names_gguf(src, dst):
+        return convert_gguf
+    return convert_mlx if options.layout == MLX else None
 
 
 def prepare(

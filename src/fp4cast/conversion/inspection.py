@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.checkpoints.directory import Checkpoint, gc_paused, open_checkpoint
+from fp4cast.checkpoints.gguf_file import is_gguf
 from fp4cast.checkpoints.readable import ReadableFiles
 from fp4cast.conversion.domains import Domain, find_domains
+from fp4cast.conversion.gguf_plan import listed_types, make_plan
 from fp4cast.errors import Fp4CastError
 from fp4cast.families.family import Source
 from fp4cast.families.recognise import read_source
@@ -17,6 +19,7 @@ from fp4cast.hub.opened import CONNECTIONS, open_repository
 from fp4cast.hub.ranges import RemoteFiles
 from fp4cast.hub.repository import look_up
 from fp4cast.hub.resolve import in_cache, resolve
+from fp4cast.layouts import gguf as layout
 from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target, castable
@@ -38,6 +41,7 @@ class Inspection:
             Hub also those that were "downloaded" to find all this.
         targets: the family's layouts, and the engines that serve each.
         refused: by target, why its configs cannot describe what the checkpoint holds besides; None where they can.
+        notes: what else people should know, in sentences.
     """
 
     source: str
@@ -49,6 +53,7 @@ class Inspection:
     bytes: dict[str, int]
     targets: Sequence[Target]
     refused: Sequence[str | None]
+    notes: Sequence[str] = ()
 
     @property
     def exact(self) -> bool:
@@ -74,6 +79,7 @@ class Inspection:
                 {"layout": t.layout.name, "activations": t.activations, "served": t.served, "refused": why}
                 for t, why in zip(self.targets, self.refused, strict=True)
             ],
+            "notes": list(self.notes),
         }
 
 
@@ -83,7 +89,7 @@ def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = i
     Of a model on the Hub that its cache does not hold, headers and scales are read, and nothing else: by ranges.
 
     Args:
-        src: a directory, or a Hugging Face model id.
+        src: a directory, a Hugging Face model id, or a GGUF file.
         jobs: threads; None for one a core, or for 16 requests at a time.
         progress: called, from worker threads, with (scale bytes just read, total scale bytes).
 
@@ -93,6 +99,8 @@ def inspect(src: str | Path, *, jobs: int | None = None, progress: AdvanceOf = i
     Raises:
         CheckpointError: the source is malformed, or holds nothing to cast.
     """
+    if is_gguf(src):
+        return _inspect_gguf(src, jobs=jobs, progress=progress)
     repository = look_up(src)
     if repository is None or not repository.missing():
         return _inspect(open_checkpoint(in_cache(str(repository or src)) or resolve(src)), jobs, progress)
@@ -129,6 +137,34 @@ def _inspect(
         },
         targets=targets,
         refused=[_refusal(source, target) for target in targets],
+    )
+
+
+def _inspect_gguf(src: str | Path, *, jobs: int | None, progress: AdvanceOf) -> Inspection:
+    plan = make_plan(Path(src), jobs=jobs, progress=progress)
+    blocks = sum(recast.tensor.nbytes for recast in plan.recasts.values()) // layout.MXFP4_BYTES
+    size = plan.header.size
+    return Inspection(
+        source=str(src),
+        family="gguf",
+        title=f"GGUF, {plan.architecture or 'a later file of a split model'}",
+        domains=plan.domains,
+        cast=len(plan.recasts),
+        copied=plan.copied,
+        bytes={
+            "source": size,
+            "codes": 16 * blocks,
+            "scales": blocks,
+            "other": size - layout.MXFP4_BYTES * blocks,
+            "destination": plan.size,
+        },
+        targets=(),
+        refused=(),
+        notes=[
+            f"its tensors by type: {listed_types(plan.header)}",
+            *plan.notes(),
+            *([] if all(each.exact for each in plan.domains) else [plan.why_unscaled()]),
+        ],
     )
 
 

@@ -9,17 +9,21 @@ from typing import Any
 
 from fp4cast.checkpoints.card_files import CARD, PICTURE
 from fp4cast.checkpoints.directory import RECEIPT
+from fp4cast.checkpoints.gguf_file import names_gguf
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.complete import looks_complete
 from fp4cast.conversion.convert import prepare
 from fp4cast.conversion.destination import check_destination
+from fp4cast.conversion.gguf import preview_gguf
 from fp4cast.conversion.job_array import parse_part
+from fp4cast.conversion.mlx import prepare_mlx
 from fp4cast.conversion.plan import ConvertOptions, Plan
 from fp4cast.conversion.staging import ONCE, other_conversion, require_space
 from fp4cast.conversion.working_directory import finished_shards, plan_of, state_of
 from fp4cast.errors import DestinationError
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.layout import Selection
+from fp4cast.layouts.mlx import MLX
 from fp4cast.parallel.progress import Progress, ignore
 
 
@@ -76,6 +80,10 @@ def preview_conversion(
     Raises:
         Fp4CastError: what `convert` would raise before it writes.
     """
+    if names_gguf(src, dst):
+        return _preview_gguf(src, dst, options, jobs=jobs, progress=progress)
+    if options.layout == MLX:
+        return _preview_mlx(src, dst, options, overwrite=overwrite, jobs=jobs, progress=progress)
     part, parts = parse_part(shards) if shards is not None else (1, 1)
     destination, plan = prepare(resolve(src, download=False), dst, options, jobs=jobs, progress=progress)
     exact = [domain.exact for domain in plan.domains]
@@ -130,3 +138,39 @@ def _others(plan: Plan) -> dict[str, int | None]:
     sizes: dict[str, int | None] = {name: len(data) for name, data in plan.documents.items()}
     sizes |= {str(plan.place(name)): size for name, size in plan.companions.items()}
     return sizes | {RECEIPT: None} | ({CARD: None, PICTURE: None} if plan.card else {})
+
+
+def _preview_gguf(
+    src: str | Path, dst: str | Path, options: ConvertOptions, *, jobs: int | None, progress: Progress
+) -> Preview:
+    plan, size = preview_gguf(src, dst, options, jobs=jobs, progress=progress)
+    facts = {
+        "source": str(plan.header.path),
+        "family": "gguf",
+        "layout": "gguf",
+        "activations": "w4a16",
+        "exact": True,
+        "tensors": {"cast": len(plan.recasts), "copied": plan.copied},
+        "scale_domains": {"exact": len(plan.domains), "all": len(plan.domains)},
+    }
+    return Preview(str(dst), {Path(dst).name: size}, facts, (), plan.notes())
+
+
+def _preview_mlx(
+    src: str | Path, dst: str | Path, options: ConvertOptions, *, overwrite: bool, jobs: int | None, progress: Progress
+) -> Preview:
+    destination, plan = prepare_mlx(resolve(src, download=False), dst, options, jobs=jobs, progress=progress)
+    source = plan.checkpoint.path
+    check_destination(source, destination, overwrite=overwrite)
+    there = next(path for path in destination.parents if path.exists())
+    require_space(destination, there, sum(plan.sizes.values()))
+    facts = {
+        "source": str(source),
+        "family": MLX,
+        "layout": MLX,
+        "activations": "w4a16",
+        "exact": True,
+        "tensors": {"cast": len(plan.domains), "copied": plan.copied},
+        "scale_domains": {"exact": len(plan.domains), "all": len(plan.domains)},
+    }
+    return Preview(str(dst), {**plan.sizes, RECEIPT: None}, facts, left_out(plan.checkpoint))

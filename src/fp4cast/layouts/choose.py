@@ -14,6 +14,7 @@ from fp4cast.layouts.layout import Layout, Target
 from fp4cast.layouts.modelopt import MODELOPT
 
 LayoutName = Literal["modelopt", "compressed-tensors"]
+ConvertLayout = Literal[LayoutName, "mlx"]  # the last for sources of MLX alone: see `layouts.mlx`
 LAYOUTS: tuple[Layout, ...] = (MODELOPT, COMPRESSED_TENSORS)
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 DEFAULT_LAYOUT: LayoutName = "modelopt"

@@ -12,8 +12,9 @@ from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.card_files import is_card_file
 from fp4cast.checkpoints.checksums import Checksum, checksum
 from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG, RECEIPT, resolve_link
+from fp4cast.checkpoints.gguf_file import is_gguf
 from fp4cast.checkpoints.index import INDEX
-from fp4cast.errors import CheckpointError
+from fp4cast.errors import CheckpointError, UsageError
 from fp4cast.hub.resolve import resolve
 from fp4cast.parallel.engines import make_engine
 from fp4cast.parallel.progress import AdvanceOf, ignore
@@ -92,7 +93,10 @@ def verify_files(
 
     Raises:
         CheckpointError: there is no receipt, or it lists nothing.
+        UsageError: it is a GGUF file.
     """
+    if is_gguf(dst):
+        raise UsageError(f"{dst}: a GGUF file has no receipt; name its source, too: fp4cast verify SRC {dst}")
     begin, worker, path = time.monotonic(), make_engine(engine, jobs), resolve(dst)
     receipt = Receipt.read(path)
     if not receipt.files:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG, RECEIPT
+from fp4cast.checkpoints.gguf_file import is_gguf
 from fp4cast.families.family import Pair
 from fp4cast.formats import usable_scale
 from fp4cast.hub.resolve import resolve
@@ -21,7 +22,10 @@ from fp4cast.verification.fast_path import Converted
 from fp4cast.verification.figures import Fp8Tensor, inexact_tensor
 from fp4cast.verification.foreign import tolerated
 from fp4cast.verification.fp8_blocks import fp8_differences
+from fp4cast.verification.gguf import verify_gguf
+from fp4cast.verification.gguf_source import verify_gguf_source
 from fp4cast.verification.kv_cache import kv_scale_differences
+from fp4cast.verification.mlx import is_mlx_nvfp4, verify_mlx
 from fp4cast.verification.notes import notes_of
 from fp4cast.verification.opened import Opened, open_both
 from fp4cast.verification.quantized import LEAST_SNR, TOO_FAR, judge_quantized
@@ -46,8 +50,8 @@ def verify(
     """Compare every value of an NVFP4 checkpoint with the MXFP4 one that it was made from.
 
     Args:
-        src: the MXFP4 checkpoint: a directory or a model id.
-        dst: the NVFP4 checkpoint: a directory or a model id.
+        src: the MXFP4 checkpoint: a directory, a model id or a GGUF file.
+        dst: the NVFP4 checkpoint: a directory, a model id or a GGUF file.
         jobs: threads; None for one a core. 1 works in the caller's own thread.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
         strict: a companion file that differs counts as wrong, too; a model card never does.
@@ -60,6 +64,12 @@ def verify(
         CheckpointError: one of the two cannot be read as a checkpoint at all.
     """
     worker = make_engine(engine, jobs)
+    if is_gguf(src):
+        return verify_gguf(src, dst, jobs=jobs, strict=strict, progress=progress)
+    if is_gguf(dst):
+        return verify_gguf_source(resolve(src), dst, jobs=jobs, strict=strict, progress=progress)
+    if is_mlx_nvfp4(dst):
+        return verify_mlx(resolve(src), Path(dst), jobs=jobs, strict=strict, progress=progress)
     return verify_checkpoint(resolve(src), resolve(dst), engine=worker, strict=strict, progress=progress)
 
 
