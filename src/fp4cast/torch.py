@@ -67,14 +67,14 @@ def cast(codes: Tensor, scales: Tensor, inexact: str = "fail") -> Cast:
     """
     exponents = scales if scales.dtype == torch.uint8 else scales.view(torch.uint8)
     _check(codes, exponents)
-    low, high = torch.stack(torch.aminmax(exponents)).tolist()
+    low, high = _extremes(exponents)
     if high == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
     if high - low > WINDOW:
         return _slow(codes, exponents, inexact)
     m = closed_form(high - E8M0_BIAS)
-    block_scales = _powers(exponents, m).view(torch.float8_e4m3fn)
-    return Cast(codes, block_scales, torch.tensor(2.0**m, device=codes.device), True, 0, 0)
+    block_scales, tensor_scale = _powers(exponents, m)
+    return Cast(codes, block_scales.view(torch.float8_e4m3fn), tensor_scale, True, 0, 0)
 
 
 def _check(codes: Tensor, exponents: Tensor) -> None:
@@ -89,16 +89,30 @@ def _check(codes: Tensor, exponents: Tensor) -> None:
         raise ShapeError(f"codes on {codes.device} and scales on {exponents.device}: expected one device")
 
 
-def _powers(exponents: Tensor, m: int) -> Tensor:
-    """E4M3 codes of 2^(k-m) within the window, each twice: uint8 [..., n] -> uint8 [..., 2n]."""
-    if exponents.is_cuda and importlib.util.find_spec("triton"):
-        from fp4cast.kernels import gpu
+def _on_triton(exponents: Tensor) -> bool:
+    return exponents.is_cuda and importlib.util.find_spec("triton") is not None
 
-        return gpu.powers(exponents, E8M0_BIAS + m)
+
+def _extremes(exponents: Tensor) -> tuple[int, int]:
+    """The smallest and the largest byte."""
+    if _on_triton(exponents):
+        from fp4cast.kernels import exponents as kernels
+
+        return kernels.extremes(exponents)
+    low, high = torch.stack(torch.aminmax(exponents)).tolist()
+    return low, high
+
+
+def _powers(exponents: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of 2^(k-m) within the window, each twice: uint8 [..., n] -> uint8 [..., 2n]; and 2^m."""
+    if _on_triton(exponents):
+        from fp4cast.kernels import exponents as kernels
+
+        return kernels.powers(exponents, m)
     e = exponents.contiguous().to(torch.int16) - (E8M0_BIAS + m)
     # 2^e is (e + 7) << 3 from 2^-6 on; below are the subnormal codes 4, 2 and 1.
     code = torch.where(e >= -6, (e + 7) << 3, torch.bitwise_right_shift(4, (-7 - e).clamp(0, 2)))
-    return (code * 0x0101).view(torch.uint8)
+    return (code * 0x0101).view(torch.uint8), torch.tensor(2.0**m, device=exponents.device)
 
 
 def _slow(codes: Tensor, exponents: Tensor, inexact: str) -> Cast:

@@ -127,6 +127,14 @@ def test_a_cast_block_keeps_its_codes_and_the_sign_of_zero():
         assert (scales.view(torch.float8_e4m3fn).float() == 2.0 ** (k + 8)).all() and tensor_scale == 2.0**-8
 
 
+def equal_packed(x, amax, top):
+    """Whether both quantize to the same bytes."""
+    from fp4cast.kernels import gpu
+
+    ours, theirs = (each.quantize(x, amax, top, 16) for each in (gpu, reference))
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def check_triton(device):
     """Every 16-bit value and many of 32 bits under scales of all kinds, torch against Triton."""
     from fp4cast.kernels import gpu
@@ -135,32 +143,79 @@ def check_triton(device):
     words = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 15,), generator=generator).to(torch.int32)
     some = torch.rand(4096, generator=generator)
     wild = torch.exp2(some * 240 - 130)
-    full = ((6.0, 2688.0), (1e-3, 1.7), (0.0, 3.0), (1e-41, 1e-38), (3e38, 3e38))
+    full = ((6.0, 2688.0), (1e-3, 1.7), (0.0, 3.0), (1e-41, 1e-38), (2e-42, 1e-44), (2e-24, 2e-23), (3e38, 3e38))
     sets = [(torch.full((4096,), amax), top) for amax, top in full]
-    sets += [(some, 0.0), (some, 1.0), (wild, float(wild.max()))]
+    sets += [(some, 0.0), (some, 1.0), (wild, float(wild.max())), (wild * 2.0**-20, 1e-30)]
     for x in (every(torch.bfloat16), every(torch.float16), words.view(torch.float32).repeat(2)):
+        # 0 / 0, where S underflows, has no code. It is left out.
+        finite = torch.where(x.isfinite() & (x != 0), x, torch.ones_like(x)).reshape(64, -1).to(device)
         # Triton's interpreter loses subnormal BF16 values and truncates to BF16: conversions are checked on the GPU.
         x = x.to(device) if device != "cpu" else x.float()
-        finite = torch.where(x.isfinite(), x, torch.ones_like(x)).reshape(64, -1)
         for amax, top in sets:
             amax, top = amax.to(device), torch.tensor(top, device=device)
             for out_dtype in (torch.float32,) if device == "cpu" else DTYPES:
                 ours, theirs = (each.fake_quant(x, amax, top, out_dtype, 16) for each in (gpu, reference))
                 assert same(ours, theirs), (x.dtype, float(top), out_dtype)
             for given in (amax, None):
-                ours, theirs = (each.quantize(finite, given, top, 16) for each in (gpu, reference))
-                assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), (x.dtype, float(top))
-                a, b = (each.fake_quant(finite, given, top, torch.float32, 16) for each in (gpu, reference))
-                assert same(a, b), (x.dtype, float(top))
+                assert equal_packed(finite, given, top), (x.dtype, float(top))
+            wide = finite if device != "cpu" else finite.float()
+            a, b = (each.fake_quant(wide, None, top, torch.float32, 16) for each in (gpu, reference))
+            assert same(a, b), (x.dtype, float(top))
     for block in (2, 8, 32, 128):
         x = torch.randn(3, 5, 128, generator=generator).to(device)
         top = x.abs().amax()
         assert same(gpu.fake_quant(x, None, top, x.dtype, block), reference.fake_quant(x, None, top, x.dtype, block))
 
 
-def test_triton_in_its_interpreter_is_torch():
+def check_shapes(device):
+    """Ranks 1 to 4 and odd sizes, around those of one program (256 blocks), however the values lie in memory."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((16,), (1, 16), (255, 16), (257, 16), (3, 5, 48), (1, 3, 1, 16), (2, 3, 7, 80), (4, 1040))
+    dtypes = (*DTYPES, torch.float64)
+    for i, shape in enumerate(shapes):
+        for dtype in dtypes if device != "cpu" else (dtypes[i % 4],):  # the interpreter is slow
+            x = torch.randn(shape, generator=generator).to(device, dtype)
+            x.view(-1)[:16] = 0
+            amax = torch.rand(x.numel() // 16, generator=generator).to(device, torch.bfloat16)
+            top = x.abs().amax().float()
+            shifted = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].copy_(x.view(-1)).view(shape)
+            turned = torch.randn(shape[::-1], generator=generator).to(device, dtype).permute(*range(len(shape))[::-1])
+            for each in (x, shifted, turned):
+                assert equal_packed(each, None, top) and equal_packed(each, amax, top), (shape, dtype)
+
+
+def check_exponents(device):
+    """Scales of MXFP4 to those of NVFP4, for sizes of one program, of part of one, and of more than all at once."""
+    from fp4cast.kernels import exponents
+    from fp4cast.torch import _powers
+
+    kept, exponents._PROGRAMS = exponents._PROGRAMS, 3
+    generator = torch.Generator().manual_seed(3)
+    for many in (1, 4095, 4096, 4097, 50001):
+        x = torch.randint(90, 160, (many,), generator=generator).to(torch.uint8)
+        x[0], x[-1] = 3, 250
+        expected = (3, 250) if many > 1 else (250, 250)
+        assert exponents.extremes(x.to(device)) == expected
+        for m in (-126, -8, 0, 118):
+            window = (x % 18).to(torch.int16) + (127 + m - 9)
+            window = window.clamp(min=0).to(torch.uint8)
+            codes, tensor_scale = exponents.powers(window.to(device), m)
+            assert torch.equal(codes.cpu(), _powers(window, m)[0]) and float(tensor_scale) == 2.0**m
+    exponents._PROGRAMS = kept
+
+
+def check_large_programs():
+    """In the interpreter, which takes as long for a program of 4096 blocks as for one of 256."""
+    from fp4cast.kernels import packing
+
+    packing._WARPS = 64
+    check_triton("cpu")
+
+
+@pytest.mark.parametrize("call", ["check_large_programs()", "check_shapes('cpu')", "check_exponents('cpu')"])
+def test_triton_in_its_interpreter_is_torch(call):
     pytest.importorskip("triton")
-    code = "import sys; sys.path.insert(0, 'tests/kernels'); import test_kernels; test_kernels.check_triton('cpu')"
+    code = f"import sys; sys.path.insert(0, 'tests/kernels'); import test_kernels; test_kernels.{call}"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -168,7 +223,7 @@ def test_triton_in_its_interpreter_is_torch():
 
 def check_every_tie(part):
     """The fast division at the ties of E2M1: every significand of the step, the floats next to each tie."""
-    from fp4cast.kernels import gpu
+    from fp4cast.kernels import packing
 
     steps = (torch.arange(part << 19, (part + 1) << 19, device="cuda", dtype=torch.int32) + 0x3F800000).view(
         torch.float32
@@ -177,7 +232,7 @@ def check_every_tie(part):
     near = ties.view(torch.int32)[:, :, None] + torch.arange(-4, 5, device="cuda", dtype=torch.int32)
     x = torch.cat([near.view(torch.float32).reshape(len(steps), -1), steps[:, None]], dim=1)  # 64 values a step
     found = torch.empty_like(x, dtype=torch.int32)
-    gpu.divide_codes(x, steps, found)
+    packing.divide_codes(x, steps, found)
     expected = reference.round_e2m1(x / steps[:, None])
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device="cuda")
     assert torch.equal(values[found.long()], expected)
@@ -198,12 +253,14 @@ def test_block_scales_of_every_amax(top):
     from fp4cast.kernels import gpu
 
     top = torch.tensor(top, device="cuda")
+    ones = torch.ones(1 << 23, 16, device="cuda", dtype=torch.bfloat16)
     for binade in range(-18, 2):
         first = ((top * 2.0**binade).view(torch.int32) >> 23) << 23
         amax = (torch.arange(1 << 23, device="cuda", dtype=torch.int32) + first).view(torch.float32)
-        scales = gpu.quantize(torch.ones(1 << 23, 2, device="cuda"), amax, top, 2)[1]
+        scales = gpu.quantize(ones, amax, top, 16)[1]
         assert torch.equal(scales.reshape(-1), reference.block_scales(amax, top).view(torch.uint8))
-        own = gpu.quantize(torch.stack([-amax, amax / 2], dim=1), None, top, 2)[1]
+        values = torch.cat([(amax / 2)[:, None].expand(-1, 15), -amax[:, None]], dim=1)
+        own = gpu.quantize(values, None, top, 16)[1]
         assert torch.equal(own.reshape(-1), reference.own_block_scales(amax, top).view(torch.uint8))
 
 
@@ -222,5 +279,7 @@ def test_a_tensor_on_another_gpu_than_the_current_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_triton_on_a_gpu_is_torch():
     check_triton("cuda")
+    check_shapes("cuda")
+    check_exponents("cuda")
     x = torch.randn(2, 3, 64, device="cuda", dtype=torch.bfloat16)
     assert torch.equal(dynamic_fp4_fake_quant(x).cpu(), dynamic_fp4_fake_quant(x.cpu()))
