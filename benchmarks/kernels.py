@@ -1,12 +1,12 @@
 """Claim: NVFP4 kernels run at the speed of a copy on the device. Needs a GPU; `PYTHONPATH=src` where not installed.
 
-    python benchmarks/kernels.py [--shape 32 5760 2880 ...] [--repeat 100] [--tune] [--json FILE]
+    python benchmarks/kernels.py [--shape 32 5760 2880 ...] [--repeat 100] [--others] [--tune] [--json FILE]
 
-Rows: Triton (fp4cast on a GPU) for FP32, FP16 and BF16 in 2, 3 and 4 dimensions, odd sizes and a small one among them;
-for the first shape in BF16 also eager torch (fp4cast's reference on the same GPU) and nvidia-modelopt's kernel where it
-is installed. Ceiling: a device-to-device copy of the same x, counting bytes read and written. A row's rate counts what
-it must read and write once: x, amax, the result. Times are medians by device events; results are checked, bit for bit,
-against eager torch before they are timed.
+Rows: Triton (fp4cast on a GPU) for FP32, FP16 and BF16 in 2, 3 and 4 dimensions, odd sizes and a small one among them.
+`--others` instead: eager torch (fp4cast's reference on the same GPU), and nvidia-modelopt's kernel where it is
+installed, for the first shape in BF16. Ceiling: a device-to-device copy of the same x, counting bytes read and written.
+A row's rate counts what it must read and write once: x, amax, the result. Times are medians by device events; results
+are checked, bit for bit, against eager torch before they are timed.
 """
 
 from __future__ import annotations
@@ -69,13 +69,18 @@ def ours(x: torch.Tensor, amax: torch.Tensor, top: torch.Tensor) -> dict[str, Wo
 
 def others(x: torch.Tensor, amax: torch.Tensor, top: torch.Tensor) -> dict[str, Work]:
     """What else reaches the same results, for one type and shape."""
+    spare = torch.empty_like(x)
     scales, result = amax.numel() * amax.element_size(), x.numel() * x.element_size()
     found: dict[str, Work] = {
+        "copy": (lambda: spare.copy_(x), 2 * result),
         "eager torch, fake quant": (lambda: reference.fake_quant(x, amax, top, x.dtype, 16), 2 * result + scales),
         "eager torch, quantize": (lambda: reference.quantize(x, None, top, 16), result + result // 4 + result // 32),
     }
     peer = peer_kernel()
     if callable(peer):
+        part, limit = x.view(-1, 16)[: 1 << 20], amax[: 1 << 20]
+        differ = int((peer(part, limit, top) != gpu.fake_quant(part, limit, top, x.dtype, 16)).sum())
+        print(f"nvidia-modelopt: {differ} of {part.numel()} values differ from ours")
         found["nvidia-modelopt, fake quant"] = (lambda: peer(x, amax, top), 2 * result + scales)
     else:
         print(f"nvidia-modelopt is not measured ({peer})")
@@ -84,8 +89,9 @@ def others(x: torch.Tensor, amax: torch.Tensor, top: torch.Tensor) -> dict[str, 
 
 def casts(many: int) -> dict[str, Work]:
     """The cast of a tensor of MXFP4, which hands its codes on: its rate counts them as if they were copied."""
-    codes = torch.randint(0, 256, (many // 2,), dtype=torch.uint8, device="cuda")
-    exponents = torch.randint(110, 125, (many // 32,), dtype=torch.uint8, device="cuda")
+    blocks = many // 32
+    codes = torch.randint(0, 256, (blocks * 16,), dtype=torch.uint8, device="cuda")
+    exponents = torch.randint(110, 125, (blocks,), dtype=torch.uint8, device="cuda")
     source = 2 * (codes.numel() + exponents.numel())
     return {
         "copy": (lambda: (codes.clone(), exponents.clone()), source),
@@ -100,11 +106,6 @@ def check(x: torch.Tensor, amax: torch.Tensor, top: torch.Tensor) -> None:
     for given, whole in ((limit, amax), (None, None)):
         for mine, theirs in zip(gpu.quantize(x, whole, top, 16), reference.quantize(part, given, top, 16), strict=True):
             equal(mine.view(len(amax), -1)[-(1 << 20) :], theirs.view(len(part), -1), "quantize")
-    peer = peer_kernel()
-    if callable(peer) and x.dtype == torch.bfloat16:
-        theirs = peer(part, limit, top)
-        differ = int((theirs != gpu.fake_quant(part, limit, top, x.dtype, 16)).sum())
-        print(f"nvidia-modelopt: {differ} of {theirs.numel()} values differ from ours")
 
 
 def tune(x: torch.Tensor, amax: torch.Tensor, top: torch.Tensor, repeat: int) -> None:
@@ -147,6 +148,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", type=int, nargs="+", action="append", help="instead of the four of the claim")
     options.add_argument("--repeat", type=int, default=200, help="milliseconds that each row is repeated for")
+    options.add_argument("--others", action="store_true", help="eager torch and nvidia-modelopt")
     options.add_argument("--tune", action="store_true")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
@@ -156,18 +158,19 @@ def main() -> None:
         return
     measured: list[dict[str, Any]] = []
     missed: list[str] = []
-    for shape in shapes:
-        for dtype in DTYPES:
+    for shape in shapes[:1] if args.others else shapes:
+        for dtype in DTYPES[:1] if args.others else DTYPES:
             tensors, name = made(shape, dtype), str(dtype).removeprefix("torch.")
             check(*tensors)
-            works = ours(*tensors) | (others(*tensors) if (shape, dtype) == (shapes[0], DTYPES[0]) else {})
+            works = others(*tensors) if args.others else ours(*tensors)
             rows, fewer = measure(works, math.prod(shape), args.repeat, f"{name} {list(shape)}")
             measured.append({"shape": shape, "dtype": name, "rows": rows})
             missed += fewer
             del tensors, works
-        rows, fewer = measure(casts(math.prod(shape)), math.prod(shape), args.repeat, f"mxfp4 {list(shape)}")
-        measured.append({"shape": shape, "dtype": "mxfp4", "rows": rows})
-        missed += fewer
+        if not args.others:
+            rows, fewer = measure(casts(math.prod(shape)), math.prod(shape), args.repeat, f"mxfp4 {list(shape)}")
+            measured.append({"shape": shape, "dtype": "mxfp4", "rows": rows})
+            missed += fewer
     device = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),

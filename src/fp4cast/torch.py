@@ -67,7 +67,9 @@ def cast(codes: Tensor, scales: Tensor, inexact: str = "fail") -> Cast:
     """
     exponents = scales if scales.dtype == torch.uint8 else scales.view(torch.uint8)
     _check(codes, exponents)
-    low, high = _extremes(exponents)
+    found = torch.empty(2, dtype=torch.uint8, device=exponents.device)
+    torch.aminmax(exponents, out=(found[0], found[1]))
+    low, high = found.tolist()
     if high == E8M0_NAN:
         raise ScaleError("a scale byte is 255, which is NaN in E8M0; expected 0 to 254")
     if high - low > WINDOW:
@@ -89,23 +91,9 @@ def _check(codes: Tensor, exponents: Tensor) -> None:
         raise ShapeError(f"codes on {codes.device} and scales on {exponents.device}: expected one device")
 
 
-def _on_triton(exponents: Tensor) -> bool:
-    return exponents.is_cuda and importlib.util.find_spec("triton") is not None
-
-
-def _extremes(exponents: Tensor) -> tuple[int, int]:
-    """The smallest and the largest byte."""
-    if _on_triton(exponents):
-        from fp4cast.kernels import exponents as kernels
-
-        return kernels.extremes(exponents)
-    low, high = torch.stack(torch.aminmax(exponents)).tolist()
-    return low, high
-
-
 def _powers(exponents: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """E4M3 codes of 2^(k-m) within the window, each twice: uint8 [..., n] -> uint8 [..., 2n]; and 2^m."""
-    if _on_triton(exponents):
+    if exponents.is_cuda and importlib.util.find_spec("triton"):
         from fp4cast.kernels import exponents as kernels
 
         return kernels.powers(exponents, m)

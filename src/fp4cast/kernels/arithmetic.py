@@ -74,18 +74,14 @@ def invert(y):
 
 @triton.jit
 def tensor_scale(global_amax):
-    """The global amax, the tensor scale S, and the power of two that moves a domain to the middle of FP32.
+    """The global amax, the tensor scale S, and the power of two that moves values and steps away from FP32's lower end.
 
-    Divisor and dividend take it, so quotients stay the same; none is then near the ends, where `quotient` fails.
+    Quotients stay the same, and `quotient` finds them: where S is small it needs room for errors of 2^-48 of a value.
     """
     top = tl.load(global_amax)
     top = tl.where(top > 0, top, 2688.0)
     scale = tl.div_rn(top, 2688.0)
-    return (
-        top,
-        scale,
-        tl.where(scale < 8.27e-25, 18446744073709551616.0, tl.where(scale > 1.2e24, 5.421010862427522e-20, 1.0)),
-    )
+    return top, scale, tl.where(scale < 8.27e-25, 18446744073709551616.0, 1.0)  # 2^64, if S < 2^-80
 
 
 @triton.jit
@@ -96,16 +92,17 @@ def moved(y, power):
 
 @triton.jit
 def block_scale(largest, top, scale, power, dynamic: tl.constexpr, has_fma: tl.constexpr):
-    """E4M3 scales of given amax, as float32; dynamic: of the blocks' own."""
+    """E4M3 scales of given amax, as float32; dynamic: of the blocks' own, which were moved."""
     if dynamic:
         part, unit = largest, scale * 6.0
     else:
         six = tl.full(largest.shape, 6.0, tl.float32)
-        part, unit = tl.div_rn(tl.where(largest > 0, largest, six), six) * 448.0, tl.div_rn(top, 6.0)
+        part, unit = tl.div_rn(tl.where(largest > 0, largest, six), six) * 448.0 * power, tl.div_rn(top, 6.0)
     unit = moved(unit, power)
     inverse = tl.broadcast_to(tl.div_rn(1.0, unit), largest.shape)
     unit = tl.broadcast_to(unit, largest.shape)
-    wanted = quotient(tl.minimum(part * power, unit * 512.0), unit, inverse, has_fma)
+    wanted = quotient(tl.minimum(part, unit * 512.0), unit, inverse, has_fma)
     if dynamic:
         wanted = tl.where(largest == 0, 1.0, wanted)
-    return _round_e4m3(tl.minimum(tl.maximum(wanted, 0.001953125), 448.0))
+    # In this order: infinity by `unit` is NaN, of which the minimum is 448.
+    return _round_e4m3(tl.maximum(tl.minimum(wanted, 448.0), 0.001953125))

@@ -1,4 +1,4 @@
-"""E8M0 scales of MXFP4 to E4M3 scales of NVFP4, in Triton: two passes over the scales, none over the codes."""
+"""E8M0 scales of MXFP4 to E4M3 scales of NVFP4, in Triton."""
 
 from __future__ import annotations
 
@@ -9,30 +9,7 @@ from torch import Tensor
 
 from fp4cast.formats import E8M0_BIAS
 
-_MANY, _WARPS = 4096, 4  # bytes that a program takes at a time
-_PROGRAMS = 1024  # at most, of the search for extremes: each leaves two numbers for the CPU
-
-
-@triton.jit
-def _extremes(exponents, lows, highs, count, many: tl.constexpr):
-    low, high = tl.full((many,), 255, tl.int32), tl.full((many,), 0, tl.int32)
-    for start in range(tl.program_id(0).to(tl.int64) * many, count, tl.num_programs(0) * many):
-        at = start + tl.arange(0, many)
-        read = tl.load(exponents + at, mask=at < count, other=0).to(tl.int32)
-        low, high = tl.minimum(low, tl.where(at < count, read, 255)), tl.maximum(high, read)
-    tl.store(lows + tl.program_id(0), tl.min(low, axis=0))
-    tl.store(highs + tl.program_id(0), tl.max(high, axis=0))
-
-
-def extremes(exponents: Tensor) -> tuple[int, int]:
-    """The smallest and the largest byte. Waits for the device."""
-    exponents = exponents.contiguous()
-    programs = min(triton.cdiv(exponents.numel(), _MANY), _PROGRAMS)
-    found = torch.empty(2, programs, dtype=torch.int32, device=exponents.device)
-    with torch.cuda.device_of(exponents):
-        _extremes[(programs,)](exponents, found[0], found[1], exponents.numel(), _MANY, num_warps=_WARPS)
-    lows, highs = found.cpu()
-    return int(lows.min()), int(highs.max())
+_MANY, _WARPS = 4096, 4  # bytes that a program takes
 
 
 @triton.jit(do_not_specialize=["bias"])

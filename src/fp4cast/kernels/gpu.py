@@ -40,7 +40,9 @@ def _fake_quant(
     offsets = rows[:, None] * block + tl.arange(0, block)[None, :]
     values = tl.load(x + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(values), axis=1) if dynamic else tl.load(amax + rows, mask=inside, other=0.0).to(tl.float32)
-    top, tensor, power = tensor_scale(global_amax)
+    top, tensor, power = tensor_scale(global_amax)  # after all loads, since it waits for one
+    if dynamic:
+        largest *= power
     step = (block_scale(largest, top, tensor, power, dynamic, has_fma) * tensor)[:, None]
     scaled = tl.div_rn(values, tl.broadcast_to(step, values.shape))
     bits = scaled.to(tl.int32, bitcast=True)

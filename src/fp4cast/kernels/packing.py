@@ -40,33 +40,50 @@ def _four(words, inside, many: tl.constexpr):
 
 
 @triton.jit
-def _two(word, kind: tl.constexpr):
-    """The two 16-bit values of a word, as float32."""
-    if kind == "bf16":
-        low, high = float_of(word << 16), float_of(word & 0xFFFF0000)
-    else:
-        low = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _eight(words, inside, many: tl.constexpr, kind: tl.constexpr):
-    """Load half a block a row, as eight columns of float32."""
-    a, b, c, d = _four(words, inside, many)
+def _words(at, inside, many: tl.constexpr, kind: tl.constexpr):
+    """Load half a block a row: eight values in words."""
+    words = _four(at, inside, many)
     if kind == "f32":
-        e, f, g, h = _four(words + 4, inside, many)
-        values = float_of(a), float_of(b), float_of(c), float_of(d), float_of(e), float_of(f), float_of(g), float_of(h)
-    else:
-        values = _two(a, kind) + _two(b, kind) + _two(c, kind) + _two(d, kind)
-    return values
+        words = words + _four(at + 4, inside, many)
+    return words
 
 
 @triton.jit
-def _largest(values):
-    largest = tl.abs(values[0])
+def _value(words, i: tl.constexpr, power, kind: tl.constexpr):
+    """The i-th value as float32, times power."""
+    if kind == "f32":
+        value = float_of(words[i])
+    elif kind == "bf16":
+        value = float_of(words[i // 2] & 0xFFFF0000 if i % 2 else words[i // 2] << 16)
+    else:
+        half = words[i // 2] >> 16 if i % 2 else words[i // 2]
+        value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value * power
+
+
+@triton.jit
+def _values(words, power, kind: tl.constexpr):
+    """The eight values as float32, times power."""
+    a, b, c, d = (
+        _value(words, 0, power, kind),
+        _value(words, 1, power, kind),
+        _value(words, 2, power, kind),
+        _value(words, 3, power, kind),
+    )
+    e, f, g, h = (
+        _value(words, 4, power, kind),
+        _value(words, 5, power, kind),
+        _value(words, 6, power, kind),
+        _value(words, 7, power, kind),
+    )
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _largest(low, high):
+    largest = tl.maximum(tl.abs(low[0]), tl.abs(high[0]))
     for i in tl.static_range(1, 8):
-        largest = tl.maximum(largest, tl.abs(values[i]))
+        largest = tl.maximum(largest, tl.maximum(tl.abs(low[i]), tl.abs(high[i])))
     return largest
 
 
@@ -85,28 +102,39 @@ def _size(sizes, step, inverse, has_fma: tl.constexpr):
 
 
 @triton.jit
-def _word(values, step, inverse, power, has_fma: tl.constexpr):
+def _word(values, step, inverse, has_fma: tl.constexpr):
     """Eight codes, the first in the lowest four bits. A shift that fills a word from its end is one instruction."""
-    sizes = _size(tl.abs(values[0]) * power, step, inverse, has_fma) << 28
+    sizes = _size(tl.abs(values[0]), step, inverse, has_fma) << 28
     signs = bits_of(values[7]) >> 28
     for i in tl.static_range(1, 8):
-        sizes = (sizes >> 4) | (_size(tl.abs(values[i]) * power, step, inverse, has_fma) << 28)
+        sizes = (sizes >> 4) | (_size(tl.abs(values[i]), step, inverse, has_fma) << 28)
         signs = (signs << 4) | (bits_of(values[7 - i]) >> 28)
     return (sizes & 0x77777777) | (signs & 0x88888888)
 
 
 @triton.jit
-def _store(rows, inside, low, high, amax, domain, packed, scales, dynamic: tl.constexpr, has_fma: tl.constexpr):
+def _store(
+    rows,
+    inside,
+    low,
+    high,
+    largest,
+    domain,
+    packed,
+    scales,
+    kind: tl.constexpr,
+    dynamic: tl.constexpr,
+    has_fma: tl.constexpr,
+):
     """Quantize a block a row, of which low and high are the halves."""
-    if dynamic:
-        largest = tl.maximum(_largest(low), _largest(high))
-    else:
-        largest = tl.load(amax + rows, mask=inside, other=0.0).to(tl.float32)
     top, tensor, power = domain
+    low, high = _values(low, power, kind), _values(high, power, kind)
+    if dynamic:
+        largest = _largest(low, high)
     scale = block_scale(largest, top, tensor, power, dynamic, has_fma)
     step = moved(scale * tensor, power)
     inverse = invert(step)
-    first, second = _word(low, step, inverse, power, has_fma), _word(high, step, inverse, power, has_fma)
+    first, second = _word(low, step, inverse, has_fma), _word(high, step, inverse, has_fma)
     both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
     tl.store(packed + rows, both.to(tl.int64, bitcast=True), mask=inside)
     tl.store(scales + rows, e4m3_code(scale), mask=inside)
@@ -127,14 +155,19 @@ def _quantize(
 ):
     width: tl.constexpr = 16 if kind == "f32" else 8
     rows = tl.program_id(0).to(tl.int64) * (2 * many) + tl.arange(0, many)
-    inside, also = rows < blocks, rows + many < blocks
-    at = words + rows[:, None] * width
-    low, high = _eight(at, inside, many, kind), _eight(at + width // 2, inside, many, kind)
-    at += many * width
-    low2, high2 = _eight(at, also, many, kind), _eight(at + width // 2, also, many, kind)
+    also = rows + many
+    at, at2 = words + rows[:, None] * width, words + also[:, None] * width
+    # All loads come before anything that waits for one.
+    low, high = _words(at, rows < blocks, many, kind), _words(at + width // 2, rows < blocks, many, kind)
+    low2, high2 = _words(at2, also < blocks, many, kind), _words(at2 + width // 2, also < blocks, many, kind)
+    if dynamic:
+        largest, largest2 = 0.0, 0.0
+    else:
+        largest = tl.load(amax + rows, mask=rows < blocks, other=0.0).to(tl.float32)
+        largest2 = tl.load(amax + also, mask=also < blocks, other=0.0).to(tl.float32)
     domain = tensor_scale(global_amax)
-    _store(rows, inside, low, high, amax, domain, packed, scales, dynamic, has_fma)
-    _store(rows + many, also, low2, high2, amax, domain, packed, scales, dynamic, has_fma)
+    _store(rows, rows < blocks, low, high, largest, domain, packed, scales, kind, dynamic, has_fma)
+    _store(also, also < blocks, low2, high2, largest2, domain, packed, scales, kind, dynamic, has_fma)
 
 
 def quantize(x: Tensor, amax: Tensor | None, global_amax: Tensor) -> tuple[Tensor, Tensor]:
