@@ -279,3 +279,14 @@ def test_triton_on_a_gpu_is_torch(check):
 def test_a_gpu_and_a_cpu_agree():
     x = torch.randn(2, 3, 64, device="cuda", dtype=torch.bfloat16)
     assert torch.equal(dynamic_fp4_fake_quant(x).cpu(), dynamic_fp4_fake_quant(x.cpu()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_more_than_two_to_the_31_values():
+    x = torch.randn((1 << 27) + 3, 16, device="cuda", dtype=torch.bfloat16)
+    amax, top, end = x[:, 0].abs(), torch.tensor(4.0, device="cuda"), slice(-1000, None)
+    for given, last in ((amax, amax[end]), (None, None)):
+        codes, scales, _ = quantize_nvfp4(x, top, given)
+        expected = reference.quantize(x[end], last, top, 16)
+        assert torch.equal(codes[end], expected[0]) and torch.equal(scales[end], expected[1])

@@ -76,7 +76,7 @@ def invert(y):
 def tensor_scale(global_amax):
     """The global amax, the tensor scale S, and the power of two that moves values and steps away from FP32's lower end.
 
-    Quotients stay the same, and `quotient` finds them: where S is small it needs room for errors of 2^-48 of a value.
+    Quotients stay the same, and have room for the error that `quotient` computes, down to 2^-48 of the value.
     """
     top = tl.load(global_amax)
     top = tl.where(top > 0, top, 2688.0)
