@@ -34,6 +34,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Every figure that a row may hold: the head of its column, and how it is written.
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("wall", lambda v: f"{v:.2f} s"),
+    "cpu_seconds": ("user + system", lambda v: f"{v:.3f} s"),
     "start_seconds": ("start, imports", lambda v: f"{v:.2f} s"),
     "work_seconds": ("work only", lambda v: f"{v:.2f} s"),
     "bytes_per_second": ("rate", lambda v: f"{v / 1e9:.2f} GB/s" if v >= 1e8 else f"{v / 1e6:.2f} MB/s"),
@@ -47,10 +48,11 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 class Sample(NamedTuple):
-    """One timed command: wall seconds, and the largest resident memory of its process tree."""
+    """One timed command: wall seconds, the largest resident memory of its process tree, and its processor's seconds."""
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float = 0.0
 
 
 def _children(pid: int) -> Iterator[int]:
@@ -96,7 +98,8 @@ def timed(command: Sequence[str], output: Path | None = None, env: Mapping[str, 
             errors.seek(0)
             tail = errors.read().decode(errors="replace")[-2000:]
             sys.exit(f"{' '.join(command)[:500]}\nfailed with exit status {process.returncode}:\n{tail}")
-    return Sample(seconds, max(peaks[0], usage.ru_maxrss * 1024 if usage.ru_maxrss > inherited else 0))
+    peak = max(peaks[0], usage.ru_maxrss * 1024 if usage.ru_maxrss > inherited else 0)
+    return Sample(seconds, peak, usage.ru_utime + usage.ru_stime)
 
 
 def step(name: str, *arguments: object) -> tuple[str, ...]:
@@ -195,7 +198,7 @@ def parser(doc: str | None, *, repeat: int = 0) -> argparse.ArgumentParser:
 @contextmanager
 def scratch(args: argparse.Namespace) -> Iterator[Path]:
     """A directory to work in, once Python's bytecode and libraries are where later runs find them."""
-    subprocess.run([*FP4CAST, "--version"], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([*FP4CAST, "demo", "--quiet"], stdout=subprocess.DEVNULL, check=True)
     with tempfile.TemporaryDirectory(prefix="fp4cast-bench-", dir=args.dir) as path:
         yield Path(path)
 

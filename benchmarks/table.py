@@ -28,6 +28,7 @@ RESULTS = (
     "verify-memory.json",
     "memory.json",
     "scale.json",
+    "startup.json",
     "peer.json",
 )
 
@@ -36,6 +37,7 @@ TITLES = {
     "verify": "verifying costs a read",
     "memory": "memory stays small",
     "scale": "1.56 TB and 497,220 tensors",
+    "startup": "starting costs little",
     "peer": "faster than nvidia-modelopt",
 }
 PEER = ("faster", "work_faster")  # figures beside nvidia-modelopt, not beside the ceiling
@@ -72,7 +74,7 @@ SUMMARY = (
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.{0 if nbytes >= 1e6 else 1}f} MB"
 
 
 def _where(facts: dict[str, Any], cache: str) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4cast.checkpoints import header as shards
+from fp4cast.checkpoints import raw_header
 from fp4cast.checkpoints.header import DTYPE_BITS, lay_out, read_header
 from fp4cast.errors import CheckpointError, HeaderError
 
@@ -91,7 +92,7 @@ def test_malformed_files_are_refused(tmp_path, cause):
 
 
 def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "HEADER", shards.HEADER._replace(nbytes=10))
+    monkeypatch.setattr(raw_header, "HEADER", shards.HEADER._replace(nbytes=10))
     with pytest.raises(HeaderError, match="10 are allowed"):
         read_header(write(tmp_path / "x", {"a": entry()}, bytes(4)))
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from fp4cast.checkpoints.directory import gc_paused
-from fp4cast.checkpoints.header import HEADER, read_header
+from fp4cast.checkpoints.header import read_header
 from fp4cast.checkpoints.json_files import DOCUMENT, read_json
+from fp4cast.checkpoints.raw_header import HEADER
 from fp4cast.errors import CheckpointError, HeaderError
 
 NAME = "language_model.model.layers.{}.block_sparse_moe.experts.{}.w1.weight_packed"

@@ -35,11 +35,11 @@ Meter.__enter__ = Steps.__enter__ = wait
 # Says when the work is done, and the report is to be printed.
 REPORT = """
 import sys, time
-from fp4cast.cli import app, card_command, console, demo_command, push_commands
+from fp4cast.cli import card_command, console, convert_command, demo_command, push_commands, verify_command
 def wait(*_):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
-for module in (app, card_command, demo_command, push_commands):
+for module in (card_command, convert_command, demo_command, push_commands, verify_command):
     module.people_console = wait
 """
 RUN = "from fp4cast.cli import main; main()"

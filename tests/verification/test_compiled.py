@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -99,12 +100,16 @@ def test_no_kernel_when_asked_or_where_none_was_built(monkeypatch, tmp_path):
 
 
 @needs_kernel
-def test_no_kernel_where_it_cannot_be_checked(monkeypatch):
+def test_it_is_checked_where_there_is_no_memfd_and_not_used_where_there_is_no_file(monkeypatch):
+    right = compiled.kernel()
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert compiled._correct(right)
+
     def nowhere():
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(compiled.tempfile, "TemporaryFile", nowhere)
-    assert not compiled._correct(compiled.kernel())
+    monkeypatch.setattr(tempfile, "TemporaryFile", nowhere)
+    assert not compiled._correct(right)
 
 
 @needs_kernel

@@ -109,6 +109,8 @@ def _rounded(codes: Bytes, k: Ints, tensor_scale: float) -> Iterator[tuple[Ints,
     Yields:
         Indices int [m], codes uint8 [m, 8], E4M3 codes uint8 [m], sum of the squared errors.
     """
+    if not len(k):
+        return  # as for every exact cast; `np.unique` would load numpy.ma
     for level in np.unique(k)[::-1]:
         members = np.flatnonzero(k == level)
         for i in range(0, len(members), _BATCH):

@@ -231,6 +231,16 @@ class Search:
                 return  # nothing at this exponent can narrow them further
 
 
+def extents_of(exponents: Sequence[Bytes], biases: Sequence[int]) -> list[tuple[int, int]]:
+    """Extents of many small tensors, uint8 [n > 0] each; none where a scale byte is 255, which `choose` then names."""
+    ends = np.cumsum([len(each) for each in exponents])
+    together, starts = np.concatenate(exponents), np.array([0, *ends[:-1]])
+    lows, highs = np.minimum.reduceat(together, starts), np.maximum.reduceat(together, starts)
+    if highs.max() == E8M0_NAN:
+        return []
+    return [(low - bias, high - bias) for low, high, bias in zip(lows.tolist(), highs.tolist(), biases, strict=True)]
+
+
 def _extent(source: BlockSource) -> tuple[int, int]:
     """(smallest, largest) exponent over all blocks, whatever their codes."""
     low, high = 255, 0
@@ -250,14 +260,18 @@ def _power(m: int, k_min: int | None, k_max: int | None, lo: int, hi: int) -> Sc
     return Scaling(2.0**m, m, k_min, k_max, lo, hi, verbatim)
 
 
-def choose(domain: Sequence[BlockSource]) -> tuple[Scaling, Search | None]:
+def choose(domain: Sequence[BlockSource], extents: Sequence[tuple[int, int]] = ()) -> tuple[Scaling, Search | None]:
     """Choose a domain's tensor scale by the tight rule.
+
+    Args:
+        domain: its tensors.
+        extents: (smallest, largest) exponent over all blocks of each, where they are known.
 
     Returns:
         The scaling, and the search behind it where exponents alone did not decide. A scaling that is not exact has
         m = lo, which keeps the largest blocks; `choose_nearest` finds a better one.
     """
-    extents = [_extent(source) for source in domain]
+    extents = extents or [_extent(source) for source in domain]
     k_min, k_max = min(low for low, _ in extents), max(high for _, high in extents)
     if k_max - k_min <= WINDOW:
         return _power(closed_form(k_max), k_min, k_max, k_max - E_MAX, k_min - E_MIN), None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4cast.checkpoints.readable import Readable
+from fp4cast.checkpoints.readable import Readable, merged
 from fp4cast.errors import CheckpointError, PlatformError
 from fp4cast.formats import Bytes
 from fp4cast.parallel.progress import Advance, ignore
@@ -181,7 +181,7 @@ class Files:
 
     def prefetch(self, ranges: Iterable[tuple[Path, int, int]]) -> None:
         """See `ReadableFiles`."""
-        for path, start, nbytes in ranges:
+        for path, start, nbytes in merged(ranges):
             self[path].prefetch(start, min(nbytes, CHUNK_BYTES))
 
 

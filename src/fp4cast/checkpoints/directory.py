@@ -60,13 +60,11 @@ class Checkpoint:
         """Every tensor by name, shard after shard, in the order of their bytes."""
         table: dict[str, Tensor] = {}
         for shard in self.shards.values():
-            for tensor in shard.tensors.values():
-                if tensor.name in table:
-                    raise IndexFileError(
-                        f"{self.path}: tensor {tensor.name!r} is in both {table[tensor.name].path.name} "
-                        f"and {tensor.path.name}"
-                    )
-                table[tensor.name] = tensor
+            if both := table.keys() & shard.tensors.keys():
+                name = next(name for name in shard.tensors if name in both)
+                files = f"{table[name].path.name} and {shard.path.name}"
+                raise IndexFileError(f"{self.path}: tensor {name!r} is in both {files}")
+            table |= shard.tensors
         return table
 
     @property
@@ -186,6 +184,9 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():
+                gc.freeze()  # and back: all that there is counts as old, and is not looked at at once
+                gc.unfreeze()
             gc.enable()
 
 

@@ -10,23 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
-from fp4cast.checkpoints.instead import LFS_POINTER
-from fp4cast.checkpoints.json_files import Bounds
+from fp4cast.checkpoints.raw_header import HEADER, digest_of_header, header_bytes
 from fp4cast.errors import CheckpointError, HeaderError
 
 MAX_NAME = 4096  # characters of a tensor's name: what looks names up, and messages that hold them, stay small
-# The bytes are the reference implementation's limit. Kimi-K3 has half a million tensors in all its shards; a million of
-# them are read from one: each an object with two arrays, four keys and, in four dimensions, seven commas.
-HEADER = Bounds(100_000_000, 3_001_000, 4_001_000, 8_000_000)
 
+_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 METADATA = "__metadata__"  # the key of a header that is no tensor
 
 # safetensors' dtypes and their widths in bits.
@@ -83,6 +79,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _count_keys(header: object) -> int:
+    """How many keys a header and its entries have; each takes a colon of the text, which may have more."""
+    if not isinstance(header, dict):
+        return -1
+    return len(header) + sum(len(entry) for entry in header.values() if isinstance(entry, dict))
+
+
 def _count(shape: list[int], limit: int) -> int:
     """The number of elements of a shape, or any number over `limit`: hostile shapes multiply into endless numbers."""
     total = 0 if 0 in shape else 1
@@ -93,65 +96,55 @@ def _count(shape: list[int], limit: int) -> int:
     return total
 
 
-def header_bytes(path: Path, size: int, read: Callable[[int, int], bytes]) -> bytes:
-    """The JSON text of a header, wherever the file is.
+class _Kind(NamedTuple):
+    """A dtype, a shape, and the bits that they take."""
 
-    Args:
-        path: the file, which errors name.
-        size: its bytes.
-        read: returns bytes of the file, given the first and how many.
+    dtype: str
+    shape: tuple[int, ...]
+    bits: int
 
-    Raises:
-        HeaderError: there is none.
+
+def _are_sizes(values: object) -> bool:
+    """Whether these are a list of sizes; a plain loop, since a checkpoint may have a million of them."""
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True
+
+
+def _entry(path: Path, name: str, entry: object, base: int, kinds: dict[tuple[Any, ...], _Kind]) -> Tensor:
+    """Check one header entry: a known dtype, valid sizes, and as many bytes as dtype and shape say.
+
+    `kinds` holds what the entries so far have in common: half a million have a few dozen dtypes and shapes.
     """
-    prefix = read(0, min(8, size))
-    if len(prefix) < 8:
-        raise HeaderError(f"{path}: {size} bytes are too short for a safetensors file: download it again")
-    if LFS_POINTER.startswith(prefix):
-        raise HeaderError(
-            f"{path}: is a Git LFS pointer, not the weights. Fetch them with `git lfs pull` there, or download "
-            "the model again with `hf download`."
-        )
-    length = int.from_bytes(prefix, "little")
-    if length > min(HEADER.nbytes, size - 8):
-        raise HeaderError(
-            f"{path}: the header claims {length} bytes, but the file has {size} "
-            f"(and at most {HEADER.nbytes} are allowed). "
-            "It is truncated or not a safetensors file: download it again."
-        )
-    header = read(8, length)
-    if len(header) != length:
-        raise HeaderError(f"{path}: expected a header of {length} bytes, got {len(header)}")
-    return header
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _entry(path: Path, name: str, entry: object, base: int) -> Tensor:
-    """Check one header entry: a known dtype, valid sizes, and as many bytes as dtype and shape say."""
     if len(name) > MAX_NAME:
         raise HeaderError(
             f"{path}: tensor {name[:200]!r}...: expected a name of at most {MAX_NAME} characters, got {len(name)}"
         )
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise HeaderError(f"{where}: expected dtype, shape and data_offsets, got {str(entry)[:200]}")
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise _wrong(path, name, f"expected dtype, shape and data_offsets, got {str(entry)[:200]}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"{where}: unknown dtype {str(dtype)[:200]!r}; known are {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise HeaderError(f"{where}: the shape must be a list of sizes, got {str(shape)[:200]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise HeaderError(f"{where}: data_offsets must be two sizes, got {str(offsets)[:200]}")
+        raise _wrong(path, name, f"unknown dtype {str(dtype)[:200]!r}; known are {', '.join(DTYPE_BITS)}")
+    if not _are_sizes(shape):
+        raise _wrong(path, name, f"the shape must be a list of sizes, got {str(shape)[:200]}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _wrong(path, name, f"data_offsets must be two sizes, got {str(offsets)[:200]}")
     begin, end = offsets
-    bits = _count(shape, 1 << 64) * DTYPE_BITS[dtype]
+    kind = kinds.get((dtype, *shape))
+    if kind is None:
+        kind = kinds[dtype, *shape] = _Kind(dtype, tuple(shape), _count(shape, 1 << 64) * DTYPE_BITS[dtype])
+    bits = kind.bits
     if bits != (end - begin) * 8:
-        raise HeaderError(
-            f"{where}: {dtype} {str(shape)[:200]} takes {bits / 8:g} bytes, data_offsets {offsets} give {end - begin}"
-        )
-    return Tensor(name, dtype, tuple(shape), base + begin, end - begin, path)
+        takes = f"{dtype} {str(shape)[:200]} takes {bits / 8:g} bytes"
+        raise _wrong(path, name, f"{takes}, data_offsets {offsets} give {end - begin}")
+    return Tensor(name, kind.dtype, kind.shape, base + begin, end - begin, path)
+
+
+def _wrong(path: Path, name: str, what: str) -> HeaderError:
+    return HeaderError(f"{path}: tensor {name!r}: {what}")
 
 
 def _check_contiguous(path: Path, tensors: Iterable[Tensor], base: int, size: int) -> None:
@@ -202,9 +195,12 @@ def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
     if excess := HEADER.excess(raw):
         raise HeaderError(f"{path}: the header {excess}")
     try:
-        text, base, digest = raw.decode(), 8 + len(raw), digest_of_header(len(raw).to_bytes(8, "little"), raw)
+        prefix, base, colons = len(raw).to_bytes(8, "little"), 8 + len(raw), raw.count(b":")
+        text, digest = raw.decode(), digest_of_header(prefix, raw)
         del raw  # before the objects take their place
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text)
+        if _count_keys(header) != colons:  # a colon in a name, or a key that occurs twice
+            header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         what = f"{path}: the header is not valid JSON: {error}"
         raise HeaderError(f"{what}. If its download was interrupted, download it again.") from error
@@ -217,18 +213,12 @@ def parse_header(path: Path, raw: bytes, size: int, mode: int = 0o666) -> Shard:
         "".join([*header, *metadata, *metadata.values()]).encode()
     except UnicodeEncodeError as error:
         raise HeaderError(f"{path}: a name holds a lone surrogate, which UTF-8 cannot encode: {error}") from error
-    tensors = [_entry(path, name, entry, base) for name, entry in header.items()]
-    tensors.sort(key=attrgetter("start", "nbytes"))
+    kinds: dict[tuple[Any, ...], _Kind] = {}
+    tensors = [_entry(path, name, entry, base, kinds) for name, entry in header.items()]
+    if any(before.start + before.nbytes != after.start for before, after in pairwise(tensors)):
+        tensors.sort(key=attrgetter("start", "nbytes"))
     _check_contiguous(path, tensors, base, size)
     return Shard(path, {tensor.name: tensor for tensor in tensors}, metadata, size, mode, digest)
-
-
-def digest_of_header(*parts: bytes) -> str:
-    """The digest of a header, given its parts: all bytes before the first tensor."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -238,6 +228,10 @@ class FileLayout:
     header: bytes
     offsets: Mapping[str, int]
     size: int
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_string = json.encoder.encode_basestring  # of one string, what `_json` does
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
@@ -252,15 +246,20 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappi
     Returns:
         The header's bytes, padded to a multiple of 8, and the absolute offset of every tensor.
     """
-    table: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    entries = [f"{_json(METADATA)}:{_json(dict(metadata))}"] if metadata else []
     relative: dict[str, int] = {}
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}  # many tensors have one
     position = 0
     for name, dtype, shape in sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]]):
-        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        if (kind := kinds.get((dtype, shape))) is None:
+            said = f'"dtype":{_json(dtype)},"shape":{_json(shape)}'
+            kind = kinds[dtype, shape] = math.prod(shape) * DTYPE_BITS[dtype] // 8, said
+        nbytes, said = kind
+        # By hand: json would take most of the time of planning half a million tensors.
+        entries.append(f'{_string(name)}:{{{said},"data_offsets":[{position},{position + nbytes}]}}')
         relative[name] = position
         position += nbytes
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return FileLayout(header, {name: len(header) + at for name, at in relative.items()}, len(header) + position)

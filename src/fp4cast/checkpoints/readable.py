@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -10,6 +10,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from fp4cast.formats import Bytes
+
+_GAP = 64 << 10  # bytes between two ranges that may as well be read
+_ADVISED = 8 << 20  # bytes after which another range begins
 
 
 class Readable:
@@ -52,3 +55,17 @@ class ReadableFiles(Protocol):
 
     def prefetch(self, ranges: Iterable[tuple[Path, int, int]]) -> None:
         """Announce ranges (file, first byte, bytes) that this thread will read next."""
+
+
+def merged(ranges: Iterable[tuple[Path, int, int]]) -> Iterator[tuple[Path, int, int]]:
+    """Ranges (file, first byte, bytes) with those in one that nearly follow each other: for advice to the kernel."""
+    path, start, end = None, 0, 0
+    for other, first, nbytes in ranges:
+        if path is not None and (other is not path or not end <= first <= end + _GAP or end - start >= _ADVISED):
+            yield path, start, end - start
+            path = None
+        if path is None:
+            path, start = other, first
+        end = first + nbytes
+    if path is not None:
+        yield path, start, end - start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from fp4cast.cli import interruption
 
 __all__ = ["main"]
@@ -14,6 +16,7 @@ def main() -> None:
     where there is work to stop.
     """
     interruption.take_over()
+    gc.disable()  # while modules are loaded, which is all that is made here
     from fp4cast.cli.app import main as run
 
     run()

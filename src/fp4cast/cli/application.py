@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
+from fp4cast.cli.commands import Helped, hyphens
 from fp4cast.cli.console import exit_with
-from fp4cast.cli.help import Helped
 from fp4cast.cli.options import Log, Quiet, Verbose
 from fp4cast.cli.verbosity import asked
 from fp4cast.errors import Fp4CastError, UsageError
@@ -21,27 +23,18 @@ _COMMON = [
 ]
 
 
-def hyphens(word: str) -> str:
-    """The spelling that names are compared in: `--calib_size`, ModelOpt's, is `--calib-size`."""
-    return word.replace("_", "-")
+def command(cls: type[TyperCommand] = Helped) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the command of its name."""
 
+    def take(function: Callable[..., Any]) -> Any:
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        run, settings = _with_common_options(function), {"token_normalize_func": hyphens}
+        alone.command(cls=cls, context_settings=settings)(run)
+        made: Any = typer.main.get_command(alone)
+        made.kinds = {name: get_args(each)[0] for name, each in run.__annotations__.items()}
+        return made
 
-class Application(typer.Typer):
-    """A Typer whose commands are alike."""
-
-    def command(  # type: ignore[override] # Typer's many settings, as they come
-        self, name: str | None = None, **settings: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a command; arguments as for Typer."""
-        register = super().command(
-            name, **{"cls": Helped, "context_settings": {"token_normalize_func": hyphens}, **settings}
-        )
-
-        def take(function: Callable[..., Any]) -> Callable[..., Any]:
-            register(_with_common_options(function))
-            return function
-
-        return take
+    return take
 
 
 def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +42,9 @@ def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*, quiet: bool, verbose: bool, log: Any, **given: Any) -> None:
+        gc.freeze()  # and back: what was loaded counts as old, and is not looked at at once
+        gc.unfreeze()
+        gc.enable()  # `fp4cast.cli.main` has disabled it
         as_json = bool(given.get("as_json"))
         if quiet and verbose:
             exit_with(UsageError("--quiet and --verbose contradict each other: pass one"), as_json, 2)

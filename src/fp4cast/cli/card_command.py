@@ -7,6 +7,7 @@ from typing import Annotated, TypedDict
 
 import typer
 
+from fp4cast.cli.application import command
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import show_report
 from fp4cast.cli.options import DryRun, Jobs, Json, Source, SourceId
@@ -22,6 +23,7 @@ class CardOptions(TypedDict):
     jobs: int | None
 
 
+@command()
 def card(
     source: Source,
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory that `convert` has made of SRC.")],

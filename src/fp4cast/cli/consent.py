@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -10,7 +11,9 @@ from fp4cast.cli.console import exit_with, people_console, run_or_exit
 from fp4cast.cli.progress import format_bytes
 from fp4cast.errors import UsageError
 from fp4cast.hub.repository import Repository, look_up
-from fp4cast.hub.upload import Place, find_place
+
+if TYPE_CHECKING:
+    from fp4cast.hub.upload import Place
 
 ASK_BYTES = 1_000_000_000  # of a download, from which on the user is asked
 
@@ -42,6 +45,8 @@ def agree_to_push(name: str, what: str, *, public: bool, yes: bool, as_json: boo
         yes: the user has agreed beforehand.
         as_json: see `exit_with`.
     """
+    from fp4cast.hub.upload import find_place
+
     place = run_or_exit(as_json, lambda _: find_place(name, public=public), only_looks=True)
     kind = "public" if place.public else "private"
     there = (

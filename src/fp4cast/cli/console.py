@@ -12,22 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fp4cast import errors
 from fp4cast.cli import interruption
-from fp4cast.cli.display import printable
 from fp4cast.cli.progress import Meter, Steps
-from fp4cast.cli.streams import Output
-from fp4cast.cli.tables import width_of
+from fp4cast.cli.streams import Output, printable
 from fp4cast.cli.verbosity import ASKED, saying
-from fp4cast.conversion.job_array import Part
 from fp4cast.errors import Fp4CastError, UsageError
-from fp4cast.verification.report import Difference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fp4cast.verification.report import Difference
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Done:
         """What is there now and was not before; empty for a command that only looks."""
         if self.result is None:
             return ""
-        if isinstance(self.result, Part):
+        if hasattr(self.result, "parts"):  # of a job array
             return f"part {self.result.part} of {self.result.parts} of {self.result.destination}"
         if self.command == "convert":
             return str(self.result.destination)
@@ -72,6 +71,10 @@ _GO_ON = {  # after a Ctrl-C, where the library does not say more
 
 def people_console(as_json: bool) -> Console:
     """The console for people: stdout, or stderr when stdout carries a JSON document; silent under `--quiet`."""
+    from rich.console import Console
+
+    from fp4cast.cli.tables import width_of
+
     console = Console(stderr=as_json, highlight=False, quiet=ASKED.quiet)
     if width := width_of(console):
         console.width = width
@@ -105,6 +108,9 @@ def _public_name(kind: type[BaseException]) -> str:
 
 
 def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 

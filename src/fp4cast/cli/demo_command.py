@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fp4cast.cli.application import command
 from fp4cast.cli.console import exit_with, people_console, print_json, run_or_exit
 from fp4cast.cli.demo import run_demo
 from fp4cast.cli.display import show_demo
@@ -18,6 +19,7 @@ from fp4cast.errors import DestinationError
 from fp4cast.miniatures import KINDS
 
 
+@command()
 def demo(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the checkpoints in DIR.", show_default="thrown away")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,20 +12,18 @@ from rich.table import Table
 
 from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 from fp4cast.cli.progress import format_bytes
+from fp4cast.cli.streams import printable
 from fp4cast.cli.tables import show_table, show_wrapped
-from fp4cast.conversion.inspection import Inspection
-from fp4cast.conversion.job_array import Part
-from fp4cast.formats import KvCache
-from fp4cast.verification.figures import Fp8Tensor, InexactTensor
-from fp4cast.verification.files import FilesReport
-from fp4cast.verification.report import Difference, Report
+
+if TYPE_CHECKING:
+    from fp4cast.conversion.inspection import Inspection
+    from fp4cast.conversion.job_array import Part
+    from fp4cast.formats import KvCache
+    from fp4cast.verification.figures import Fp8Tensor, InexactTensor
+    from fp4cast.verification.files import FilesReport
+    from fp4cast.verification.report import Difference, Report
 
 _SHOWN = 8
-
-
-def printable(text: str) -> str:
-    """Drop the control characters, which a terminal would obey, from a checkpoint's text."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def show_facts(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

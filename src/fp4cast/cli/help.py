@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
 from rich.theme import Theme
-from typer.core import TyperCommand, TyperGroup
 
+from fp4cast.cli.commands import COMMANDS
 from fp4cast.cli.examples import EXAMPLES
 
 # The groups in their order, and the parameters in each; a parameter that is in none is shown under "Options".
@@ -73,22 +73,6 @@ def entries(rows: list[tuple[str, str]], width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-class Helped(TyperCommand):
-    """A command with such a help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 # typer's boxes do not use it either
-        """Print it."""
-        show_help(self, ctx)
-
-
-class HelpedGroup(TyperGroup):
-    """The group of all commands, with such a help."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
-        """Print it."""
-        show_help(self, ctx)
-
-
 def show_help(command: Any, ctx: Any) -> None:
     """Print a command's help."""
     console = Console(highlighter=_Colours(), theme=_THEME, markup=False, emoji=False)
@@ -125,6 +109,6 @@ def _groups(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
         if record := each.get_help_record(ctx):
             kind = "Arguments" if each.param_type_name == "argument" else "Options"
             groups[kind if ctx.parent is None else _GROUP_OF.get(each.name, kind)].append(_tidy(*record))
-    for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
-        groups.setdefault("Commands", []).append((name, _paragraphs(command.get_command(ctx, name).help)[0]))
+    if ctx.parent is None:
+        groups["Commands"] = [(name, meaning) for name, (_, meaning) in COMMANDS.items()]
     return [(title, rows) for title, rows in groups.items() if rows]

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 
 from fp4cast.casting.inexact import Inexact
+from fp4cast.cli.application import command
 from fp4cast.cli.consent import agree_to_download
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.display import kv_cache_sentence, show_facts, show_inexact, show_next
-from fp4cast.cli.modelopt_options import meaning
+from fp4cast.cli.modelopt_options import PtqCommand, meaning
 from fp4cast.cli.options import DryRun, Jobs, Json, LayoutOption, Overwrite, Source, Yes
 from fp4cast.cli.preview import look_ahead
 from fp4cast.cli.progress import format_bytes
@@ -100,6 +101,7 @@ Nearest = Annotated[
 ]
 
 
+@command(PtqCommand)
 def ptq(
     pyt_ckpt_path: Checkpoint,
     qformat: Format,
@@ -162,6 +164,7 @@ def _options(given: Mapping[str, Any]) -> Options:
     return Options(**{field.name: values[field.name] for field in fields(Options)})
 
 
+@command()
 def calibrate(
     source: Source,
     out: Annotated[Path, typer.Option(metavar="FILE", help="A .json or .safetensors file: module -> amax.")],

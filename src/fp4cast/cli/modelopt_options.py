@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp4cast.cli.commands import Helped
 from fp4cast.cli.console import exit_with
-from fp4cast.cli.help import Helped
 from fp4cast.errors import UsageError
 
 

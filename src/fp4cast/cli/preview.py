@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from fp4cast.cli.console import people_console, print_json, run_or_exit
-from fp4cast.cli.display import left_out_row, printable, show_facts
+from fp4cast.cli.display import left_out_row, show_facts
 from fp4cast.cli.progress import Meter, format_bytes
-from fp4cast.conversion.preview import Preview
+from fp4cast.cli.streams import printable
+
+if TYPE_CHECKING:
+    from fp4cast.conversion.preview import Preview
 
 _SHOWN = 20
 

@@ -6,20 +6,11 @@ import logging
 import threading
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 LOG = logging.getLogger(__name__)
 _PHASES = {
@@ -43,20 +34,14 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-class _Amount(DownloadColumn):
-    """The amount done, in bytes or in the phase's own unit."""
+def _bars(console: Console, kind: str) -> Progress | None:
+    """The bars of that kind; None where there is no terminal, and rich need not be loaded for them."""
+    if not console.is_terminal:
+        return None
+    from fp4cast.cli import bars
 
-    def render(self, task: Task) -> Text:
-        if unit := task.fields.get("unit"):
-            return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {unit}", style="progress.download")
-        return super().render(task)
-
-
-class _Speed(TransferSpeedColumn):
-    """Bytes per second; empty for a phase that does not count bytes."""
-
-    def render(self, task: Task) -> Text:
-        return Text("") if task.fields.get("unit") else super().render(task)
+    made: Progress = getattr(bars, kind)(console)
+    return made
 
 
 class Meter:
@@ -69,22 +54,16 @@ class Meter:
         self.begin: dict[str, float] = {}
         self.last = self.latest = time.monotonic()
         self.bars: dict[str, TaskID] = {}
-        self.progress = Progress(
-            TextColumn("{task.description:>14}"),
-            BarColumn(),
-            _Amount(),
-            _Speed(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.progress = _bars(console, "bars_of_bytes")
 
     def __enter__(self) -> Meter:
-        self.progress.start()
+        if self.progress:
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.progress:
+            self.progress.stop()
 
     def __call__(self, phase: str, amount: int, total: int) -> None:
         """Add the amount just done in a phase, in bytes or in the phase's own unit."""
@@ -94,7 +73,7 @@ class Meter:
             self.begin.setdefault(phase, self.latest)  # a phase began at the previous phase's last report
             self.latest = time.monotonic()
             self.done[phase] += amount
-            if self.console.is_terminal:
+            if self.progress:
                 if phase not in self.bars:
                     title = _PHASES.get(phase, phase)
                     self.bars[phase] = self.progress.add_task(title, total=total, unit=_COUNTED.get(phase))
@@ -122,21 +101,23 @@ class Steps:
 
     def __init__(self, console: Console, every: float = 10.0) -> None:
         self.console, self.every, self.last, self.done = console, every, time.monotonic(), 0
-        columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.bar = self.progress.add_task("working", total=None)
+        self.progress = _bars(console, "bars_of_steps")
+        self.bar = self.progress.add_task("working", total=None) if self.progress else None
 
     def __enter__(self) -> Steps:
-        self.progress.start()
+        if self.progress:
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.progress:
+            self.progress.stop()
 
     def __call__(self, steps: int, total: int) -> None:
         """Add the steps just done."""
         self.done += steps
-        self.progress.update(self.bar, completed=self.done, total=total)
-        if not self.console.is_terminal and time.monotonic() - self.last >= self.every:
+        if self.progress and self.bar is not None:
+            self.progress.update(self.bar, completed=self.done, total=total)
+        elif time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             self.console.print(f"{self.done} of {total} steps")

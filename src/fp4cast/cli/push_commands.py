@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fp4cast.cli.application import command
 from fp4cast.cli.consent import agree_to_push
 from fp4cast.cli.console import people_console, print_json, run_or_exit
-from fp4cast.cli.display import show_facts, show_report
+from fp4cast.cli.display import show_facts
 from fp4cast.cli.options import DryRun, Jobs, Json, Yes
 from fp4cast.cli.preview import tell_preview
 from fp4cast.cli.progress import Meter, format_bytes
@@ -19,9 +20,9 @@ from fp4cast.conversion.push import Pushed, files_to_push
 from fp4cast.conversion.push import push as push_destination
 from fp4cast.errors import Fp4CastError
 from fp4cast.hub.upload import Place
-from fp4cast.verification.report import Report
 
 
+@command()
 def push(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="What `convert` has written.")],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A repository on the Hub, made if need be.")],
@@ -52,18 +53,9 @@ def push(
         show_pushed(people_console(as_json), done)
 
 
-def push_and_show(report: Report, place: Place | None, destination: Path, as_json: bool) -> None:
-    """End `convert`: push DST, if that was asked for, and say what was done."""
-    pushed = _push_to(place, destination, as_json) if place else None
-    if as_json:
-        print_json(report.to_json() | ({"pushed": pushed.to_json()} if pushed else {}))
-        return
-    show_report(people_console(as_json), report, "wrote")
-    if pushed:
-        show_pushed(people_console(as_json), pushed)
+def push_to(place: Place, destination: Path, as_json: bool) -> Pushed:
+    """Push what `convert` has just written."""
 
-
-def _push_to(place: Place, destination: Path, as_json: bool) -> Pushed:
     def work(_: Meter) -> Pushed:
         try:
             return push_destination(destination, place, check=False)

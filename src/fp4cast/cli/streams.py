@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _DRAWN = dict(zip("█━╸╺─│╭╮╰╯┌┐└┘├┤┬┴┼•…", "#---" + "-|" + "+" * 13 + "*.", strict=True))
 
 
+def printable(text: str) -> str:
+    """Drop the control characters, which a terminal would obey, from a checkpoint's text."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def _spell(error: UnicodeError) -> tuple[str, int]:
     """Replace what an encoding lacks: lines and bars by what looks like them, the rest by escapes, as stderr does."""
     if not isinstance(error, UnicodeEncodeError):

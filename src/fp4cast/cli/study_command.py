@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fp4cast.cli.application import command
 from fp4cast.cli.console import people_console, print_json, run_or_exit
 from fp4cast.cli.options import DryRun, Json
 from fp4cast.cli.preview import tell_preview
@@ -15,6 +16,7 @@ from fp4cast.cli.tables import show_table
 from fp4cast.conversion.preview import Preview
 
 
+@command()
 def study(
     out: Annotated[
         Path | None,

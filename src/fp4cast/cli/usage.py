@@ -1,41 +1,14 @@
-"""Wrong usage: for people as typer shows it, for scripts as the one JSON document that `--json` asks for."""
+"""Options of `convert` that contradict each other."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
-
-import typer
 
 from fp4cast.checkpoints.gguf_file import names_gguf
 from fp4cast.cli.console import exit_with
-from fp4cast.cli.help import HelpedGroup
 from fp4cast.errors import UsageError
 from fp4cast.layouts.mlx import MLX
 from fp4cast.parallel.engines import EngineName
-
-_WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy that typer has of it
-
-
-class Commands(HelpedGroup):
-    """The group of all commands."""
-
-    def main(self, *args: Any, **named: Any) -> Any:
-        """Run the command line."""
-        if "--json" not in (named.get("args") or sys.argv[1:]):
-            return super().main(*args, **named)
-        try:
-            code = super().main(*args, **(named | {"standalone_mode": False}))
-        except _WRONG_USAGE as error:
-            message = getattr(error, "format_message", error.__str__)()
-            try:
-                exit_with(UsageError(message), True, 2)
-            except typer.Exit as end:
-                code = end.exit_code
-        except typer.Abort:
-            code = 1
-        sys.exit(code or 0)
 
 
 def refuse_together(

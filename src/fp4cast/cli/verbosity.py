@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING
 
 from fp4cast import __version__
-from fp4cast.cli.display import printable
+from fp4cast.cli.streams import printable
 from fp4cast.errors import DestinationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGE = logging.getLogger("fp4cast")
 LOG = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class _Sentences(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        from rich.markup import escape
+
         text = escape(printable(record.getMessage()))
         start = "[yellow]note:[/]" if record.levelno >= logging.WARNING else f"[dim]{time.strftime('%H:%M:%S')}[/]"
         self.console.print(f"{start} {text}", soft_wrap=True)
@@ -53,6 +56,8 @@ class _Sentences(logging.Handler):
 @contextmanager
 def saying(console: Console) -> Iterator[None]:
     """Print notes, and the steps if they were asked for, while there is work."""
+    from rich.console import Console
+
     handler = _Sentences(Console(stderr=True, highlight=False) if console.quiet else console)
     PACKAGE.addHandler(handler)
     propagate, PACKAGE.propagate = PACKAGE.propagate, False

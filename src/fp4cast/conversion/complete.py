@@ -21,7 +21,6 @@ from fp4cast.errors import CheckpointError, DestinationError, UsageError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
 from fp4cast.verification.figures import Fp8Tensor, InexactTensor
-from fp4cast.verification.files import verify_files
 from fp4cast.verification.report import HalfBlockCounts, Report
 from fp4cast.verification.verify import verify_checkpoint
 
@@ -102,6 +101,8 @@ def as_noted(plan: Plan, destination: Path, jobs: int | None, *, overwrite: bool
     """Like `complete`, by the receipt: the values of the source are not on this machine."""
     if not looks_complete(plan, destination):
         return None
+    from fp4cast.verification.files import verify_files
+
     found = verify_files(destination, jobs=jobs, progress=lambda n, of: progress("check", n, of))
     if overwrite and found.differences:
         return None

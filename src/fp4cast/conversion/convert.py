@@ -14,14 +14,10 @@ from fp4cast.conversion.destination import check_place, real_path
 from fp4cast.conversion.direction import find_direction
 from fp4cast.conversion.early import Early
 from fp4cast.conversion.execute import execute
-from fp4cast.conversion.gguf import convert_gguf
 from fp4cast.conversion.input_scales import InputScalesLike
-from fp4cast.conversion.mlx import convert_mlx
 from fp4cast.conversion.plan import ConvertOptions, Plan, check_unchanged, make_plan
 from fp4cast.conversion.publish import finished, publish
 from fp4cast.conversion.staging import Staging, staging
-from fp4cast.conversion.streaming import convert_streamed
-from fp4cast.conversion.way_back import plan_way_back
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
 from fp4cast.layouts.mlx import MLX
@@ -93,8 +89,7 @@ def convert(
         Fp4CastError: see `fp4cast.errors`; `dst` is as it was before.
     """
     options = ConvertOptions(layout, activations, input_scales, inexact, kv_cache_qformat, card, source_id, to, fp8)
-    run = convert_streamed if stream else convert_checkpoint
-    return run(
+    return way_of(stream)(
         src,
         dst,
         options,
@@ -107,6 +102,15 @@ def convert(
         sync=sync,
         progress=progress,
     )
+
+
+def way_of(stream: bool) -> Callable[..., Report]:
+    """The function that converts: `convert_checkpoint`, or with `stream` the one that downloads shard by shard."""
+    if not stream:
+        return convert_checkpoint
+    from fp4cast.conversion.streaming import convert_streamed  # and what reads from the Hub
+
+    return convert_streamed
 
 
 def convert_checkpoint(
@@ -186,8 +190,23 @@ def _write(
 def _unscaled(src: str | Path, dst: str | Path, options: ConvertOptions) -> Callable[..., Report] | None:
     """What converts into a format without a tensor scale: a GGUF file, or MLX's layout; None for all others."""
     if names_gguf(src, dst):
+        from fp4cast.conversion.gguf import convert_gguf
+
         return convert_gguf
-    return convert_mlx if options.layout == MLX else None
+    if options.layout != MLX:
+        return None
+    from fp4cast.conversion.mlx import convert_mlx
+
+    return convert_mlx
+
+
+def _planner(options: ConvertOptions) -> Callable[..., Plan]:
+    """What plans in the direction that is asked for."""
+    if find_direction(options.to) == "nvfp4":
+        return make_plan
+    from fp4cast.conversion.way_back import plan_way_back
+
+    return plan_way_back
 
 
 def prepare(
@@ -196,8 +215,7 @@ def prepare(
     """(DST without links, the plan): everything that is decided before a byte is written; arguments as in `convert`."""
     source, destination = resolve(src), real_path(dst)
     check_place(source, destination)
-    make = plan_way_back if find_direction(options.to) == "mxfp4" else make_plan
-    plan = make(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
+    plan = _planner(options)(source, options, jobs=jobs, progress=lambda n, total: progress("scan", n, total))
     LOG.info(
         "%s: %s; %d tensors to cast in %d scale domains, %d of them exact; as %s %s",
         source,

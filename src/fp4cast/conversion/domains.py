@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 
 from fp4cast.casting.nearest import choose_nearest, cost_of_nearest
-from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose, outside_window
+from fp4cast.casting.tight_rule import BlockSource, Ints, Scaling, Search, choose, extents_of, outside_window
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.readable import ReadableFiles
@@ -126,10 +127,15 @@ def group_domains(pairs: Sequence[Pair]) -> list[tuple[str, tuple[Pair, ...]]]:
 
 
 def _scan_one(
-    name: str, pairs: tuple[Pair, ...], files: ReadableFiles, nearest: bool, check: Callable[[], None]
+    name: str,
+    pairs: tuple[Pair, ...],
+    extents: Sequence[tuple[int, int]],
+    files: ReadableFiles,
+    nearest: bool,
+    check: Callable[[], None],
 ) -> Domain:
     blocks: list[BlockSource] = [FileBlocks(pair, files, check) for pair in pairs]
-    scaling, search = choose(blocks)
+    scaling, search = choose(blocks, extents)
     if nearest and not scaling.exact:
         scaling = choose_nearest(blocks)
     return Domain(name, pairs, scaling, search, () if search is None else _outside(blocks, pairs, scaling))
@@ -148,6 +154,20 @@ def _outside(sources: Sequence[BlockSource], pairs: Sequence[Pair], scaling: Sca
             found.append((odd + start, chunk[odd]))
         texts.append(join(found).encode(pair.blocks))
     return tuple(texts)
+
+
+def _extents(pairs: Sequence[Pair], files: ReadableFiles, check: Callable[[], None]) -> list[tuple[int, int]]:
+    """The extents of pairs that are small enough to be read together; none where they are not."""
+    check()
+    if sum(pair.blocks for pair in pairs) > tiles.LIMITS.scan_bytes:
+        return []
+    read = [
+        file.read(pair.scales.start, pair.scales.nbytes)
+        for path, group in groupby(pairs, lambda pair: pair.scales.path)
+        for file in [files[path]]
+        for pair in group
+    ]
+    return extents_of(read, [pair.bias for pair in pairs])
 
 
 def find_domains(
@@ -178,7 +198,11 @@ def find_domains(
         def work(part: Sequence[tuple[str, tuple[Pair, ...]]]) -> list[Domain]:
             scales = (pair.scales for _, members in part for pair in members)
             opened.prefetch((tensor.path, tensor.start, tensor.nbytes) for tensor in scales)
-            domains = [_scan_one(name, members, opened, inexact == "nearest", pool.check) for name, members in part]
+            known = iter(_extents([pair for _, members in part for pair in members], opened, pool.check))
+            domains = [
+                _scan_one(name, members, list(islice(known, len(members))), opened, inexact == "nearest", pool.check)
+                for name, members in part
+            ]
             progress(sum(pair.scales.nbytes for domain in domains for pair in domain.pairs), total)
             return domains
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -154,11 +154,11 @@ class Plan:
         digest.update(f"{self.stamps}\n".encode())
         for output in self.shards:
             digest.update(output.file.encode() + output.layout.header)
-            for tensor in output.outputs:
-                if isinstance(tensor.step, Constant):
-                    digest.update(tensor.step.data)
+            constants = (tensor.step for tensor in output.outputs)
+            digest.update(b"".join([step.data for step in constants if isinstance(step, Constant)]))
+        text = lru_cache(str)  # half a million domains have a few scalings
         for domain in self.domains:
-            digest.update(f"{domain.name} {domain.scaling}\n".encode())
+            digest.update(f"{domain.name} {text(domain.scaling)}\n".encode())
         if self.back is not None:
             digest.update(json.dumps(self.back.original.to_json()).encode())
         for name, data in sorted(self.documents.items()):
@@ -224,13 +224,11 @@ def plan_conversion(
         )
     target, selection, notes = quantize_attention(source, target, castable(source, target), options.fp8)
     amax = _activation_scales(target, options.input_scales, selection.modules)
-    new: dict[str, list[Output]] = fp8_outputs(selection)
     found = find_domains(selection.cast, inexact=options.inexact, jobs=jobs, progress=progress, files=reader)
     domains = tuple(_storable(domain, target) for domain in found)
-    for domain in domains:
-        for pair in domain.pairs:
-            new |= _outputs(pair, domain, target, amax)
+    new = fp8_outputs(selection) | _new(domains, target, amax)
     shards = tuple(place(source.checkpoint, new, kv_constants(source.checkpoint, target)))
+    del new  # before the index, which takes as much, is made
     table = index(shards)
     files = documents(
         source.checkpoint, target, selection.modules, selection.replaced, bank=source.family.bank, fp8=selection.fp8
@@ -279,6 +277,15 @@ def _storable(domain: Domain, target: Target) -> Domain:
         return domain
     seen = 1.0 / float(np.float32(1.0 / scaling.tensor_scale))
     return replace(domain, scaling=replace(scaling, tensor_scale=seen))
+
+
+def _new(domains: Iterable[Domain], target: Target, amax: InputScales | None) -> dict[str, list[Output]]:
+    """All new tensors, by the name of the source tensor that they replace."""
+    new: dict[str, list[Output]] = {}
+    for domain in domains:
+        for pair in domain.pairs:
+            new |= _outputs(pair, domain, target, amax)
+    return new
 
 
 def _outputs(pair: Pair, domain: Domain, target: Target, amax: InputScales | None) -> dict[str, list[Output]]:

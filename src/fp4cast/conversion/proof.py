@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fp4cast.checkpoints.directory import CONFIG
-from fp4cast.checkpoints.header import digest_of_header
+from fp4cast.checkpoints.raw_header import digest_of_header
 from fp4cast.conversion.direction import WayBack
 from fp4cast.conversion.plan import Plan
 from fp4cast.parallel.engines import Engine

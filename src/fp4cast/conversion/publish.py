@@ -18,7 +18,6 @@ from fp4cast.checkpoints.json_files import read_json
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
-from fp4cast.conversion.proof import announce, prove
 from fp4cast.conversion.staging import Staging
 from fp4cast.errors import CheckpointError, VerificationError
 from fp4cast.formats import NV_BLOCK
@@ -65,6 +64,8 @@ def publish(
     """
     report = _report(plan, destination, shards)
     if plan.back is not None:
+        from fp4cast.conversion.proof import announce
+
         report = announce(plan.back, report)
     files = stage.write_documents(plan.documents, plan.companions, plan.source.checkpoint, place=plan.place)
     files |= {name: shard.checksum for name, shard in shards.items()}
@@ -75,6 +76,8 @@ def publish(
         look = look or partial(_look, plan, stage, engine, lambda n, of: progress("verify", n, of))
         report = _verified(plan, stage, report, look())
     if verify and plan.back is not None:
+        from fp4cast.conversion.proof import prove
+
         report = prove(plan, plan.back, report, engine, lambda n, of: progress("check", n, of))
     LOG.info("%s: %d files, %s", stage.out, len(files) + 1, "compared with the source" if verify else "not read back")
     stage.publish(plan.source.checkpoint.path, overwrite=overwrite)

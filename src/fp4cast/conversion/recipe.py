@@ -274,4 +274,4 @@ def index(shards: Iterable[OutputShard]) -> dict[str, bytes]:
         return {}
     total = sum(shard.layout.size - len(shard.layout.header) for shard in files)
     weight_map = {output.name: shard.file for shard in files for output in shard.outputs}
-    return {INDEX: index_bytes(total, dict(sorted(weight_map.items())))}
+    return {INDEX: index_bytes(total, weight_map)}

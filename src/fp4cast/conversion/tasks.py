@@ -53,6 +53,9 @@ def pieces(shard: OutputShard) -> Iterator[Piece]:
 def _tasks(shard: OutputShard) -> Iterator[Task]:
     for offset, step in _joined(shard):
         units, size = _units(step)
+        if units * size <= tiles.LIMITS.write_bytes:
+            yield Task(offset, step, 0, units, units * size)
+            continue
         for first, last in spans(0, units, tiles.LIMITS.write_bytes // size):
             yield Task(offset, step, first, last, (last - first) * size)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fp4cast.checkpoints.card_files import PICTURE, behind_card
 from fp4cast.checkpoints.directory import CONFIG, QUANT_CONFIG, RECEIPT, Checkpoint, gc_paused, open_checkpoint, stamp
-from fp4cast.checkpoints.header import UNQUANTIZED, digest_of_header, lay_out
+from fp4cast.checkpoints.header import UNQUANTIZED, lay_out
 from fp4cast.checkpoints.json_files import json_bytes
 from fp4cast.checkpoints.quantization_config import (
     drop_quantization_configs,
@@ -22,6 +22,7 @@ from fp4cast.checkpoints.quantization_config import (
     misplaced_quantization_configs,
     set_quantization_config,
 )
+from fp4cast.checkpoints.raw_header import digest_of_header
 from fp4cast.conversion.destination import companions_to_carry
 from fp4cast.conversion.direction import WayBack
 from fp4cast.conversion.outside import decode

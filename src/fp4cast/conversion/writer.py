@@ -5,9 +5,10 @@ No step holds more than a tile of one tensor. A worker's memory is bounded by tw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from operator import add
 from typing import Any
 
@@ -25,6 +26,7 @@ from fp4cast.conversion.fp8_blocks import Fp8Of, fp8_codes, fp8_noise, fp8_scale
 from fp4cast.conversion.nvfp4_blocks import exponents_of, parts
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, Constant, CopyOf, FromModel, OriginalOf
 from fp4cast.conversion.tasks import Piece, Task
+from fp4cast.conversion.together import groups, is_small, write_together
 from fp4cast.formats import E2M1, MX_BLOCK_BYTES, Bytes
 from fp4cast.parallel.progress import Advance
 from fp4cast.parallel.ranges import spans
@@ -87,7 +89,16 @@ class Writer:
 
     def write(self, piece: Piece) -> Tallies:
         """Write a piece's tasks; returns `tallies`."""
-        for task in piece:
+        for small, run in groupby(piece, is_small):
+            if small:
+                for group in groups(list(run)):
+                    self.progress(write_together(group, self.files, self.target))
+            else:
+                self._alone(run)
+        return self.tallies
+
+    def _alone(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
             match task.step:
                 case CopyOf(path, start):
                     first, nbytes = task.first, task.last - task.first
@@ -107,7 +118,6 @@ class Writer:
                     self._scales(task, step)
                 case CodesOf() as step:
                     self._codes(task, step)
-        return self.tallies
 
     def _original(self, task: Task, step: OriginalOf) -> None:
         """E8M0 bytes or codes of an MXFP4 tensor; block scales are read only where they decide, and so are codes."""

@@ -6,7 +6,7 @@ Families are recognised by tensor names *and* dtypes; a config alone proves noth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint
 from fp4cast.checkpoints.header import Tensor
@@ -58,15 +58,16 @@ def read_source(checkpoint: Checkpoint) -> Source:
     raise UnsupportedError(f"{checkpoint.path}: {what}. {hint}")
 
 
-def _has_codes(family: Family, tensor: Tensor) -> bool:
-    """Whether a tensor is named and typed like the family's codes."""
-    return tensor.dtype in family.codes.dtypes and tensor.name.endswith(family.codes.text)
+def _codes(family: Family, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are named and typed like the family's codes."""
+    suffix, dtypes = family.codes
+    return ((name, tensor) for name, tensor in tensors.items() if tensor.dtype in dtypes and name.endswith(suffix))
 
 
 def _matches(family: Family, tensors: Mapping[str, Tensor]) -> bool:
     """Whether some codes are the family's, with scales of the family's dtype (or without any known scales)."""
-    for name, tensor in tensors.items():
-        if _has_codes(family, tensor) and re.search(family.module, name):
+    for name, _ in _codes(family, tensors):
+        if re.search(family.module, name):
             module = name.removesuffix(family.codes.text)
             scales = tensors.get(module + family.scales.text)
             if scales is not None and scales.dtype in family.scales.dtypes:
@@ -84,9 +85,7 @@ def _find_pairs(family: Family, tensors: Mapping[str, Tensor], bias: int) -> dic
         ShapeError: codes and scales that do not fit together.
     """
     pairs: dict[str, Pair] = {}
-    for name, codes in tensors.items():
-        if not _has_codes(family, codes):
-            continue
+    for name, codes in _codes(family, tensors):
         module = name.removesuffix(family.codes.text)
         scales = tensors.get(module + family.scales.text)
         if scales is None and family.ambiguous and not re.search(family.module, name):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import CONFIG, SINGLE, Checkpoint, gc_paused
-from fp4cast.checkpoints.header import Shard, header_bytes, parse_header
+from fp4cast.checkpoints.header import Shard, parse_header
 from fp4cast.checkpoints.index import INDEX, check_index, weight_map
 from fp4cast.checkpoints.instead import refuse_without_weights
 from fp4cast.checkpoints.json_files import DOCUMENT, parse_json
+from fp4cast.checkpoints.raw_header import header_bytes
 from fp4cast.errors import CheckpointError, IndexFileError
 from fp4cast.hub.ranges import RemoteFiles
 from fp4cast.parallel.workers import workers

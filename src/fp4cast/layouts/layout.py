@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from fp4cast.checkpoints.directory import Checkpoint
@@ -43,21 +43,16 @@ class Form:
 
     def names(self, module: str) -> Names:
         """The names of a module's four tensors."""
-        return Names(*(module + suffix for suffix in self.suffixes))
+        codes, block_scale, tensor_scale, input_scale = self.suffixes
+        return Names(module + codes, module + block_scale, module + tensor_scale, module + input_scale)
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the packed codes of a weight [.., N, K]."""
-        return self._oriented(shape, 2)
+        return _kinds(self, shape)[0][1]
 
     def block_scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the E4M3 block scales of a weight [.., N, K]."""
-        return self._oriented(shape, NV_BLOCK)
-
-    def _oriented(self, shape: tuple[int, ...], weights: int) -> tuple[int, ...]:
-        """The stored shape, with one byte for `weights` weights along K."""
-        *bank, rows, columns = shape
-        columns //= weights
-        return (*bank, columns, rows) if self.transposed else (*bank, rows, columns)
+        return _kinds(self, shape)[1][1]
 
     @property
     def scalar_shape(self) -> tuple[int, ...]:
@@ -68,11 +63,21 @@ class Form:
         self, module: str, shape: tuple[int, ...], activations: Activations
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of every tensor of a weight [.., N, K], by name; W4A16 has no input scale."""
-        shapes = (self.codes_shape(shape), self.block_scale_shape(shape), self.scalar_shape, self.scalar_shape)
-        table = dict(zip(self.names(module), zip(DTYPES, shapes, strict=True), strict=True))
-        if activations == "w4a16":
-            del table[self.names(module).input_scale]
-        return table
+        kinds = _kinds(self, shape) if activations == "w4a4" else _kinds(self, shape)[:-1]
+        return dict(zip(self.names(module), kinds, strict=False))
+
+
+@lru_cache(maxsize=1024)
+def _kinds(form: Form, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(dtype, shape) of the four tensors of a weight [.., N, K]."""
+    *bank, rows, columns = shape
+
+    def oriented(weights: int) -> tuple[int, ...]:
+        """The stored shape, with one byte for so many weights along K."""
+        bytes_ = columns // weights
+        return (*bank, bytes_, rows) if form.transposed else (*bank, rows, bytes_)
+
+    return tuple(zip(DTYPES, (oriented(2), oriented(NV_BLOCK), form.scalar_shape, form.scalar_shape), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -138,11 +137,19 @@ def kernel() -> Kernel | None:
 def _correct(found: Kernel) -> bool:
     """Whether the kernel finds each of some differences, and nothing else."""
     try:
-        with tempfile.TemporaryFile() as a, tempfile.TemporaryFile() as b:
+        with _scratch() as a, _scratch() as b:
             files = [file.fileno() for file in (a, b)]
             return _finds_in_files(found, files) and (compiled_comparison() is None or _finds_turned(found, files[0]))
-    except OSError:
-        return False  # nowhere to write
+    except (OSError, AttributeError):  # nowhere to write, or no POSIX
+        return False
+
+
+def _scratch() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fp4cast"), "r+b")
+    import tempfile  # slow to load
+
+    return tempfile.TemporaryFile()
 
 
 def _expected(exponents: int) -> Pairs:

@@ -25,7 +25,7 @@ from fp4cast.parallel.progress import Advance, ignore
 from fp4cast.parallel.ranges import spans
 from fp4cast.verification.compiled import Place, same_blocks, same_bytes, same_turned, step_of
 from fp4cast.verification.rounding import Nearness
-from fp4cast.verification.values import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal
+from fp4cast.verification.values import Blocks, Comparison, ScaleTables, compare_blocks, energy, equal, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _decode_blocks(
     found.see_codes(source_codes)
     exponents = _read(files, pair.scales, first, n, BUFFERS.exponents)
     scales = _read(files, converted.scales, 2 * first, 2 * n, BUFFERS.scales).reshape(n, 2)
-    if tables.plain(scales) and equal(source_codes, codes) and np.array_equal(tables.expected(exponents), scales):
+    if plain(scales) and equal(source_codes, codes) and np.array_equal(tables.expected(exponents), scales):
         found.verbatim += 2 * n
     else:
         compare_blocks(Blocks(partial(add, first), source_codes, exponents, codes, scales), tables, found)
@@ -182,7 +182,7 @@ def _decode_band(
     source_codes = _rows(files, pair.codes, tiling, band, BUFFERS.source)
     found.see_codes(source_codes)
     expected = tables.expected(exponents).reshape(band.rows, -1)
-    if tables.plain(scales) and is_transpose(expected, scales) and is_transpose(source_codes, codes):
+    if plain(scales) and is_transpose(expected, scales) and is_transpose(source_codes, codes):
         found.verbatim += 2 * band.width * band.rows
         return
     blocks = Blocks(

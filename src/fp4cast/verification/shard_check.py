@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
+
+import numpy as np
 
 from fp4cast.checkpoints import tiles
 from fp4cast.checkpoints.byte_ranges import Files
 from fp4cast.checkpoints.header import Tensor
+from fp4cast.checkpoints.neighbours import read_ranges
 from fp4cast.formats import usable_scale
 from fp4cast.parallel.ranges import grouped, spans
 from fp4cast.parallel.workers import Workers
 from fp4cast.verification.fast_path import Converted, compare_bytes, compare_units, count_units, energy_of_units
 from fp4cast.verification.fp8_blocks import Fp8Comparison, Fp8Weight, compare_stripes
+from fp4cast.verification.together import MOST, MOST_BLOCKS, compare_together, is_small
 from fp4cast.verification.values import Comparison
 
 
@@ -68,20 +73,31 @@ class _Units:
 def check_shard(work: ShardWork, pool: Workers) -> ShardFindings:
     """Compare everything in `work`."""
     with Files() as files:
-        scales = [_scales(converted, files) for converted in work.converted]
+        scales = _scales(work, files)
         pool.advance(sum(4 for stored in scales for scale in stored if scale is not None))
         comparisons = _compare_values(work, scales, files, pool)
         copies = _compare_copies(work, files, pool)
         return ShardFindings(comparisons, scales, copies, _compare_fp8(work, files, pool))
 
 
-def _scales(converted: Converted, files: Files) -> StoredScales:
-    scalar = converted.input_scale
-    return StoredScales(_scalar(converted.tensor_scale, files), None if scalar is None else _scalar(scalar, files))
+def _scales(work: ShardWork, files: Files) -> list[StoredScales]:
+    """The scalars of every cast tensor; a shard has them side by side."""
+    tensors = [each.tensor_scale for each in work.converted]
+    inputs = [each.input_scale for each in work.converted]
+    stored = _scalars(tensors, files)
+    others = iter(_scalars([tensor for tensor in inputs if tensor is not None], files))
+    return [
+        StoredScales(scale, None if tensor is None else next(others))
+        for scale, tensor in zip(stored, inputs, strict=True)
+    ]
 
 
-def _scalar(tensor: Tensor, files: Files) -> float:
-    return float(files[tensor.path].read(tensor.start, 4).view("<f4")[0])
+def _scalars(tensors: list[Tensor], files: Files) -> list[float]:
+    values = np.empty(len(tensors), "<f4")
+    view = values.data.cast("B")
+    read_ranges(files, [(each.path, each.start, view[4 * i : 4 * i + 4]) for i, each in enumerate(tensors)])
+    found: list[float] = values.tolist()
+    return found
 
 
 def _compare_values(
@@ -89,14 +105,31 @@ def _compare_values(
 ) -> list[Comparison | None]:
     comparisons = [Comparison() if usable_scale(stored.tensor_scale) else None for stored in scales]
 
+    def multiplier(number: int) -> float:
+        stored = scales[number].tensor_scale
+        return 1.0 / stored if work.converted[number].form.reciprocal else stored
+
+    def alone(units: _Units) -> Comparison:
+        number = units.number
+        return compare_units(work.converted[number], units.first, units.last, multiplier(number), files, pool.advance)
+
+    def together(group: list[_Units]) -> Iterator[tuple[int, Comparison]]:
+        numbers = [units.number for units in group]
+        tensors, factors = [work.converted[i] for i in numbers], list(map(multiplier, numbers))
+        found = compare_together(tensors, factors, files, pool.advance)
+        for units, comparison in zip(group, found, strict=True):
+            yield units.number, comparison or alone(units)
+
     def compare(piece: list[_Units]) -> list[tuple[int, Comparison]]:
-        found = []
+        found: list[tuple[int, Comparison]] = []
         with pool.one_at_a_time_if_many(len(piece)):
-            for units in piece:
-                converted, stored = work.converted[units.number], scales[units.number].tensor_scale
-                scale = 1.0 / stored if converted.form.reciprocal else stored
-                comparison = compare_units(converted, units.first, units.last, scale, files, pool.advance)
-                found.append((units.number, comparison))
+            for small, run in groupby(piece, lambda units: is_small(work.converted[units.number])):
+                if small:
+                    sized = ((units, work.converted[units.number].pair.blocks) for units in run)
+                    for group in grouped(sized, MOST_BLOCKS, MOST):
+                        found += together(group)
+                else:
+                    found += ((units.number, alone(units)) for units in run)
         return found
 
     for found in pool.map(compare, grouped(_value_units(work, comparisons), tiles.LIMITS.compare_bytes)):
@@ -153,5 +186,8 @@ def _copy_units(work: ShardWork) -> Iterator[tuple[_Units, int]]:
 
 
 def _cut(number: int, units: int, size: int) -> Iterator[tuple[_Units, int]]:
+    if units * size <= tiles.LIMITS.compare_bytes:
+        yield _Units(number, 0, units), units * size
+        return
     for first, last in spans(0, units, tiles.LIMITS.compare_bytes // size):
         yield _Units(number, first, last), (last - first) * size

@@ -152,9 +152,10 @@ class ScaleTables:
         twice *= np.uint16(0x0101)
         return twice.view(np.uint8).reshape(-1, 2)
 
-    def plain(self, scales: Bytes) -> bool:
-        """Whether no scale is NaN, negative, or so small that Marlin kernels lose it."""
-        return bool(scales.min() >= _MARLIN_SMALLEST and scales.max() < _NAN)
+
+def plain(scales: Bytes) -> bool:
+    """Whether no scale is NaN, negative, or so small that Marlin kernels lose it."""
+    return bool(scales.min() >= _MARLIN_SMALLEST and scales.max() < _NAN)
 
 
 def equal(a: Bytes, b: Bytes) -> bool:
