@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+import fp4cast
 from fp4cast import miniatures as mini
 from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.directory import open_checkpoint
@@ -38,6 +39,11 @@ FAMILY = {
 def test_families_are_recognised(miniatures, kind):
     source = read_source(open_checkpoint(miniatures[kind]))
     assert (source.family.name, len(source.pairs)) == FAMILY[kind]
+
+
+def test_inspect_says_that_mlx_has_a_layout_of_its_own(miniatures):
+    assert ["--layout mlx" in note for note in fp4cast.inspect(miniatures["mlx-mxfp4"]).notes] == [True]
+    assert not fp4cast.inspect(miniatures["dense"]).notes
 
 
 def small(tmp_path, tensors, config=None):

@@ -14,6 +14,7 @@ from fp4cast.conversion.domains import Domain, find_domains
 from fp4cast.conversion.gguf_plan import listed_types, make_plan
 from fp4cast.errors import Fp4CastError
 from fp4cast.families.family import Source
+from fp4cast.families.mlx import MLX
 from fp4cast.families.recognise import read_source
 from fp4cast.hub.opened import CONNECTIONS, open_repository
 from fp4cast.hub.ranges import RemoteFiles
@@ -24,6 +25,10 @@ from fp4cast.layouts.choose import targets_of
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target, castable
 from fp4cast.parallel.progress import AdvanceOf, ignore
+
+_MLX_NOTE = (
+    "--layout mlx makes MLX's own nvfp4 of it, which has no tensor scale; the layouts above are for other engines"
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ def _inspect(
         },
         targets=targets,
         refused=[_refusal(source, target) for target in targets],
+        notes=[_MLX_NOTE] if source.family.name == MLX.name else [],
     )
 
 
