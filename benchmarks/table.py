@@ -67,6 +67,7 @@ class Row(NamedTuple):
 
 SUMMARY = (
     Row("convert", ("convert",), "ratio", "time, `convert --no-verify`", "`cp -r` of the checkpoint", True),
+    Row("convert", ("convert, verified",), "ratio", "time, `convert`", "`cp -r` of the checkpoint", True),
     Row("verify", ("verify",), "percent", "speed, `verify`", "`cat` of both checkpoints", False),
     Row("memory", ("convert", "verify"), "percent", "peak memory, 2 workers", "300 MB + 64 MB a worker", True),
     Row("peer", ("fp4cast, verified",), "faster", "speed, `convert`", "nvidia-modelopt 0.47", False),

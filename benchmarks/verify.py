@@ -1,4 +1,6 @@
-"""Claim: verifying runs at 70 % of the speed of reading. `fp4cast verify SRC DST` beside `cat` of all their files.
+"""Claim: verifying runs at 70 % of the speed of reading from a disk, and at 85 % in memory.
+
+`fp4cast verify SRC DST` beside `cat` of all their files.
 
     python benchmarks/verify.py [--dir DIR] [--repeat 3] [--cold] [--layers 24] [--gb 10] [--json FILE] [CASE ...]
 
@@ -19,7 +21,7 @@ from common import FP4CAST, Sample, alternate, claim, summary, timed, verified
 from convert import main, source
 from host import cache_state, files, prepare, size
 
-LIMIT = 70.0  # percent of the speed of cat
+LIMITS = {"disk": 70.0, "memory": 85.0}  # percent of the speed of cat
 
 
 def measure(case: str, root: Path, args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def measure(case: str, root: Path, args: argparse.Namespace, facts: dict[str, An
         "cache": cache_state(facts, args.cold, nbytes),
         "ceiling": "cat",
         "rows": rows,
-        "claims": [claim("verify", "seconds", "percent", LIMIT, most=False)],
+        "claims": [claim("verify", "seconds", "percent", LIMITS[facts["storage"]], most=False)],
     }
 
 
