@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
 import fp4cast
+from fp4cast.cards.metadata import front_matter
 from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.conversion import job_array
 from fp4cast.errors import UsageError
@@ -340,3 +341,10 @@ def test_a_bad_scale_does_not_reach_the_card(source, tmp_path):
     with pytest.raises(fp4cast.Fp4CastError):
         fp4cast.convert(source, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
+
+
+def test_metadata_are_spelled_as_huggingface_hub_spells_them():
+    odd = ["no", "1e3", "a: b", "ä", "👀", "#x", "'", '"', "", " y ", "- z", "x" * 200, "2026-11-25", "a\tb"]
+    values = {"license": "apache-2.0", "tags": odd, "base_model": "acme/tiny", "library_name": "no", "language": ["no"]}
+    expected = ModelCardData(**values).to_yaml(original_order=list(values))
+    assert front_matter(values) == f"---\n{expected}\n---\n"

@@ -113,7 +113,7 @@ def test_a_conversion_needs_no_more_than_it_does(miniatures, tmp_path, as_json):
     rooms = "cli.push_commands conversion.job_array conversion.preview conversion.streaming hub.download hub.ranges"
     assert not found & {f"fp4cast.{name}" for name in f"{rooms} hub.upload miniatures verification.files".split()}
     with_card = loaded("convert", miniatures["kimi-k3"], tmp_path / "b")
-    assert not with_card & HEAVY and "yaml" in with_card, "huggingface_hub writes a card's metadata with it"
+    assert not with_card & (HEAVY | {"huggingface_hub"}) and "yaml" in with_card, "for a card's metadata"
 
 
 def test_the_list_of_commands_says_what_their_helps_say():

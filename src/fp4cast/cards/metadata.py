@@ -1,4 +1,4 @@
-"""A card's metadata, in the Hub's conventions: written, and read from the source's card, with huggingface_hub."""
+"""A card's metadata, in the Hub's conventions: written, and read from the source's card with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -61,12 +61,10 @@ def metadata(subject: Subject) -> dict[str, Any]:
 
 
 def front_matter(values: Mapping[str, Any]) -> str:
-    """The YAML block that begins a card; huggingface_hub quotes what needs it."""
-    from huggingface_hub import ModelCardData
+    """The YAML block that begins a card, as huggingface_hub's ModelCardData has it, without loading that."""
+    import yaml
 
-    card = ModelCardData(**values)
-    lines = card.to_yaml(original_order=list(values))
-    return f"---\n{lines}\n---\n"
+    return f"---\n{yaml.dump(dict(values), sort_keys=False, allow_unicode=True).strip()}\n---\n"
 
 
 def licence(subject: Subject) -> dict[str, str]:

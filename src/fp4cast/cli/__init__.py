@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 from fp4cast.cli import interruption
 
@@ -16,6 +17,7 @@ def main() -> None:
     where there is work to stop.
     """
     interruption.take_over()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's own threads, for which there is no work
     gc.disable()  # while modules are loaded, which is all that is made here
     from fp4cast.cli.app import main as run
 

@@ -5,6 +5,7 @@ Exit status: 0 done and true; 1 it could not be done, or a check failed; 2 wrong
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Annotated
 
@@ -46,4 +47,5 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:  # how typer ends, always
+        gc.freeze()  # the interpreter, which ends now, need not look for cycles in all that there is
         sys.exit(finish_output(output, int(end.code or 0)))

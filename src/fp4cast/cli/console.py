@@ -75,7 +75,7 @@ def people_console(as_json: bool) -> Console:
 
     from fp4cast.cli.tables import width_of
 
-    console = Console(stderr=as_json, highlight=False, quiet=ASKED.quiet)
+    console = Console(stderr=as_json, highlight=False, emoji=False, quiet=ASKED.quiet)
     if width := width_of(console):
         console.width = width
     return console
@@ -111,7 +111,7 @@ def _print_error(message: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fp4cast.casting.tight_rule import MARLIN_BINADES, WINDOW
 from fp4cast.cli.progress import format_bytes
@@ -16,6 +15,8 @@ from fp4cast.cli.streams import printable
 from fp4cast.cli.tables import show_table, show_wrapped
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fp4cast.conversion.inspection import Inspection
     from fp4cast.conversion.job_array import Part
     from fp4cast.formats import KvCache
@@ -89,6 +90,8 @@ def _exact_sentence(exact: int, total: int) -> str:
 
 def _spreads(info: Inspection) -> Table:
     """A chart of the exponents: how many domains span how many binades, and the two windows."""
+    from rich.table import Table
+
     counts = Counter(domain.spread for domain in info.domains)
     table = Table(title="spread of the exponents, in binades", title_justify="left", box=None, pad_edge=False)
     table.add_column("spread", justify="right")

@@ -14,7 +14,7 @@ from fp4cast.checkpoints.transpose import compiled
 from fp4cast.extras import install_line
 from fp4cast.verification.compiled import kernel
 
-CORE = ("numpy", "typer", "rich", "huggingface_hub", "xxhash")
+CORE = ("numpy", "typer", "rich", "huggingface_hub", "pyyaml", "xxhash")
 EXTRAS = {
     "ptq": ("torch", "transformers", "accelerate", "safetensors"),
     "datasets": ("datasets",),

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 PIPE = 10_000  # columns: nothing is folded where nobody reads it in columns
@@ -32,7 +31,7 @@ def _folds(text: str, room: int) -> list[int]:
 
 def show_wrapped(console: Console, name: str, text: str, indent: int) -> None:
     """Print a name and, from a column on, a text in markup: folded between words, never inside one."""
-    whole = Text.from_markup(text)
+    whole = Text.from_markup(text, emoji=False)
     for number, line in enumerate(whole.divide(_folds(whole.plain, console.width - indent))):
         start = Text(("" if number else name).ljust(indent), style="dim")
         line.rstrip()
@@ -53,7 +52,8 @@ def show_table(
     """
     cells, numeric = [list(row) for row in rows], set(right)
     widths = [
-        max(cell_len(Text.from_markup(cell).plain) for cell in column) for column in zip(columns, *cells, strict=True)
+        max(cell_len(Text.from_markup(cell, emoji=False).plain) for cell in column)
+        for column in zip(columns, *cells, strict=True)
     ]
     console.print(f"[italic]{title}[/]", soft_wrap=True)
     if sum(widths) + _GAP * (len(widths) - 1) > console.width:
@@ -62,6 +62,8 @@ def show_table(
             named = zip(columns[1:], others, strict=True)
             show_wrapped(console, "", ", ".join(f"{name} {cell}".strip() for name, cell in named), 4)
         return
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
         table.add_column(column, justify="right" if number in numeric else "left", no_wrap=True, min_width=width)

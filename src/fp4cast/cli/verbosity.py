@@ -58,7 +58,7 @@ def saying(console: Console) -> Iterator[None]:
     """Print notes, and the steps if they were asked for, while there is work."""
     from rich.console import Console
 
-    handler = _Sentences(Console(stderr=True, highlight=False) if console.quiet else console)
+    handler = _Sentences(Console(stderr=True, highlight=False, emoji=False) if console.quiet else console)
     PACKAGE.addHandler(handler)
     propagate, PACKAGE.propagate = PACKAGE.propagate, False
     try:
