@@ -18,7 +18,6 @@ from fp4cast.study.tensors import Mxfp4, Values, quantize
 _BLOCKS = 8192
 _RICH = (1, 2, 3, 4, 5, 6, 7)  # every magnitude but zero
 _REAL_ROWS = 8192
-_RARE = "N(0, 0.02²), 2 of 524,288 blocks 18 and 19 binades down: as rare as where gpt-oss-120b has any"
 
 
 def tensor(rng: Rng, exponents: Sequence[int] | Ints, members: Sequence[Sequence[int]]) -> Mxfp4:
@@ -58,9 +57,9 @@ def _words(codes: Sequence[int]) -> str:
     return "{" + ", ".join((".5", "1", "1.5", "2", "3", "4", "6")[code - 1] for code in codes) + "}"
 
 
-def _bank(members: int, binades: int) -> Values:
+def _bank(members: int, binades: int, std: float = 1.0) -> Values:
     """[members, 256, 1024]: each matrix 2^-binades times as loud as the one before, so each alone is narrow."""
-    x = generator(f"bank of {members}").standard_normal((members, 256, 1024), dtype=np.float32)
+    x = generator(f"bank of {members}").standard_normal((members, 256, 1024), dtype=np.float32) * np.float32(std)
     return np.asarray(np.ldexp(x, -binades * np.arange(members)[:, None, None]))
 
 
@@ -140,9 +139,16 @@ def _domains(names: Sequence[str], together: str, binades: int) -> Iterator[Scen
         yield Scenario(name, about, lambda _, i=i: quantize(_bank(many, binades)[i : i + 1]), 256 * 1024)  # type: ignore[misc]
 
 
+def _loudness(name: str, std: float, about: str) -> Scenario:
+    about = f"4 experts, each an eighth as loud as the one before, the first N(0, {about})"
+    return Scenario(name, about, lambda _: quantize(_bank(4, 3, std)), 1 << 20)
+
+
 ADDED = (
     *_domains([f"expert {i} apart" for i in range(1, 5)], "experts, one domain", 9),
     *_domains(["gate apart", "up apart"], "gate and up, one domain", 17),
+    _loudness("quiet bank", 0.02, "0.02²"),
+    _loudness("loud bank", 2048, "2048²"),
     Scenario("zero blocks", "N(0, 1), 5 % blocks of zeros under bytes 0 and 254", _zero_blocks),
     _between((112, 127)),
     _between((-127, -112)),
@@ -167,5 +173,6 @@ ADDED = (
         _real,
         _REAL_ROWS * 256,
         extra=("wordllama", "gfloat"),
+        weights=lambda _: _wordllama(),
     ),
 )

@@ -14,7 +14,17 @@ from functools import lru_cache
 import numpy as np
 
 from fp4cast.casting.nearest import choose_nearest, encode
-from fp4cast.casting.tight_rule import E_MAX, E_MIN, WINDOW, ArrayBlocks, Ints, halve, scale_table
+from fp4cast.casting.tight_rule import (
+    E_MAX,
+    E_MIN,
+    WINDOW,
+    ArrayBlocks,
+    Ints,
+    Scaling,
+    choose_unscaled,
+    halve,
+    scale_table,
+)
 from fp4cast.formats import E2M1, E4M3, E8M0_BIAS, MX_BLOCK, TENSOR_TOP, Bytes, pack, unpack
 from fp4cast.study.tensors import Mxfp4, Nvfp4, magnitudes, nearest
 
@@ -172,8 +182,19 @@ def closed_form(source: Mxfp4) -> Nvfp4:
 
 def tight(source: Mxfp4) -> Nvfp4:
     """Algorithm 4: the tight rule, then the nearest values where no m is exact."""
-    blocks = ArrayBlocks("tensor", source.codes, source.exponents)
-    scaling = choose_nearest([blocks])
+    return _encoded(source, choose_nearest([_blocks(source)]))
+
+
+def unscaled(source: Mxfp4) -> Nvfp4:
+    """Algorithm 4 where nothing holds a tensor scale: S = 1, as in GGUF's gpt-oss and MLX's nvfp4."""
+    return _encoded(source, choose_unscaled([_blocks(source)])[0])
+
+
+def _blocks(source: Mxfp4) -> ArrayBlocks:
+    return ArrayBlocks("tensor", source.codes, source.exponents)
+
+
+def _encoded(source: Mxfp4, scaling: Scaling) -> Nvfp4:
     encoded = encode(source.codes, source.exponents, scaling)
     return Nvfp4(encoded.codes, encoded.block_scales, scaling.tensor_scale, scaling.m)
 

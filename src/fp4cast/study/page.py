@@ -12,8 +12,9 @@ from fp4cast.errors import DestinationError
 from fp4cast.extras import require
 from fp4cast.study.algorithms import TITLES
 from fp4cast.study.html import html
+from fp4cast.study.mixed import FORMATS
 from fp4cast.study.plots import PLOTS, draw
-from fp4cast.study.words import ALGORITHMS, PICTURES, conclusion, gain
+from fp4cast.study.words import ALGORITHMS, MIXED, PICTURES, conclusion, gain, only_scaled, without_scale
 
 FILES = (*(f"{name}.svg" for name in PLOTS), "index.md", "index.html", "study.json")
 
@@ -41,11 +42,11 @@ def _overview(document: Document) -> str:
             _shape(each),
             str(each["spread"]),
             f"{each['outside']:,}\u00a0of\u00a0{each['blocks']:,}",
-            *map(_snr, each["algorithms"].values()),
+            *map(_snr, (*each["algorithms"].values(), each["unscaled"])),
         ]
         for each in document["scenarios"]
     ]
-    return _table(["scenario", "what", "shape", "spread", "outside", *TITLES], rows)
+    return _table(["scenario", "what", "shape", "spread", "outside", *TITLES, "S = 1"], rows)
 
 
 def _details(document: Document) -> str:
@@ -64,6 +65,20 @@ def _winners(document: Document) -> str:
     counts = Counter(", ".join(each["winners"]) for each in document["scenarios"])
     rows = [[names, str(count)] for names, count in counts.most_common()]
     return _table(["algorithms with the least squared error", "scenarios"], rows)
+
+
+def _unscaled(document: Document) -> str:
+    """What is exact under some S and not under 1: the exponents say why."""
+    rows = [
+        [each["name"], f"{each['k_min']} to {each['k_max']}".replace("-", "−"), _snr(each["unscaled"])]
+        for each in only_scaled(document)
+    ]
+    return _table(["scenario", "exponents", "S = 1, dB"], rows)
+
+
+def _mixed(document: Document) -> str:
+    rows = [[each["name"], *(f"{snr:.1f}" for snr in each["snr_db"].values())] for each in document["mixed"]]
+    return _table(["weights", *FORMATS], rows)
 
 
 def _claims(document: Document) -> str:
@@ -110,6 +125,21 @@ def _proof() -> str:
     return text.replace("## ", "#### ")
 
 
+def _other_formats(document: Document) -> str:
+    """What families bring beside one tensor scale for each domain: none at all, and FP8."""
+    return f"""## Without a tensor scale
+
+{without_scale(document)}
+{_folded(f"{len(only_scaled(document))} tensors that are exact, but not with S = 1", _unscaled(document))}
+## Attention in FP8
+
+{MIXED}
+{_mixed(document)}
+Errors of FP8 go with each weight, those of 4 bits with the largest of its block; a cast adds none to MXFP4's. Where one
+weight holds nearly all the energy, its own rounding is all that is seen, and NVFP4's scales fit it best.
+"""
+
+
 def markdown(document: Document) -> str:
     """The page, with pictures as files beside it."""
     picture = {name: f"![{each.alt(document)}]({name}.svg)\n\n*{each.caption}*\n" for name, each in PICTURES.items()}
@@ -136,6 +166,7 @@ Inside of the window of 18 offsets every half-block keeps its codes. A half-bloc
 ## Where m lands
 
 {picture["landing"]}
+{_other_formats(document)}
 ## The claims
 
 {_claims(document)}

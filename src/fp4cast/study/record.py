@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from fp4cast.casting.tight_rule import E_MAX
-from fp4cast.study.algorithms import ALGORITHMS, sweep_errors
+from fp4cast.study.algorithms import ALGORITHMS, sweep_errors, unscaled
 from fp4cast.study.measure import Errors, measure
 from fp4cast.study.scenarios import Scenario
 from fp4cast.study.tensors import Nvfp4
@@ -28,6 +28,7 @@ class Record:
         best_m: every m under which Algorithm 3 errs least.
         scales: (m or None, S) by algorithm.
         errors: by algorithm.
+        unscaled: of Algorithm 4 with S = 1, which competes with none.
     """
 
     scenario: Scenario
@@ -39,6 +40,7 @@ class Record:
     best_m: tuple[int, ...]
     scales: dict[str, tuple[int | None, float]]
     errors: dict[str, Errors]
+    unscaled: Errors
 
     @property
     def spread(self) -> int:
@@ -68,18 +70,20 @@ class Record:
             "outside": self.outside,
             "winners": self.winners(),
             "sweep_best_m": [self.best_m[0], self.best_m[-1]],
-            "algorithms": {
-                name: {
-                    "m": self.scales[name][0],
-                    "tensor_scale": self.scales[name][1],
-                    "mse": errors.mse,
-                    "max_abs_error": float(errors.largest),
-                    "snr_db": errors.snr_db,
-                    "exact": errors.exact,
-                }
-                for name, errors in self.errors.items()
-            },
+            "algorithms": {name: _result(*self.scales[name], errors) for name, errors in self.errors.items()},
+            "unscaled": _result(0, 1.0, self.unscaled),
         }
+
+
+def _result(m: int | None, tensor_scale: float, errors: Errors) -> dict[str, Any]:
+    return {
+        "m": m,
+        "tensor_scale": tensor_scale,
+        "mse": errors.mse,
+        "max_abs_error": float(errors.largest),
+        "snr_db": errors.snr_db,
+        "exact": errors.exact,
+    }
 
 
 def examine(scenario: Scenario) -> Record:
@@ -98,4 +102,5 @@ def examine(scenario: Scenario) -> Record:
         tuple(m for m, error in sweep.items() if error == least),
         {name: (each.m, each.tensor_scale) for name, each in written.items()},
         {name: measure(source, each) for name, each in written.items()},
+        measure(source, unscaled(source)),
     )

@@ -40,6 +40,7 @@ class Scenario:
         elements: how many weights it has.
         original: whether it is one of the 27.
         extra: what must be installed for it, by module; most need nothing.
+        weights: makes what was quantized; None where the blocks themselves are made up.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Scenario:
     elements: int = _ROWS * _COLUMNS
     original: bool = False
     extra: tuple[str, ...] = ()
+    weights: Make | None = None
 
     def make(self, seed: int = SEED) -> Mxfp4:
         """The tensor; another seed makes another of its kind (but for experts, gate and up, and real weights)."""
@@ -140,7 +142,7 @@ def single_outlier(rng: Rng, outlier: float = 1e4) -> Values:
 
 def _original(name: str, about: str, make: Make, shape: tuple[int, ...] = (_ROWS, _COLUMNS)) -> Scenario:
     elements = int(np.prod(shape))
-    return Scenario(name, about, lambda rng: quantize(make(rng), shape), elements, original=True)
+    return Scenario(name, about, lambda rng: quantize(make(rng), shape), elements, True, weights=make)
 
 
 ORIGINAL = (

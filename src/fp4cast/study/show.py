@@ -21,10 +21,15 @@ def _snr(result: dict[str, Any]) -> str:
 def show(console: Console, document: dict[str, Any], out: Path | None, show_table: Callable[..., None]) -> None:
     """Signal to noise of every scenario under every algorithm, then the claims."""
     rows = [
-        (each["name"], str(each["spread"]), f"{each['outside']:,}", *map(_snr, each["algorithms"].values()))
+        (
+            each["name"],
+            str(each["spread"]),
+            f"{each['outside']:,}",
+            *map(_snr, (*each["algorithms"].values(), each["unscaled"])),
+        )
         for each in document["scenarios"]
     ]
-    columns = ("scenario", "spread", "outside", *TITLES)
+    columns = ("scenario", "spread", "outside", *TITLES, "S = 1")
     show_table(console, "signal to noise, dB", columns, rows, right=range(1, len(columns)))
     console.print()
     for claim in document["claims"]:

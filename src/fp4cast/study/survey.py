@@ -16,6 +16,7 @@ from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.study.added import ADDED
 from fp4cast.study.brute_force import disagreements, exactness_map
 from fp4cast.study.claims import Facts, claims
+from fp4cast.study.mixed import MIXED, compare
 from fp4cast.study.record import examine
 from fp4cast.study.scenarios import LARGE, ORIGINAL, SEED, Scenario
 from fp4cast.study.sweeps import SPREADS, exact_by_seed, gains, outliers, spread_curve, window_costs
@@ -58,8 +59,10 @@ def study(quick: bool = False, progress: AdvanceOf = lambda _done, _total: None)
         curve[str(spread)] = errors
         progress(1, total)
     wide = next(scenario for scenario in ORIGINAL if scenario.name == "spread 18")
+    mixed = [compare(scenario) for scenario in chosen if scenario.name in MIXED]
     facts = Facts(
         records,
+        mixed,
         seeds,
         exact_by_seed(seeds),
         outliers(4 if quick else 16),
@@ -72,6 +75,7 @@ def study(quick: bool = False, progress: AdvanceOf = lambda _done, _total: None)
         "seed": SEED,
         "quick": quick,
         "scenarios": [record.to_json() for record in records],
+        "mixed": [each.to_json() for each in mixed],
         "claims": [claim.to_json() for claim in claims(facts)],
         "left_out": {name: reason for name, reason in reasons.items() if reason} | _unjudged(quick),
         "spread_curve": curve,

@@ -25,6 +25,13 @@ ALGORITHMS = """\
   as {2, 4, 6} under s is {1, 2, 3} under 2s. If none is, the scales and codes of least squared error, and any S.
 """
 
+MIXED = """\
+Weights that never had 4 bits, such as attention beside experts, can become FP8 (`fp4cast convert --fp8 attention`):
+E4M3 codes under a scale for each block of 128 × 128, 8 bits for a weight. That is rounding, not casting. Here are the
+weights of some scenarios as BF16, before they were MXFP4, in FP8, in MXFP4 (4.25 bits) and in standard NVFP4 (4.5
+bits). Signal to noise, in dB:
+"""
+
 
 def exact_in(document: Document, name: str) -> int:
     """How many scenarios an algorithm casts exactly."""
@@ -50,6 +57,24 @@ dequantizing them and quantizing them again is lossy for {lossy}** ({_median_snr
 The blocks of the other {len(own)} span more than the 17 binades that NVFP4's scales can follow. Of those, fp4cast's
 Algorithm 4 casts {exact["4"]} exactly, the original's Algorithm 3 casts {exact["3"]}, and Algorithm 2
 {exact["2-search"]}; 4 is {never}. The claims below: {claims}.
+"""
+
+
+def only_scaled(document: Document) -> list[Document]:
+    """The scenarios that are exact under some tensor scale, and not under 1."""
+    scenarios = document["scenarios"]
+    return [each for each in scenarios if each["algorithms"]["4"]["exact"] and not each["unscaled"]["exact"]]
+
+
+def without_scale(document: Document) -> str:
+    """What S = 1 keeps, in a paragraph."""
+    scenarios, lost = document["scenarios"], len(only_scaled(document))
+    exact = sum(each["unscaled"]["exact"] for each in scenarios)
+    return f"""Some files hold no tensor scale, as GGUF's of gpt-oss and MLX's nvfp4: S is 1, and the window is 2^−9 to
+2^8 itself. Exactness then depends on how loud weights are, not on their spread alone. With S = 1, Algorithm 4 casts
+{exact} of {len(scenarios)} tensors exactly; with another S it casts {lost} more. Those got the nearest values that
+block scales alone allow: what is far too loud is cut off, what is far too quiet becomes zero. fp4cast writes no such
+file: it stops, and names the tensors.
 """
 
 
