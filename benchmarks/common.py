@@ -39,6 +39,7 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "work_seconds": ("work only", lambda v: f"{v:.2f} s"),
     "bytes_per_second": ("rate", lambda v: f"{v / 1e9:.2f} GB/s" if v >= 1e8 else f"{v / 1e6:.2f} MB/s"),
     "ratio": ("x ceiling", lambda v: f"{v:.2f} x"),
+    "read_ratio": ("bytes read", lambda v: f"{v:.2f} x"),
     "percent": ("of ceiling", lambda v: f"{v:.1f} %"),
     "faster": ("x as fast", lambda v: f"{v:.1f} x"),
     "work_faster": ("x, work only", lambda v: f"{v:.1f} x"),

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -164,3 +166,33 @@ def mounted(path, *options):
 
 
 root_only = pytest.mark.skipif(os.geteuid() != 0 or not MOUNT, reason="only root may mount")
+
+
+# The first shard is written at once, the second waits to be interrupted.
+SLOW = """
+import sys, time
+from fp4cast.conversion import execute as executing
+from fp4cast.cli.app import main
+write = executing.write_shard
+def slow(shard, *rest):
+    if shard.file.startswith("model-00001"):
+        print("waiting", file=sys.stderr, flush=True)
+        while True:
+            time.sleep(0.01)
+            rest[1](0)
+    return write(shard, *rest)
+executing.write_shard = slow
+main()
+"""
+
+
+def started(source, destination):
+    """A conversion of gpt-oss that has written one of its two shards and waits in the other."""
+    command = [sys.executable, "-c", SLOW, "convert", source, destination, "--jobs", "2", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    note = destination.parent / f".{destination.name}.fp4cast" / "model-00000-of-00002.safetensors.done"
+    deadline = time.monotonic() + 30
+    while not note.exists():
+        assert time.monotonic() < deadline, process.poll()
+        time.sleep(0.01)
+    return process

@@ -17,7 +17,7 @@ import common
 import fp4cast
 import table
 
-SCRIPTS = ("bytes", "convert", "cores", "memory", "peer", "scale", "serve", "startup", "verify")
+SCRIPTS = ("bytes", "convert", "cores", "disks", "memory", "peer", "scale", "serve", "startup", "verify")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

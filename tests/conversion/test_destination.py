@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fp4cast
-from fp4cast.checkpoints.byte_ranges import exchange
+from fp4cast.checkpoints.file_system import exchange
 from fp4cast.conversion.destination import foreign_files, mount_points
 from fp4cast.errors import DestinationError
 from fp4cast.verification.receipt import Receipt

@@ -284,14 +284,14 @@ def test_nothing_finished_leaves_nothing(miniatures, tmp_path, monkeypatch):
 
 
 def test_a_part_that_fails_leaves_the_others_work(miniatures, tmp_path):
-    plan_of = working_directory.enter(miniatures["dense"], tmp_path / "dst", shared=True)
+    lock = working_directory.enter(miniatures["dense"], tmp_path / "dst", shared=True)
     try:
         with pytest.raises(DestinationError, match="are needed there"), pytest.MonkeyPatch.context() as patch:
             patch.setattr("fp4cast.conversion.staging.FREE_MARGIN", 1 << 60)
             job_array.convert_part(miniatures["dense"], tmp_path / "dst", 1, 1)
         assert (tmp_path / ".dst.fp4cast").exists()
     finally:
-        os.close(plan_of)
+        lock.release()
 
 
 def test_nobody_else_may_enter_the_working_directory(state):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fp4cast.checkpoints.file_system import is_remote
 from fp4cast.checkpoints.readable import Readable, merged
 from fp4cast.errors import CheckpointError, PlatformError
 from fp4cast.formats import Bytes
@@ -23,6 +23,7 @@ from fp4cast.parallel.progress import Advance, ignore
 CHUNK_BYTES = 8 << 20  # bytes that one step of reading or copying holds in memory
 COPY_BYTES = 64 << 20  # bytes that the kernel copies between two reports of progress
 _POSIX = ("preadv", "pwrite", "geteuid", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK")  # where they are, fcntl is, too
+AHEAD_BYTES = 128 << 10  # bytes of a file that the kernel reads ahead by itself, unless somebody has set more
 MAX_OPEN = 16  # files that stay open: more than the shards that one step of the work looks into
 
 
@@ -101,7 +102,9 @@ class File(Readable):
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         self.path = path
-        self._close = weakref.finalize(self, os.close, self.fd)
+        self.remote = is_remote(os.fstat(self.fd).st_dev)
+        # Not os.close: on a disk that has gone it fails, where nobody may be there to catch that.
+        self._close = weakref.finalize(self, os.closerange, self.fd, self.fd + 1)
 
     def __enter__(self) -> File:
         return self
@@ -122,6 +125,7 @@ class File(Readable):
     def read_into(self, start: int, out: Bytes) -> None:
         """Fill a contiguous array from `start` on."""
         view, done = out.data.cast("B"), 0
+        self.announce(start, len(view))
         while done < len(view):
             try:
                 got = os.preadv(self.fd, [view[done:]], start + done)
@@ -145,10 +149,19 @@ class File(Readable):
         return out
 
     def prefetch(self, start: int, nbytes: int) -> None:
-        """Ask the kernel to begin reading bytes that are needed soon."""
+        """Ask the kernel to begin reading bytes that are needed soon, all at the same time.
+
+        For one call it reads no more than it reads ahead, so it is called for each part of that size.
+        """
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # it is only advice
-                os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+                for at in range(start, start + nbytes, AHEAD_BYTES):
+                    os.posix_fadvise(self.fd, at, min(AHEAD_BYTES, start + nbytes - at), os.POSIX_FADV_WILLNEED)
+
+    def announce(self, start: int, nbytes: int) -> None:
+        """Prefetch what is read next from far; of a disk the kernel reads enough ahead by itself."""
+        if self.remote and nbytes > AHEAD_BYTES:
+            self.prefetch(start, nbytes)
 
 
 class Files:
@@ -195,6 +208,8 @@ def copy_range(
 ) -> None:
     """Copy bytes between files, inside the kernel if it can, else through one small buffer.
 
+    From far it reads hardly ahead, and writes pieces that end within pages, which are read back later, one by one.
+
     Args:
         source: the file to read.
         start: first byte there.
@@ -203,7 +218,7 @@ def copy_range(
         nbytes: how many.
         progress: called with the number of bytes just copied; may raise to stop.
     """
-    done, in_kernel = 0, True
+    done, in_kernel = 0, not source.remote
     while done < nbytes:
         if in_kernel:
             got = _kernel_copy(source, start + done, target, offset + done, min(COPY_BYTES, nbytes - done))
@@ -278,16 +293,3 @@ def sync_path(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Exchange two paths in one step; False where the system or the file system cannot.
-
-    Source of the constants: Linux, renameat2(2).
-    """
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False  # no Linux, or a C library before glibc 2.28
-    at_cwd, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), ctypes.c_uint(flag)) == 0)

@@ -16,7 +16,7 @@ from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import Constant, OutputShard
 from fp4cast.conversion.staging import GuidedError
-from fp4cast.conversion.working_directory import alone, enter, plan_of, remove, state_of, sweep
+from fp4cast.conversion.working_directory import enter, plan_of, remove, state_of, sweep
 from fp4cast.errors import CheckpointError, DestinationError, UsageError
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import Progress
@@ -197,7 +197,7 @@ def _remove_left(plan: Plan, destination: Path) -> None:
     if marked(plan, destination):
         lock = enter(plan.source.checkpoint.path, destination, shared=False)
         try:
-            if alone(lock, shared=False):
+            if lock.alone():
                 remove(state_of(destination))
         finally:
-            os.close(lock)
+            lock.release()

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fp4cast.checkpoints.byte_ranges import exchange, sync_path, write_file, write_whole
+from fp4cast.checkpoints.byte_ranges import sync_path, write_file, write_whole
 from fp4cast.checkpoints.checksums import Checksum, checksum_of_bytes
 from fp4cast.checkpoints.directory import CONFIG, Checkpoint
+from fp4cast.checkpoints.file_system import exchange, free_bytes
 from fp4cast.conversion.companions import copy_companion
 from fp4cast.conversion.destination import check_destination
+from fp4cast.conversion.lock import CLAIMS
 from fp4cast.conversion.working_directory import (
-    alone,
     clear,
-    describe,
-    drop_unfinished,
     enter,
     finished_shards,
+    leave,
     note_of,
     notes_of_comparisons,
     plan_of,
@@ -83,7 +82,7 @@ class Staging:
         (self.out / CONFIG).unlink(missing_ok=True)  # first of all: what goes piece by piece must not be loadable
         notes = {note_of(self.state, shard).name for shard in shards}
         streamed = {"downloads", *notes_of_comparisons(self.state)} if shards else set()
-        clear(self.state, keep=notes | streamed | {"lock", "out"})
+        clear(self.state, keep=notes | streamed | {"lock", CLAIMS, "out"})
         clear(self.out, keep=shards)
         write_whole(self.state / "plan", fingerprint.encode())
 
@@ -208,7 +207,7 @@ class Staging:
 
 def require_space(destination: Path, place: Path, size: int) -> None:
     """Raise a DestinationError if so many bytes, and some to spare, are not free where a place lies."""
-    needed, free = FREE_MARGIN + size, shutil.disk_usage(place).free
+    needed, free = FREE_MARGIN + size, free_bytes(place)
     if needed > free:
         raise DestinationError(f"{destination}: {needed / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
 
@@ -273,27 +272,11 @@ def staging(
         yield Staging(destination, state, state / "out", sync=sync)
     except OSError as error:
         failure = DestinationError(f"{error.filename or destination}: {error.strerror or error}")
-        _leave(failure, destination, keep=keep, alone=alone(lock, shared))
+        leave(failure, destination, lock, keep=keep, guided=False)
         raise failure from error
     except BaseException as error:
-        _leave(error, destination, keep=keep, alone=alone(lock, shared))
+        guided = isinstance(error, GuidedError)
+        leave(error, destination, lock, keep=keep or guided, guided=guided)
         raise
     finally:
-        os.close(lock)
-
-
-def _leave(error: BaseException, destination: Path, *, keep: bool, alone: bool) -> None:
-    """Leave finished shards, and say where they are; leave nothing else, unless others are at work."""
-    state = state_of(destination)
-    if (old := state / "old").exists():
-        if not destination.exists():
-            error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
-    elif finished_shards(state) and (keep or isinstance(error, GuidedError)):
-        if alone:
-            drop_unfinished(state)
-        if not isinstance(error, GuidedError):
-            error.add_note(f"Nothing incomplete was published. {describe(state)}")
-    elif alone:
-        remove(state)
-        if isinstance(error, KeyboardInterrupt):
-            error.add_note("No shard was finished; nothing is left; the same command begins anew.")
+        lock.release()

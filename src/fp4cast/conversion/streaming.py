@@ -6,7 +6,6 @@ they lie in the working directory beside DST, where a later run takes them up.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fp4cast.checkpoints.directory import Checkpoint, Stamps
+from fp4cast.checkpoints.file_system import free_bytes
 from fp4cast.checkpoints.header import read_header
 from fp4cast.conversion.compared import Notes
 from fp4cast.conversion.complete import as_noted, check_resumption, may_be_complete
@@ -211,10 +211,10 @@ class _Run:
                     return
                 coming.start(file)
 
-    def _free(self, coming: Downloads) -> int:
+    def _free(self, coming: Downloads) -> float:
         """Bytes of the disk that nothing is meant for."""
         waiting = sum(shard.layout.size for shard in self.plan.shards if shard.file not in self.finished)
-        return shutil.disk_usage(self.stage.out).free - FREE_MARGIN - waiting - coming.on_the_way
+        return free_bytes(self.stage.out) - FREE_MARGIN - waiting - coming.on_the_way
 
     def _do(self, coming: Downloads, turn: Turn) -> None:
         """Write a shard and compare what can be compared then."""

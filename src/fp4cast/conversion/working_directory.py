@@ -17,10 +17,11 @@ from pathlib import Path
 
 from fp4cast.checkpoints.byte_ranges import require_posix
 from fp4cast.checkpoints.directory import CONFIG
+from fp4cast.conversion.lock import CLAIMS, Lock
 from fp4cast.errors import DestinationError
 
 LOG = logging.getLogger(__name__)
-_CONTENTS = {"lock", "plan", "out", "old", "downloads", CONFIG}
+_CONTENTS = {"lock", CLAIMS, "plan", "out", "old", "downloads", CONFIG}
 _ENDINGS = (".done", ".compared", ".partial", ".new")  # all that may be left where a run was killed while it cleared up
 _ATTEMPTS = 5  # to enter, while others that are done remove theirs
 
@@ -46,7 +47,7 @@ def note_of(state: Path, file: str) -> Path:
     return state / f"{file}.done"
 
 
-def enter(source: Path, destination: Path, *, shared: bool) -> int:
+def enter(source: Path, destination: Path, *, shared: bool) -> Lock:
     """Make the working directory, if need be, and take its lock.
 
     Args:
@@ -55,7 +56,7 @@ def enter(source: Path, destination: Path, *, shared: bool) -> int:
         shared: other processes may work in it at the same time.
 
     Returns:
-        The lock's descriptor.
+        The lock, to be released.
 
     Raises:
         DestinationError: it cannot be made or used, or another process works in it.
@@ -72,53 +73,14 @@ def enter(source: Path, destination: Path, *, shared: bool) -> int:
             state.mkdir(mode=0o700, exist_ok=True)
             try:
                 (state / "out").mkdir(mode=mode, exist_ok=True)
-                if (lock := _lock(state, shared)) is not None:
-                    return lock
+                return Lock.take(state, shared)
             except FileNotFoundError:
                 continue  # another process has just removed it
-            break
+            except DestinationError as error:
+                raise DestinationError(f"{destination}: {error}") from None
     except OSError as error:
         raise DestinationError(f"{state}: cannot be made: {error.strerror}") from error
     raise DestinationError(f"{destination}: another fp4cast is writing it ({state})")
-
-
-def _lock(state: Path, shared: bool) -> int | None:
-    """The descriptor of the lock; None if another process has it.
-
-    Raises:
-        FileNotFoundError: the directory has been removed meanwhile.
-    """
-    import fcntl  # Windows has none, and imports this module, too
-
-    path = state / "lock"
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), path.stat()):  # still the one that others would open
-            return lock
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    except FileNotFoundError:
-        os.close(lock)
-        raise
-    except OSError:
-        return lock  # a file system without locks, as on many clusters
-    os.close(lock)
-    raise FileNotFoundError(path)
-
-
-def alone(lock: int, shared: bool) -> bool:
-    """Whether no other process works there; none can begin to from now on."""
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return not shared  # a file system without locks
-    return True
 
 
 def _check_ours(state: Path) -> None:
@@ -127,7 +89,7 @@ def _check_ours(state: Path) -> None:
     Raises:
         DestinationError: it is one of these.
     """
-    for path in (state, *(state / name for name in ("out", "old", "downloads", "plan", "lock"))):
+    for path in (state, *(state / name for name in ("out", "old", "downloads", CLAIMS, "plan", "lock"))):
         try:
             status = path.lstat()  # once: another process may be removing it
         except FileNotFoundError:
@@ -208,6 +170,38 @@ def drop_unfinished(state: Path) -> None:
         for path in state.glob(f"*{ending}"):
             with suppress(OSError):
                 path.unlink()
+
+
+def leave(error: BaseException, destination: Path, lock: Lock, *, keep: bool, guided: bool) -> None:
+    """Leave finished shards, and say where they are; leave nothing else, unless others are at work.
+
+    Args:
+        error: what ended the run; what is left is added to it.
+        destination: DST.
+        lock: the run's.
+        keep: whether finished shards stay.
+        guided: the error says itself what to do next.
+    """
+    try:
+        _leave(error, destination, lock, keep=keep, guided=guided)
+    except OSError as failure:  # a disk that has gone, maybe
+        error.add_note(f"{state_of(destination)}: could not be looked at ({failure.strerror}); work may be left there.")
+
+
+def _leave(error: BaseException, destination: Path, lock: Lock, *, keep: bool, guided: bool) -> None:
+    state = state_of(destination)
+    if (old := state / "old").exists():
+        if not destination.exists():
+            error.add_note(f"What {destination} was is in {old}; the next run puts it back.")
+    elif finished_shards(state) and keep:
+        if lock.alone():
+            drop_unfinished(state)
+        if not guided:
+            error.add_note(f"Nothing incomplete was published. {describe(state)}")
+    elif lock.alone():
+        remove(state)
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note("No shard was finished; nothing is left; the same command begins anew.")
 
 
 def describe(state: Path) -> str:

@@ -172,12 +172,20 @@ class Writer:
         tiling = step.pair.tiling
         for index in range(task.first, task.last):
             tile = tiling[index]
+            self._announce(step, tiling, tile)
             turned = BUFFERS.tile(tile.width * size, tile.rows)
             for top, bottom in spans(tile.top, tile.bottom, tiling.band_rows):
                 band = self._band(step, tiling, tile.band(top, bottom))
                 columns = slice(top - tile.top, bottom - tile.top)
                 transpose(band.reshape(bottom - top, tile.width * size), turned[:, columns])
             self._put_turned(task.offset + turned_offset(tiling, tile, size), tiling, turned)
+
+    def _announce(self, step: Computed, tiling: Tiling, tile: Tile) -> None:
+        """Say that a tile is read next, band by band; where its rows are apart, each is read by itself."""
+        tensor, size = (step.pair.codes, MX_BLOCK_BYTES) if isinstance(step, CodesOf) else (step.pair.scales, 1)
+        if tile.width == tiling.blocks:
+            start = tensor.start + int(block_number(tiling, tile, 0)) * size
+            self.files[tensor.path].announce(start, tile.rows * tile.width * size)
 
     def _put_turned(self, offset: int, tiling: Tiling, turned: Bytes) -> None:
         if turned.shape[1] == tiling.rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4cast.checkpoints.directory import OTHER_FORMATS
+from fp4cast.checkpoints.file_system import free_bytes
 from fp4cast.errors import CheckpointError, DestinationError
 from fp4cast.hub.client import client_utils, explaining, patiently
 from fp4cast.hub.repository import Repository
@@ -46,7 +46,7 @@ def download_small(repository: Repository, directory: Path) -> Path:
 
     directory.mkdir()
     needed = sum(stored.size for file, stored in repository.files.items() if not file.endswith(".safetensors"))
-    if needed > (free := shutil.disk_usage(directory).free):
+    if needed > (free := free_bytes(directory)):
         raise DestinationError(
             f"{directory}: {needed / 1e9:.2f} GB are needed there for the files beside the weights of {repository}, "
             f"{free / 1e9:.2f} GB are free; name another place with TMPDIR"

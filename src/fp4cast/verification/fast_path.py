@@ -116,7 +116,9 @@ def _compare_chunk(converted: Converted, unit: int, tables: ScaleTables, files: 
     pair, at, size = converted.pair, unit * tiles.LIMITS.compare_blocks, MX_BLOCK_BYTES
     end = min(at + tiles.LIMITS.compare_blocks, pair.blocks)
     read = (end - at) * (2 * size + 3)
-    step = step_of(end - at)
+    step, n = step_of(end - at), end - at
+    _announce(files, (pair.codes, at * size, n * size), (pair.scales, at, n))
+    _announce(files, (converted.codes, at * size, n * size), (converted.scales, 2 * at, 2 * n))
     while at < end:
         same, found.zeros = same_blocks(
             (
@@ -158,6 +160,9 @@ def _compare_tile(converted: Converted, tile: Tile, tables: ScaleTables, files: 
     pair, tiling, at = converted.pair, converted.pair.tiling, tile.top
     codes = _turned(files, converted.codes, tiling, tile, BUFFERS.codes)
     scales = _turned(files, converted.scales, tiling, tile, BUFFERS.scales)
+    if tile.width == tiling.blocks:  # its rows lie one after the other
+        first, blocks = _number(tiling, tile, 0), tile.rows * tile.width
+        _announce(files, (pair.codes, first * MX_BLOCK_BYTES, blocks * MX_BLOCK_BYTES), (pair.scales, first, blocks))
     while at < tile.bottom:
         block = _number(tiling, tile.band(at, tile.bottom), 0)
         places = (_place(files, pair.codes, block * MX_BLOCK_BYTES), _place(files, pair.scales, block))
@@ -206,6 +211,12 @@ def _place(files: Files, tensor: Tensor, start: int) -> Place:
     return Place(files[tensor.path], tensor.start + start)
 
 
+def _announce(files: Files, *ranges: tuple[Tensor, int, int]) -> None:
+    """Say which bytes (tensor, first, how many) are read next, a step at a time."""
+    for tensor, first, nbytes in ranges:
+        files[tensor.path].announce(tensor.start + first, nbytes)
+
+
 def _read(files: Files, tensor: Tensor, start: int, nbytes: int, buffer: Buffer) -> Bytes:
     return files[tensor.path].read(tensor.start + start, nbytes, buffer)
 
@@ -243,6 +254,7 @@ def compare_bytes(
 ) -> int | None:
     """Position of the first byte of [start, start + nbytes) in which two tensors of one size differ, or None."""
     for first, last in spans(start, start + nbytes, tiles.LIMITS.copy_bytes):
+        _announce(files, (a, first, last - first), (b, first, last - first))
         at = first + same_bytes(_place(files, a, first), _place(files, b, first), last - first)
         if at < last:
             left = _read(files, a, at, last - at, BUFFERS.source)
