@@ -61,3 +61,13 @@ def served(behind, path, seconds=SECONDS, **settings):
         server.kill()
         _, said = server.communicate(timeout=10)
     assert "Traceback" not in said, said
+
+
+def on(disk, source):
+    """A copy of a checkpoint on the disk."""
+    shutil.copytree(source, disk.behind / "src")
+    return disk.path / "src"
+
+
+def left(disk):
+    return sorted(path.name for path in disk.path.iterdir())
