@@ -16,7 +16,7 @@ Each message names the file and the tensor, what was expected, what was found, a
      ├── DatasetError            calibration data that cannot be read, or holds no text
      ├── DestinationError        the destination exists, is locked, or belongs to another conversion
      ├── QuantizerError          a model whose quantizers are not calibrated, or do not match its checkpoint
-     ├── EngineError             a cluster that cannot do the work, or lost it too often
+     ├── EngineError             a cluster or worker process that cannot do the work, or lost it
      ├── MissingExtraError       an optional package that is not installed
      ├── PlatformError           a system without the calls of POSIX that checkpoints are read and written with
      └── VerificationError       the written values differ from the source's
@@ -103,7 +103,7 @@ class QuantizerError(Fp4CastError):
 
 
 class EngineError(Fp4CastError):
-    """A cluster that cannot do the work, or lost it too often."""
+    """A cluster or a worker process that cannot do the work, or lost it."""
 
 
 class MissingExtraError(Fp4CastError):

@@ -3,7 +3,7 @@
 import pytest
 
 import fp4cast
-from fp4cast.conversion import early as module
+from fp4cast.conversion import compare_shard
 from fp4cast.conversion.early import Early
 from fp4cast.errors import VerificationError
 from fp4cast.miniatures import KINDS
@@ -24,7 +24,7 @@ def compared(monkeypatch):
 
         monkeypatch.setattr(place, "check_shard", check)
 
-    watch(module, "early")
+    watch(compare_shard, "early")
     watch(findings, "end")
     return seen
 

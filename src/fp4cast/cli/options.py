@@ -27,7 +27,7 @@ Jobs = Annotated[
         "--jobs",
         "-j",
         min=1,
-        help="Worker threads; 1 works in the main thread.",
+        help="Worker threads, in several processes where there is much to do; 1 works in the main thread.",
         show_default="one a core, 16 at most",
         metavar="N",
     ),

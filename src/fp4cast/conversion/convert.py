@@ -65,7 +65,8 @@ def convert(
             safetensors) of projection name -> amax of its input.
         inexact: "fail" stops before a byte is written when a domain is not exact; "nearest" rounds there.
         kv_cache_qformat: "none", or "fp8_cast" for a KV cache in FP8 with scales of 1.
-        jobs: threads; None for one a core. 1 works in the caller's own thread.
+        jobs: threads; None for one a core. 1 works in the caller's own thread; 4 and more share 2 GiB and more among
+            processes, see docs/performance.md.
         engine: "local" for this machine, or "ray" for the tasks of a Ray cluster, with `jobs` threads each.
         resume: refuse to begin anew where an interrupted conversion had another source or other options.
         restart: begin anew, whatever an interrupted conversion has finished.
@@ -170,7 +171,7 @@ def _write(
         engine=engine,
         sync=sync,
         progress=lambda n: progress("write", n, total),
-        then=early.look if early else None,
+        follow=early,
     )
     check_unchanged(plan)
     look = early.judge if early else None

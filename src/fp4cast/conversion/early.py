@@ -9,27 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from fp4cast.checkpoints.directory import Checkpoint
-from fp4cast.checkpoints.header import Tensor, read_header
-from fp4cast.conversion.execute import Finished
+from fp4cast.checkpoints.header import Tensor
+from fp4cast.conversion.compare_shard import Compared, CompareShard
 from fp4cast.conversion.plan import Plan
 from fp4cast.conversion.recipe import OutputShard
 from fp4cast.conversion.staging import Staging
 from fp4cast.families.family import Pair
 from fp4cast.layouts.layout import Selection
 from fp4cast.parallel.engines import Engine
-from fp4cast.parallel.progress import AdvanceOf
-from fp4cast.parallel.workers import Workers
+from fp4cast.parallel.progress import Advance, AdvanceOf
 from fp4cast.verification.findings import Findings
 from fp4cast.verification.opened import open_both
 from fp4cast.verification.report import Report
-from fp4cast.verification.shard_check import check_shard
 from fp4cast.verification.verify import judge
-from fp4cast.verification.work import compare_work
 
 
 class Early:
-    """The comparison of a conversion that is being written.
+    """The comparison of a conversion that is being written; see `execute.Follow`.
 
     Args:
         plan: its plan.
@@ -41,29 +37,29 @@ class Early:
     def __init__(self, plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> None:
         self._plan, self._stage, self._engine = plan, stage, engine
         total = plan.compare_bytes
-        self._advance = lambda nbytes: progress(nbytes, total)
+        self.advance: Advance = lambda nbytes: progress(nbytes, total)
         self._parts, self._findings = _parts(plan), Findings()
 
     @classmethod
     def of(cls, plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> Early | None:
-        """None where an engine works elsewhere, and on the way back, whose sides are compared by the NVFP4 shards."""
-        return cls(plan, stage, engine, progress) if engine.here and plan.back is None else None
+        """None on the way back, whose sides are compared by the NVFP4 shards."""
+        return cls(plan, stage, engine, progress) if plan.back is None else None
 
-    def look(self, shard: OutputShard, finished: Finished, pool: Workers) -> None:
-        """Compare what a shard holds, with the same workers."""
-        written = read_header(self._stage.out / shard.file)
-        destination = Checkpoint(self._stage.out, {}, {shard.file: written})
-        rounded = [module for module, tally in finished.tallies.items() if tally.rounded]
-        for work in compare_work(destination, self._plan.target, self._parts[shard.file], rounded):
-            self._findings.add(work, check_shard(work, pool.reporting(self._advance)))
+    def task(self, shard: OutputShard) -> CompareShard:
+        """Compare what a shard holds."""
+        target = self._plan.target
+        return CompareShard(self._stage.out, shard.file, target.form, target.activations, self._parts[shard.file])
+
+    def take(self, result: Compared) -> None:
+        """Take what was found."""
+        for work, findings in result:
+            self._findings.add(work, findings)
 
     def judge(self) -> Report:
         """Judge the whole destination."""
         begin = time.monotonic()
         opened = open_both(self._plan.source.checkpoint.path, self._stage.out, self._stage.config)
-        return judge(
-            opened, lambda todo: self._findings.of(todo, self._engine, self._advance), strict=True, begin=begin
-        )
+        return judge(opened, lambda todo: self._findings.of(todo, self._engine, self.advance), strict=True, begin=begin)
 
 
 def _parts(plan: Plan) -> Mapping[str, Selection]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,6 +53,19 @@ class Finished:
     damage: str = ""
 
 
+class Follow(Protocol):
+    """What is done with each shard as soon as it is finished, by those who wrote it."""
+
+    def task(self, shard: OutputShard) -> Callable[[Finished, Workers], Any]:
+        """What to do with a shard; it and its result can be pickled, and it reports its bytes to `Workers.second`."""
+
+    def take(self, result: Any) -> None:
+        """Take the result of a task."""
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes that a task has just done."""
+
+
 class DamageError(Exception):
     """What lies there is not what was written."""
 
@@ -70,7 +84,7 @@ def execute(
     engine: Engine,
     sync: bool = True,
     progress: Advance = ignore,
-    then: Callable[[OutputShard, Finished, Workers], None] | None = None,
+    follow: Follow | None = None,
 ) -> dict[str, Finished]:
     """Write shards of a plan into `directory`.
 
@@ -82,22 +96,19 @@ def execute(
         engine: runs the work.
         sync: wait until each shard is on the disk before it counts as finished.
         progress: called with the number of bytes just written, maybe from worker threads.
-        then: called with each shard that is finished, and the workers, for an engine that works here.
+        follow: what is done with each finished shard.
 
     Returns:
         What is known of each shard, by its file's name.
     """
-    todo, finish = list(shards), FinishShard(fingerprint, directory, state, sync)
-
-    def and_then(shard: OutputShard, pool: Workers) -> Finished:
-        finished = finish(shard, pool)
-        if then is not None:
-            then(shard, finished, pool)
-        return finished
-
-    work = finish if then is None else and_then
+    todo = [_Item(shard, None if follow is None else follow.task(shard)) for shard in shards]
+    work = _FinishAndFollow(FinishShard(fingerprint, directory, state, sync))
+    second = ignore if follow is None else follow.advance
     found: dict[str, Finished] = {}
-    for shard, finished in zip(todo, engine.map(work, todo, progress), strict=True):
+    for item, (finished, result) in zip(todo, engine.map(work, todo, progress, second, nbytes=_size), strict=True):
+        shard = item.shard
+        if follow is not None:
+            follow.take(result)
         if finished.damage:
             LOG.warning("%s; it was written again", finished.damage)
         LOG.info("%s: %s, %d bytes", shard.file, "kept" if finished.kept else "written", shard.layout.size)
@@ -116,7 +127,32 @@ def find_finished(
 ) -> dict[str, Finished | str]:
     """What is known of each shard, by its file's name; a sentence for one that is not finished. Nothing is written."""
     todo, work = list(shards), FindShard(FinishShard(fingerprint, directory, state))
-    return dict(zip([shard.file for shard in todo], engine.map(work, todo, progress), strict=True))
+    found = engine.map(work, todo, progress, nbytes=lambda shard: shard.layout.size)
+    return dict(zip([shard.file for shard in todo], found, strict=True))
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A shard, and what is done with it when it is finished."""
+
+    shard: OutputShard
+    then: Callable[[Finished, Workers], Any] | None
+
+
+def _size(item: _Item) -> int:
+    return item.shard.layout.size
+
+
+@dataclass(frozen=True)
+class _FinishAndFollow:
+    """Finish a shard, and do what follows."""
+
+    finish: FinishShard
+
+    def __call__(self, item: _Item, pool: Workers) -> tuple[Finished, Any]:
+        """What is known of the shard, and the result of what follows."""
+        finished = self.finish(item.shard, pool)
+        return finished, None if item.then is None else item.then(finished, pool.second)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ def _changes(plan: Plan, engine: Engine, progress: AdvanceOf) -> Iterator[str]:
     listed = {name: noted for name, noted in Receipt.read(path).files.items() if name in plan.source.checkpoint.shards}
     total = sum(noted.bytes for noted in listed.values())
     todo = [ListedFile(path, name, noted) for name, noted in sorted(listed.items())]
-    changed = [each.name for each in engine.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
+    checked = engine.map(check_file, todo, lambda n: progress(n, total), nbytes=lambda listed: listed.noted.bytes)
+    changed = [each.name for each in checked if each is not None]
     changed += sorted(plan.source.checkpoint.shards.keys() - listed.keys())
     if changed:
         yield f"{len(changed)} shards of the source are not as they were written: {_list(changed)}"

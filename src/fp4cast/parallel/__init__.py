@@ -1,1 +1,1 @@
-"""Run work in this process's threads or in the tasks of a Ray cluster. Knows nothing about the work itself."""
+"""Run work in threads, in processes, or in the tasks of a Ray cluster. Knows nothing about the work itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -41,3 +41,13 @@ def grouped(items: Iterable[tuple[Item, int]], weight: int, most: int = sys.maxs
             group, total = [], 0
     if group:
         yield group
+
+
+def largest_first(items: Sequence[Item], nbytes: Callable[[Item], int] | None) -> Sequence[int]:
+    """The numbers of the items, the largest first; in their order where sizes are not known.
+
+    >>> list(largest_first(["a", "ccc", "bbb"], len))
+    [1, 2, 0]
+    """
+    numbers = range(len(items))
+    return numbers if nbytes is None else sorted(numbers, key=lambda i: -nbytes(items[i]))

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from fp4cast.errors import EngineError, Fp4CastError
 from fp4cast.extras import require
-from fp4cast.parallel.progress import Advance
+from fp4cast.parallel.progress import Advance, ignore
+from fp4cast.parallel.ranges import largest_first
 from fp4cast.parallel.workers import Workers, workers
 
 DEFAULT_JOBS = 4  # threads, and CPUs, of a task: copying needs no more
@@ -27,16 +28,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_Done = tuple[int, int]  # bytes, and those of `Workers.second`
+
+
 class _Ledger:
     """An actor: how many bytes each item's latest attempt has done."""
 
     def __init__(self) -> None:
-        self.done: dict[int, int] = {}
+        self.done: dict[int, _Done] = {}
 
-    def set(self, item: int, nbytes: int) -> None:
-        self.done[item] = nbytes
+    def set(self, item: int, done: _Done) -> None:
+        self.done[item] = done
 
-    def get(self) -> dict[int, int]:
+    def get(self) -> dict[int, _Done]:
         return self.done
 
 
@@ -45,11 +49,11 @@ class _Reporter:
 
     def __init__(self, ledger: Any, item: int) -> None:
         self.ledger, self.item = ledger, item
-        self.done, self.told = 0, time.monotonic()
-        ledger.set.remote(item, 0)
+        self.done, self.told = (0, 0), time.monotonic()
+        ledger.set.remote(item, self.done)
 
-    def __call__(self, nbytes: int) -> None:
-        self.done += nbytes
+    def __call__(self, nbytes: int, second: int = 0) -> None:
+        self.done = self.done[0] + nbytes, self.done[1] + second
         if time.monotonic() - self.told > _EVERY:
             self.told = time.monotonic()
             self.ledger.set.remote(self.item, self.done)
@@ -57,11 +61,11 @@ class _Reporter:
 
 def _perform(
     work: Callable[[Item, Workers], Result], item: Item, number: int, jobs: int, ledger: Any
-) -> tuple[Result, int]:
+) -> tuple[Result, _Done]:
     """Run a task in a process of the cluster: (its result, the bytes that it has done)."""
     reporter = _Reporter(ledger, number)
     try:
-        with workers(jobs, reporter) as pool:
+        with workers(jobs, reporter, second=lambda n: reporter(0, n)) as pool:
             result = work(item, pool)
     except Exception as error:
         error.add_note(f"This happened on {socket.gethostname()}; all nodes must see SRC and DST under the same paths.")
@@ -78,12 +82,17 @@ class Ray:
     """
 
     jobs: int | None = None
-    here: ClassVar[bool] = False
 
     def map(
-        self, work: Callable[[Item, Workers], Result], items: Sequence[Item], progress: Advance
+        self,
+        work: Callable[[Item, Workers], Result],
+        items: Sequence[Item],
+        progress: Advance,
+        second: Advance = ignore,
+        *,
+        nbytes: Callable[[Item], int] | None = None,
     ) -> Iterator[Result]:
-        """See `engines.Engine`; tasks run in any order.
+        """See `engines.Engine`; tasks run in any order, the largest first.
 
         Raises:
             EngineError: no node has the CPUs, or a task lost its node too often.
@@ -97,9 +106,9 @@ class Ray:
             )
             pending: dict[Any, int] = {}
             with _cancelled(ray, pending):
-                for i, item in enumerate(items):
-                    pending[task.remote(work, item, i, jobs, ledger)] = i
-                results = _gather(ray, pending, ledger, progress)
+                for i in largest_first(items, nbytes):
+                    pending[task.remote(work, items[i], i, jobs, ledger)] = i
+                results = _gather(ray, pending, ledger, progress, second)
         for i in range(len(items)):
             yield results[i]
 
@@ -136,11 +145,11 @@ def _connected(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance) -> dict[int, Any]:
+def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance, second: Advance) -> dict[int, Any]:
     """Results by item, as they come."""
     results: dict[int, Any] = {}
-    done: dict[int, int] = {}  # bytes by item: finished ones returned them, others last reported them
-    reported = 0
+    done: dict[int, _Done] = {}  # bytes by item: finished ones returned them, others last reported them
+    reported = [0, 0]
     while pending:
         ready, _ = ray.wait(list(pending), timeout=_EVERY)
         said = _said(ray, ledger)
@@ -148,8 +157,10 @@ def _gather(ray: Any, pending: dict[Any, int], ledger: Any, progress: Advance) -
         for reference in ready:
             item = pending.pop(reference)
             results[item], done[item] = _result(ray, reference)
-        progress(sum(done.values()) - reported)
-        reported = sum(done.values())
+        for which, advance in enumerate((progress, second)):
+            total = sum(each[which] for each in done.values())
+            advance(total - reported[which])
+            reported[which] = total
     return results
 
 
@@ -181,7 +192,7 @@ def _result(ray: Any, reference: Any) -> Any:
         raise EngineError(f"a task of the Ray cluster could not be done: {error}") from error
 
 
-def _said(ray: Any, ledger: Any) -> dict[int, int]:
+def _said(ray: Any, ledger: Any) -> dict[int, _Done]:
     """The bytes that tasks last reported; none while the ledger's own node is being replaced."""
     try:
         return dict(ray.get(ledger.get.remote(), timeout=10))

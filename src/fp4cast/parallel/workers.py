@@ -1,6 +1,7 @@
 """Threads that end with the work that needs them: an error or Ctrl-C cancels the tasks that have not begun.
 
-NumPy and the kernel do the work and release the GIL, so threads use all cores without copies or pickles.
+NumPy and the kernel do the work and release the GIL, so a few threads use their cores without copies or pickles; many
+of them wait for the GIL, and `processes` shares large work among several.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_jobs() -> int:
+    """How many threads work where nobody says it."""
+    return min(cores(), MAX_DEFAULT_JOBS)
+
+
 @dataclass
 class _State:
     """The maps that are running, and the first error of any."""
@@ -55,11 +61,12 @@ class Workers:
         jobs: int | None = None,
         progress: Advance = ignore,
         stop: Event | None = None,
+        second: Advance = ignore,
     ) -> None:
         if jobs is not None and jobs < 1:
             raise UsageError(f"jobs must be at least 1, got {jobs}")
-        self.jobs = jobs or min(cores(), MAX_DEFAULT_JOBS)
-        self._progress = progress
+        self.jobs = jobs or default_jobs()
+        self._progress, self._second = progress, second
         self._threads = ThreadPoolExecutor(self.jobs) if self.jobs > 1 else None
         self._stop = stop or Event()
         self._lock = Lock()
@@ -80,10 +87,11 @@ class Workers:
         self.check()
         self._progress(nbytes)
 
-    def reporting(self, progress: Advance) -> Workers:
-        """The same threads, whose tasks report their bytes elsewhere."""
+    @property
+    def second(self) -> Workers:
+        """The same threads, whose tasks report their bytes to the second of the two callbacks."""
         other = copy.copy(self)
-        other._progress = progress
+        other._progress = self._second
         return other
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -182,15 +190,18 @@ class Workers:
 
 
 @contextmanager
-def workers(jobs: int | None = None, progress: Advance = ignore, stop: Event | None = None) -> Iterator[Workers]:
+def workers(
+    jobs: int | None = None, progress: Advance = ignore, stop: Event | None = None, second: Advance = ignore
+) -> Iterator[Workers]:
     """Workers for a `with` block; when the block fails, waiting tasks are cancelled and running ones stop early.
 
     Args:
         jobs: the number of threads; None for one a core.
         progress: called by `advance`.
         stop: an event that stops them, where others share it.
+        second: called by `second.advance`.
     """
-    pool = Workers(jobs, progress, stop)
+    pool = Workers(jobs, progress, stop, second)
     try:
         yield pool
     except BaseException:

@@ -25,7 +25,7 @@ from fp4cast.errors import VerificationError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.layouts.documents import documents
 from fp4cast.layouts.layout import Target
-from fp4cast.parallel.engines import Engine, make_engine
+from fp4cast.parallel.engines import Engine, Threads
 from fp4cast.parallel.progress import Progress, ignore
 from fp4cast.ptq.attention import calibrated_kv_scales
 from fp4cast.ptq.exported import Exported, WeightCounts
@@ -105,7 +105,7 @@ def write_model(
     weights = calibrated_weights(model, opened, target, read)
     replaced = {tensor.name for weight in weights for tensor in weight.replaces}
     check_untouched(model, checkpoint, replaced)
-    engine = make_engine("local", jobs)
+    engine = Threads(jobs)  # what the weights are made from is in this process
     shards = list(place(checkpoint, _outputs(weights), _kv_outputs(model, checkpoint, target)))
     files, companions = _documents(checkpoint, target, weights, replaced, shards), companion_sizes(checkpoint)
     with staging(checkpoint.path, real_path(destination), overwrite=overwrite, keep=False) as stage:

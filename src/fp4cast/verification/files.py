@@ -107,7 +107,8 @@ def verify_files(
     listed = {name: noted for name, noted in receipt.files.items() if not is_card_file(name)}
     total = sum(noted.bytes for noted in listed.values())
     todo = [ListedFile(path, name, noted) for name, noted in sorted(listed.items())]
-    found = [each for each in worker.map(check_file, todo, lambda n: progress(n, total)) if each is not None]
+    checked = worker.map(check_file, todo, lambda n: progress(n, total), nbytes=lambda listed: listed.noted.bytes)
+    found = [each for each in checked if each is not None]
     if not receipt.intact:
         found.append(Difference(RECEIPT, "config", RECEIPT_CHANGED))
     found += unlisted(path, {*receipt.files, RECEIPT}, "is not among the files that the conversion wrote")

@@ -12,7 +12,7 @@ from fp4cast.verification.values import Comparison
 
 
 class Findings:
-    """What was found so far; several threads may add to it."""
+    """What was found so far."""
 
     def __init__(self) -> None:
         self._converted: dict[str, tuple[Converted, Comparison | None, StoredScales]] = {}
@@ -31,7 +31,8 @@ class Findings:
     def of(self, todo: list[ShardWork], engine: Engine, progress: Advance) -> list[ShardFindings]:
         """The findings of some work, in its order; what was never compared, just so, is compared now."""
         rest = [left for work in todo if (left := self._without(work)).converted or left.copies or left.fp8]
-        for left, findings in zip(rest, engine.map(check_shard, rest, progress), strict=True):
+        found = engine.map(check_shard, rest, progress, nbytes=lambda work: work.nbytes)
+        for left, findings in zip(rest, found, strict=True):
             self.add(left, findings)
         return [
             ShardFindings(

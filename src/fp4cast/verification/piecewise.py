@@ -73,7 +73,9 @@ class Piecewise:
         shards = {path.name: read_header(path) for path in written}
         path = next(iter(shards.values())).path.parent
         destination = Checkpoint(path, {}, shards)
-        work = [self._new(each) for each in compare_work(destination, target, selection, rounded)]
+        work = [
+            self._new(each) for each in compare_work(destination, target.form, target.activations, selection, rounded)
+        ]
         work = [each for each in work if each.converted or each.copies or each.fp8]
         new: dict[str, Finding] = {}
         for each, findings in zip(work, engine.map(check_shard, work, progress), strict=True):

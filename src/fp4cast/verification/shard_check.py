@@ -43,6 +43,12 @@ class ShardWork:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     fp8: list[Fp8Weight] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both sides."""
+        cast, copied = sum(each.nbytes for each in self.converted), sum(2 * copy.nbytes for _, copy in self.copies)
+        return cast + copied + sum(each.source.nbytes + each.codes.nbytes for each in self.fp8)
+
 
 @dataclass
 class ShardFindings:

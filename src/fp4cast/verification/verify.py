@@ -95,7 +95,7 @@ def verify_opened(opened: Opened, *, engine: Engine, strict: bool, progress: Adv
     total = opened.source.checkpoint.total_size + opened.destination.total_size
 
     def compare(todo: list[ShardWork]) -> Iterator[ShardFindings]:
-        return engine.map(check_shard, todo, lambda n: progress(n, total))
+        return engine.map(check_shard, todo, lambda n: progress(n, total), nbytes=lambda work: work.nbytes)
 
     return judge(opened, compare, strict=strict, begin=begin)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fp4cast.checkpoints.directory import Checkpoint
+from fp4cast.formats import Activations
 from fp4cast.layouts.fp8 import scale_name
-from fp4cast.layouts.layout import Selection, Target
+from fp4cast.layouts.layout import Form, Selection
 from fp4cast.verification.fast_path import Converted
 from fp4cast.verification.fp8_blocks import Fp8Weight
 from fp4cast.verification.opened import Opened
@@ -16,12 +17,15 @@ from fp4cast.verification.shard_check import ShardWork
 def work_of(opened: Opened, wrong: Collection[str]) -> list[ShardWork]:
     """The comparisons of each destination shard, without the tensors that `wrong` names."""
     rounded = frozenset(opened.receipt.rounded) - opened.receipt.quantized
-    return compare_work(opened.destination, opened.target, opened.selection, rounded, wrong)
+    return compare_work(
+        opened.destination, opened.target.form, opened.target.activations, opened.selection, rounded, wrong
+    )
 
 
 def compare_work(
     destination: Checkpoint,
-    target: Target,
+    form: Form,
+    activations: Activations,
     selection: Selection,
     rounded: Collection[str],
     wrong: Collection[str] = (),
@@ -30,7 +34,8 @@ def compare_work(
 
     Args:
         destination: the NVFP4 checkpoint, or some of its shards: what they do not hold is left out.
-        target: how it is stored.
+        form: how it stores a weight.
+        activations: "w4a16" or "w4a4".
         selection: the source's tensors.
         rounded: modules with half-blocks that were rounded on purpose.
         wrong: names of the destination's tensors that are left out.
@@ -38,10 +43,10 @@ def compare_work(
     table = {shard.path: ShardWork() for shard in destination.shards.values()}
     tensors, left_out = destination.tensors, frozenset(wrong)
     for pair in selection.cast:
-        names = target.names(pair.module)
-        needed = names if target.activations == "w4a4" else names[:-1]
+        names = form.names(pair.module)
+        needed = names if activations == "w4a4" else names[:-1]
         if left_out.isdisjoint(names) and all(name in tensors for name in needed):
-            converted = Converted.of(pair, target.form, target.activations, tensors, rounded=pair.module in rounded)
+            converted = Converted.of(pair, form, activations, tensors, rounded=pair.module in rounded)
             table[converted.codes.path].converted.append(converted)
     for tensor in selection.untouched:
         if tensor.name not in left_out and (copy := tensors.get(tensor.name)) is not None:
