@@ -15,7 +15,7 @@ from fp4cast.errors import CheckpointError
 from fp4cast.miniatures import KINDS
 from fp4cast.parallel.engines import SWITCH
 from fp4cast.verification.files import verify_files
-from helpers import edit, options, tree
+from helpers import edit, lossy, options, tree
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,22 @@ def test_every_family_in_the_same_bytes(miniatures, converted, tmp_path, kind):
     assert report.exact and report.verified and tree(tmp_path / "dst") == tree(converted[kind])
     assert {"write", "verify"} <= done.keys()
     assert all(amount == total for amount, total in done.values()), done
+
+
+def test_the_way_back_and_a_note_of_what_was_proved(miniatures, converted, tmp_path):
+    report = fp4cast.convert(converted["kimi-k3"], tmp_path / "back", to="mxfp4", jobs=2)
+    assert report.verified and report.original
+    for path in miniatures["kimi-k3"].glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+
+
+def test_rounded_weights_are_measured_alike(miniatures, tmp_path, monkeypatch):
+    source, reports = lossy(miniatures, tmp_path), []
+    for said in "01":
+        monkeypatch.setenv(SWITCH, said)
+        reports.append(fp4cast.convert(source, tmp_path / said, inexact="nearest", jobs=2))
+    assert reports[0].inexact and reports[0].inexact == reports[1].inexact
+    assert tree(tmp_path / "0") == tree(tmp_path / "1")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from fp4cast.parallel.workers import Workers, workers
 
-LINGER = 5.0  # seconds that a process has to end by itself
+LINGER = 3.0  # seconds that a process has to end by itself
 _EVERY = 0.05  # seconds between two reports of progress
 
 
@@ -84,10 +84,9 @@ def main() -> None:
     reporter = _Reporter(connection)
     with contextlib.suppress(ConnectionError):  # nobody listens any more
         if (begin := frames.get()) is not None:
-            jobs, work = pickle.loads(begin)  # noqa: S301  # from the process that started this one
-            with workers(jobs, reporter.first, stop, reporter.second) as pool:
-                while (frame := frames.get()) is not None:
-                    _perform(work, frame, pool, reporter)
+            work = pickle.loads(begin)  # noqa: S301  # from the process that started this one
+            while (frame := frames.get()) is not None:
+                _perform(work, frame, reporter, stop)
 
 
 def _take_over() -> Connection:
@@ -113,9 +112,11 @@ def _read(connection: Connection, frames: SimpleQueue[bytes | None], stop: threa
     os._exit(1)
 
 
-def _perform(work: Callable[[Any, Workers], Any], frame: bytes, pool: Workers, reporter: _Reporter) -> None:
+def _perform(work: Callable[[Any, Workers], Any], frame: bytes, reporter: _Reporter, stop: threading.Event) -> None:
     try:
-        result = work(pickle.loads(frame), pool)  # noqa: S301
+        jobs, item = pickle.loads(frame)  # noqa: S301
+        with workers(jobs, reporter.first, stop, reporter.second) as pool:
+            result = work(item, pool)
     except BaseException as error:
         reporter.end(error=portable(error), trace=traceback.format_exc())
     else:

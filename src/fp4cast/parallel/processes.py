@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """As many processes as there are items or jobs, which share the threads.
+    """As many processes as there are items or jobs, which share the threads; the last items share those of all.
 
     Attributes:
         jobs: threads of all processes.
@@ -61,15 +61,27 @@ class Processes:
         """
         many = min(self.jobs, self.most, len(items))
         with _children(many) as children:
-            for number, child in enumerate(children):
-                child.send((self.jobs // many + (number < self.jobs % many), work))
-            run = _Run(items, deque(largest_first(items, nbytes)), progress, second)
+            threads = _shares(self.jobs, many, len(items))
+            run = _Run(items, deque(zip(largest_first(items, nbytes), threads, strict=True)), progress, second)
+            for child in children:
+                child.send(work)
             for child in children:
                 run.give(child)
             for number in range(len(items)):
                 while number not in run.results:
                     run.look()
                 yield run.results.pop(number)
+
+
+def _shares(jobs: int, many: int, items: int) -> list[int]:
+    """The threads of each item, in the order in which they are begun.
+
+    >>> _shares(4, 4, 6), _shares(7, 3, 3)
+    ([1, 1, 1, 1, 2, 2], [3, 2, 2])
+    """
+    full = items - items % many
+    rounds = [many] * full + [items - full] * (items - full)  # how many are worked on together
+    return [jobs // together + (i % many < jobs % together) for i, together in enumerate(rounds)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class _Run:
 
     Attributes:
         items: the items.
-        waiting: the numbers of those that nobody has begun.
+        waiting: the numbers of those that nobody has begun, and their threads.
         progress: see `engines.Engine`.
         second: see `engines.Engine`.
         busy: who works on which.
@@ -120,7 +132,7 @@ class _Run:
     """
 
     items: Sequence[Any]
-    waiting: deque[int]
+    waiting: deque[tuple[int, int]]
     progress: Advance
     second: Advance
     busy: dict[Connection, tuple[_Child, int]] = field(default_factory=dict)
@@ -129,9 +141,9 @@ class _Run:
     def give(self, child: _Child) -> None:
         """Send a free process the next item, if there is one."""
         if self.waiting:
-            number = self.waiting.popleft()
+            number, threads = self.waiting.popleft()
             self.busy[child.connection] = child, number
-            child.send(self.items[number])
+            child.send((threads, self.items[number]))
 
     def look(self) -> None:
         """Wait for news and take them; by itself now and then, as the kernel may hand a signal to another thread."""
