@@ -1,4 +1,4 @@
-"""Print the tables of measured claims from benchmarks/results: one line a claim, and the README's four rows.
+"""Print the tables of measured claims from benchmarks/results: one line a claim, and the README's rows.
 
     python benchmarks/table.py [--results DIRECTORY] [--update PAGE ...]
 

@@ -14,11 +14,14 @@ def records(rng, shape, low, high):
     return found.reshape(*shape[:-1], -1)
 
 
-def make(path, tensors=None, *, architecture="qwen3moe", low=-9, high=8, seed=0, **metadata):
+def make(path, tensors=None, *, architecture="qwen3moe", low=-9, high=8, seed=0, lists=None, **metadata):
     """A file with a bank of 4 experts, and other tensors; `tensors` adds some by name, of floats or of blocks."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, architecture)
-    writer.add_file_type(38)
+    if "general.file_type" not in (lists or {}):
+        writer.add_file_type(38)
+    for name, values in (lists or {}).items():
+        writer.add_array(name, values)
     writer.add_quantization_version(2)
     writer.add_key_value("general.description", "", GGUFValueType.STRING)  # the writer drops empty ones otherwise
     writer.add_array("tokenizer.ggml.tokens", ["a", "", "ü"])

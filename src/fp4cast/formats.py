@@ -85,7 +85,9 @@ E8M0 = Format("E8M0", sign_bits=0, exponent_bits=8, mantissa_bits=0, bias=127, s
 
 E4M3_MAX = 448.0
 TENSOR_TOP = 6 * E4M3_MAX  # the largest magnitude under a tensor scale of 1: amax = TENSOR_TOP * S
+E4M3_TOP = 0x7E  # the code of 448; above it come NaN and negative numbers
 E8M0_BIAS = E8M0.bias
+E4M3_TOP = 0x7E  # the code of 448; above it come NaN and negative numbers
 E8M0_NAN = 0xFF
 
 

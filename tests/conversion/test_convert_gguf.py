@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +235,45 @@ def test_nothing_is_replaced_or_left_half(tmp_path):
         fp4cast.convert(source, tmp_path / "c.gguf", progress=stop, jobs=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
     assert (tmp_path / "b.gguf").read_text() == "mine"
+
+
+def test_what_comes_to_lie_there_meanwhile_stays(tmp_path):
+    def meddle(phase, *_):
+        if phase == "verify":
+            (tmp_path / "b.gguf").write_text("mine")
+
+    with pytest.raises(DestinationError, match="exists"):
+        fp4cast.convert(make(tmp_path / "a.gguf"), tmp_path / "b.gguf", progress=meddle, jobs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+    assert (tmp_path / "b.gguf").read_text() == "mine"
+
+
+def test_without_hard_links_it_is_renamed(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", none)
+    assert fp4cast.convert(make(tmp_path / "a.gguf"), tmp_path / "b.gguf").exact
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+@pytest.mark.parametrize("key", ["split.count", "general.file_type"])
+def test_a_key_of_another_type_than_expected_is_no_traceback(tmp_path, key):
+    """A list where llama.cpp has a number."""
+    source = tmp_path / "a.gguf"
+    make(source, lists={key: [1, 2]})
+    assert fp4cast.convert(source, tmp_path / "b.gguf").exact
+    assert fp4cast.verify(source, tmp_path / "b.gguf").ok
+
+
+def test_an_alignment_that_no_memory_holds_is_refused(tmp_path):
+    source = make(tmp_path / "a.gguf", lists={})
+    data = source.read_bytes()
+    at = data.index(b"general.file_type")
+    entry = b"general.alignment" + struct.pack("<II", 4, 1 << 30)
+    source.write_bytes(data[:at] + entry + data[at + len(entry) :])
+    with pytest.raises(HeaderError, match="expected a power of two up to 1048576"):
+        fp4cast.inspect(source)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

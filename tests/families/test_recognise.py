@@ -46,6 +46,14 @@ def test_inspect_says_that_mlx_has_a_layout_of_its_own(miniatures):
     assert not fp4cast.inspect(miniatures["dense"]).notes
 
 
+def test_scales_without_a_shape_are_none_of_mlx(tmp_path):
+    path = tmp_path / "src"
+    arrays = {"a.weight": ("U32", np.zeros((), np.uint32)), "a.scales": ("U8", np.zeros((), np.uint8))}
+    mini.write_checkpoint(path, {"model-00001-of-00001.safetensors": arrays}, {})
+    with pytest.raises(UnsupportedError):
+        read_source(open_checkpoint(path))
+
+
 def small(tmp_path, tensors, config=None):
     """A one-shard checkpoint of zeros: name -> (dtype, shape)."""
     sizes = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16, "F32": np.float32, "U32": np.uint32}

@@ -125,3 +125,34 @@ def test_shapes_and_types_that_do_not_fit(miniatures, tmp_path):
     assert {(each.name, each.kind) for each in fp4cast.verify(source, path).differences} == {(name, "shape")}
     path = write(tmp_path / "b.gguf", "gpt-oss", banks | {name: np.ones((2, 3), np.float32)})
     assert {(each.name, each.kind) for each in fp4cast.verify(source, path).differences} == {(name, "dtype")}
+
+
+def test_a_file_of_another_model_proves_nothing(miniatures, tmp_path):
+    path = write(tmp_path / "a.gguf", "nonsense", {"whatever.weight": np.ones((2, 32), np.float32)})
+    report = fp4cast.verify(miniatures["dense"], path)
+    assert not report.ok and not report.exact
+    assert [each.detail.partition(": ")[2] for each in report.differences] == ["nothing was compared"]
+
+
+def test_an_expert_too_many_is_found(miniatures, tmp_path):
+    source = miniatures["moe"]
+    banks = banks_of(source)
+    name, bank = next(iter(banks.items()))
+    path = write(tmp_path / "a.gguf", "qwen3moe", banks | {name: np.concatenate([bank, bank[:1]])})
+    assert {(each.name, each.kind) for each in fp4cast.verify(source, path).differences} == {(name, "shape")}
+
+
+def test_the_sign_of_a_zero_counts_and_no_scale_is_nan(plain_miniatures, tmp_path):
+    source = plain_miniatures["moe"]
+    fp4cast.convert(write(tmp_path / "a.gguf", "qwen3moe", banks_of(source)), tmp_path / "b.gguf")
+    for file, size, codes in (("a.gguf", 17, slice(1, 17)), ("b.gguf", 36, slice(4, 36))):
+        path = tmp_path / file
+        name = next(n for n, t in tensors(path).items() if t.tensor_type.name == {17: "MXFP4", 36: "NVFP4"}[size])
+        data = np.array(tensors(path)[name].data).reshape(-1, size)
+        block, byte = np.argwhere(data[:, codes] & 15 == 0)[0]
+        at = int(block) * size + codes.start + int(byte)
+        change(path, name, at, int(data.reshape(-1)[at]) | 8)
+        assert [(each.name, each.kind) for each in fp4cast.verify(source, path).differences] == [(name, "values")]
+        change(path, name, at, int(data.reshape(-1)[at]))
+    change(path, name, 0, 0x7F)
+    assert [(each.name, each.kind) for each in fp4cast.verify(source, path).differences] == [(name, "values")]

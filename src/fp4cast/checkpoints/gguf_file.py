@@ -21,6 +21,7 @@ from fp4cast.extras import require
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
+_MOST_ALIGNMENT = 1 << 20
 _VERSIONS = (2, 3)  # 1 had lengths of 32 bits
 _MAX_HEADER = 1 << 30  # bytes; a vocabulary of a million tokens has a tenth of that
 _MAX_DIMENSIONS = 4
@@ -195,8 +196,8 @@ class _Reader:
         values = self._unique((self._key_value(first) for _ in range(keys)), "key")
         last = self.at
         alignment = values["general.alignment"].content if "general.alignment" in values else 32
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.wrong(f"general.alignment is {alignment!r}, expected a power of two")
+        if not isinstance(alignment, int) or not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
+            raise self.wrong(f"general.alignment is {alignment!r}, expected a power of two up to {_MOST_ALIGNMENT}")
         infos = self._unique((self._info() for _ in range(tensors)), "tensor")
         placed = tuple(self._placed(infos, sizes, alignment))
         self.file.seek(first)

@@ -23,7 +23,7 @@ COMMANDS = {
     ),
     "convert": (
         "convert_command",
-        "Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.",
+        "Convert SRC into the NVFP4 checkpoint DST, or back, and compare every value before DST is published.",
     ),
     "verify": (
         "verify_command",

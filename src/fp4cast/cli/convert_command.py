@@ -90,7 +90,7 @@ def convert(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert SRC into the NVFP4 checkpoint DST, and compare every value before DST is published.
+    """Convert SRC into the NVFP4 checkpoint DST, or back, and compare every value before DST is published.
 
     The same command goes on where an interrupted run has stopped.
     """

@@ -14,13 +14,14 @@ import numpy as np
 
 from fp4cast.casting.nearest import encode
 from fp4cast.casting.tight_rule import Scaling
-from fp4cast.checkpoints.byte_ranges import File, copy_range, require_posix, sync_path, write_all
+from fp4cast.checkpoints.byte_ranges import File, copy_range, created, sync_path, write_all
 from fp4cast.checkpoints.gguf_file import SUFFIX, GgufTensor, is_gguf
 from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.gguf_blocks import CHUNK_BLOCKS, GgufBlocks, halves, super_blocks
 from fp4cast.conversion.gguf_plan import GgufPlan, Recast, make_plan, stamp_of
 from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.conversion.staging import require_space
+from fp4cast.conversion.working_directory import enter, remove, state_of
 from fp4cast.errors import CheckpointError, DestinationError, UnsupportedError, UsageError, VerificationError
 from fp4cast.formats import Bytes
 from fp4cast.layouts import gguf as layout
@@ -136,36 +137,30 @@ def _check_free(destination: Path) -> None:
 
 @contextmanager
 def _unfinished(destination: Path, source: Path) -> Iterator[tuple[Path, int]]:
-    """(path, descriptor) of the locked file beside DST that is to become DST; it goes when the block fails."""
-    path = destination.with_name(f".{destination.name}.fp4cast")
-    require_posix(path)
-    import fcntl
-
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    """(path, descriptor) of the file in a locked working directory that is to become DST; both go at the end."""
+    lock, state = enter(source, destination, shared=False), state_of(destination)
+    path = state / "out" / destination.name
     try:
-        target = os.open(path, flags, source.stat().st_mode & 0o666 | 0o600)
+        _check_free(destination)
+        with created(path, source.stat().st_mode & 0o666 | 0o600) as target:
+            yield path, target
     except OSError as error:
-        raise DestinationError(f"{path}: cannot be made: {error.strerror}") from error
-    try:
-        fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(target)
-        raise DestinationError(f"{destination}: another fp4cast is writing it ({path})") from error
-    try:
-        os.ftruncate(target, 0)
-        yield path, target
-    except BaseException as error:
-        path.unlink(missing_ok=True)  # while the lock holds others off
-        if isinstance(error, OSError):
-            raise DestinationError(f"{error.filename or destination}: {error.strerror or error}") from error
-        raise
+        raise DestinationError(f"{error.filename or destination}: {error.strerror or error}") from error
     finally:
-        os.close(target)
+        remove(state)  # while the lock holds others off
+        lock.release()
 
 
 def _publish(path: Path, destination: Path, *, sync: bool) -> None:
-    _check_free(destination)  # an hour later, maybe
-    path.rename(destination)
+    """Give the file its name; what has come to lie there meanwhile stays."""
+    try:
+        destination.hardlink_to(path)
+    except FileExistsError:
+        _check_free(destination)
+        raise
+    except OSError:  # a file system without hard links
+        _check_free(destination)
+        path.rename(destination)
     if sync:
         sync_path(destination.parent)
 

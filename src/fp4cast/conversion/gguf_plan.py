@@ -150,7 +150,7 @@ class GgufPlan:
 
     def why_unscaled(self) -> str:
         """Where tensor scales can stand, in a sentence."""
-        if self.header.value("split.count", 1) > 1:
+        if _is_split(self.header):
             return (
                 "Its blocks hold no tensor scale, and a tensor for it would have to be counted in all files of a split."
             )
@@ -249,10 +249,16 @@ def _recast(header: GgufHeader, file: File, tensor: GgufTensor) -> Recast:
     return Recast(tensor, tuple(_domain(tensor, name, *each) for name, each in zip(names, chosen, strict=True)), scale)
 
 
+def _is_split(header: GgufHeader) -> bool:
+    """Whether it is one of several files of a model."""
+    count = header.value("split.count", 1)
+    return isinstance(count, int) and count > 1
+
+
 def _place_for_scale(header: GgufHeader, tensor: GgufTensor) -> str | None:
     """The name of a new tensor for tensor scales; None where llama.cpp would not apply it."""
     scale = layout.scale_name(str(header.value("general.architecture")), tensor.name, len(tensor.shape))
-    if scale is None or header.value("split.count", 1) > 1:
+    if scale is None or _is_split(header):
         return None
     taken = {scale} | (set() if len(tensor.shape) == 3 else {scale.removesuffix("scale") + "bias"})
     return None if any(each.name in taken for each in header.tensors) else scale

@@ -144,7 +144,7 @@ class Claim(NamedTuple):
     def check(self, path: Path, shared: bool) -> None:
         """Raise a DestinationError if it excludes ours; remove it if its process has ended."""
         here = self.place == _place()
-        if here and _began(self.pid) != self.began:
+        if here and _began(self.pid) not in (self.began, "unknown"):
             path.unlink(missing_ok=True)
         elif here and not (shared and self.shared):
             raise DestinationError(f"another fp4cast is writing it ({path.parent.parent})")

@@ -30,6 +30,7 @@ from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, CopyOf, Output, Ou
 from fp4cast.conversion.staging import ONCE, Staging, staging
 from fp4cast.errors import InexactError, UnsupportedError, UsageError, VerificationError
 from fp4cast.families.family import Pair
+from fp4cast.families.mlx import mxfp4_modules
 from fp4cast.hub.resolve import resolve
 from fp4cast.layouts import mlx as layout
 from fp4cast.parallel.engines import Local
@@ -153,7 +154,7 @@ def prepare_mlx(
 def make_mlx_plan(path: Path, *, jobs: int | None = None, progress: Progress = ignore) -> MlxPlan:
     """Decide everything; raises as `prepare_mlx`."""
     checkpoint = open_checkpoint(path)
-    pairs = [_pair(checkpoint, module) for module in layout.mxfp4_modules(checkpoint.tensors)]
+    pairs = [_pair(checkpoint, module) for module in mxfp4_modules(checkpoint.tensors)]
     if not pairs:
         raise UnsupportedError(
             f"{path}: holds no MLX mxfp4 (codes U32, scales U8), which --layout mlx casts; leave the option out for a "

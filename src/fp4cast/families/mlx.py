@@ -36,7 +36,7 @@ def as_on_the_hub(checkpoint: Checkpoint) -> Checkpoint:
             MXFP4.
         ShapeError: a tensor of all experts has none, or too many.
     """
-    modules = {name.removesuffix(_CODES) for name in checkpoint.tensors if _is_mxfp4(name, checkpoint.tensors)}
+    modules = set(mxfp4_modules(checkpoint.tensors))
     if not modules:
         return checkpoint
     kind = checkpoint.config.get("model_type")
@@ -50,12 +50,15 @@ def as_on_the_hub(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, config=config, shards=shards, renamed=True)
 
 
-def _is_mxfp4(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor holds words of eight codes, and there is a scale for each four of them."""
-    words, scales = tensors[name], tensors.get(name.removesuffix(_CODES) + _SCALES)
-    if not name.endswith(_CODES) or words.dtype != "U32" or scales is None or scales.dtype != "U8":
-        return False
-    return words.shape[:-1] == scales.shape[:-1] and words.shape[-1:] == (scales.shape[-1] * 4,)
+def mxfp4_modules(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The modules whose tensors have the dtypes and shapes of mxfp4: words of eight codes, a scale for each four."""
+    for name, words in tensors.items():
+        module = name.removesuffix(_CODES)
+        scales = tensors.get(module + _SCALES)
+        if module == name or scales is None or (words.dtype, scales.dtype) != ("U32", "U8"):
+            continue
+        if scales.shape and words.shape == (*scales.shape[:-1], scales.shape[-1] * 4):
+            yield module
 
 
 def _renamed(shard: Shard, modules: set[str]) -> Shard:

@@ -7,10 +7,8 @@ Its `quantize` takes a global scale, but no layer does (mlx/nn/layers/quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from fp4cast.checkpoints.header import Tensor
 
 MLX = "mlx"  # the value of `--layout`
 SECTIONS = ("quantization", "quantization_config")  # mlx-lm writes the same into both
@@ -26,17 +24,6 @@ def mode_of(config: Mapping[str, Any], module: str) -> str:
         return ""
     entry = section.get(module, section)
     return str(entry.get("mode", "affine")) if isinstance(entry, Mapping) else ""
-
-
-def mxfp4_modules(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """The modules whose tensors have the dtypes and shapes of mxfp4: a scale for each four words."""
-    for name, words in tensors.items():
-        module = name.removesuffix(CODES)
-        scales = tensors.get(module + SCALES)
-        if module == name or scales is None or (words.dtype, scales.dtype) != ("U32", "U8"):
-            continue
-        if scales.shape and words.shape == (*scales.shape[:-1], scales.shape[-1] * 4):
-            yield module
 
 
 def nvfp4_config(config: Mapping[str, Any]) -> dict[str, Any]:

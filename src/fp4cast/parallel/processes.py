@@ -187,19 +187,22 @@ def _children(many: int) -> Iterator[list[_Child]]:
 
 
 def _start() -> _Child:
-    ours, theirs = Pipe()
     path = [entry for entry in sys.path if isinstance(entry, str)]
     warnings = [f"-W{option}" for option in sys.warnoptions]
     try:
-        with theirs, _without_interrupts():
-            process = subprocess.Popen(  # noqa: S603  # this very interpreter
-                [sys.executable, *warnings, "-c", _BEGIN, *path],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                env={"OPENBLAS_NUM_THREADS": "1", **os.environ},  # NumPy would start a thread a core in each
-            )
+        ours, theirs = Pipe()
+        try:
+            with theirs, _without_interrupts():
+                process = subprocess.Popen(  # noqa: S603  # this very interpreter
+                    [sys.executable, *warnings, "-c", _BEGIN, *path],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    env={"OPENBLAS_NUM_THREADS": "1", **os.environ},  # NumPy would start a thread a core in each
+                )
+        except OSError:
+            ours.close()
+            raise
     except OSError as error:
-        ours.close()
         raise EngineError(
             f"no worker process can be started: {sys.executable}: {error.strerror}; set FP4CAST_PROCESSES=0 in the "
             "environment to work with threads alone"

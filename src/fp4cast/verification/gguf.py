@@ -20,7 +20,7 @@ from fp4cast.checkpoints.byte_ranges import CHUNK_BYTES, File
 from fp4cast.checkpoints.gguf_file import is_gguf
 from fp4cast.errors import UsageError
 from fp4cast.extras import require
-from fp4cast.formats import E8M0_NAN, Bytes, Float64s
+from fp4cast.formats import E4M3_TOP, E8M0_NAN, Bytes, Float64s
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.ranges import spans
 from fp4cast.parallel.workers import Workers, workers
@@ -38,7 +38,6 @@ from fp4cast.verification.gguf_reader import (
 from fp4cast.verification.report import Difference, HalfBlockCounts, Report
 
 _FILE_TYPE = "general.file_type"
-_TOP_SCALE = 0x7E  # 448; 0x7F is NaN, and UE4M3 has no sign
 _BECOMES = {38: 39}  # general.file_type: mostly MXFP4, mostly NVFP4
 
 
@@ -135,7 +134,8 @@ def _compare_metadata(sides: _Sides) -> None:
         if a is None or b is None:
             sides.differs(key, "config", "is missing" if b is None else "is not in the source")
             continue
-        kind = _BECOMES.get(a.contents()) if key == _FILE_TYPE and not left else None
+        said = a.contents() if key == _FILE_TYPE and not left else None
+        kind = _BECOMES.get(said) if isinstance(said, int) else None
         if kind is not None and (b.contents(), b.types) == (kind, a.types):
             continue
         if a.types != b.types or kind is not None or _bytes(a) != _bytes(b):
@@ -219,7 +219,7 @@ def _differing(pair: _Pair, before: Bytes, after: Bytes, scale: float) -> tuple[
     signs = (gguf_codes(before, pair.source) ^ gguf_codes(after, pair.written)) & 8 != 0
     wrong = (expected != got) | ~np.isfinite(expected) | signs.reshape(-1)
     wrong |= np.repeat(before.reshape(-1, 17)[:, 0] == E8M0_NAN, 32)  # the package gives these a value
-    wrong |= np.repeat(after[:, :4] > _TOP_SCALE, 16)
+    wrong |= np.repeat(after[:, :4] > E4M3_TOP, 16)
     at = int(np.argmax(wrong))
     return int(wrong.sum()), at, (float(expected[at]), float(got[at]))
 
@@ -235,7 +235,7 @@ def _equal_scales(scale: float) -> npt.NDArray[np.bool_]:
     got = dequantized(other, kinds.NVFP4).reshape(256, 64)[:, :16] * scale
     same: npt.NDArray[np.bool_] = np.all(expected[:, None] == got, axis=-1)
     same &= np.all(np.isfinite(expected), axis=-1)[:, None]
-    same[E8M0_NAN], same[:, _TOP_SCALE + 1 :] = False, False
+    same[E8M0_NAN], same[:, E4M3_TOP + 1 :] = False, False
     return same
 
 

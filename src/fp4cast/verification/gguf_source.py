@@ -23,7 +23,7 @@ from fp4cast.checkpoints.directory import open_checkpoint
 from fp4cast.extras import require
 from fp4cast.families.family import Pair, Source
 from fp4cast.families.recognise import read_source
-from fp4cast.formats import MX_BLOCK, MX_BLOCK_BYTES, Float64s, mxfp4_values, unpack
+from fp4cast.formats import E4M3_TOP, MX_BLOCK, MX_BLOCK_BYTES, Float64s, mxfp4_values, unpack
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.ranges import spans
 from fp4cast.parallel.workers import Workers, workers
@@ -44,7 +44,8 @@ _BANK = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 _LEAVES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _MOST_LAYERS = 10_000
 _REORDERED = ("attn_q.weight", "attn_k.weight")
-_BLOCK_SIZES = {"MXFP4": (32, 17), "NVFP4": (64, 36)}
+_NVFP4_ELEMENTS = 64
+_BLOCK_SIZES = {"MXFP4": (32, 17), "NVFP4": (_NVFP4_ELEMENTS, 36)}
 
 
 @dataclass
@@ -89,6 +90,9 @@ def verify_gguf_source(
     reader, source = read_gguf(path), read_source(open_checkpoint(src))
     places, unmapped = _places(source, reader)
     parts, differences = _check(places, reader)
+    if not parts and not differences:
+        missing = f"holds the place of none of the {len(source.pairs)} MXFP4 tensors of {src}: nothing was compared"
+        differences.append(Difference(str(dst), "missing", missing))
     total = sum(pair.codes.nbytes + pair.scales.nbytes for pair in source.pairs.values())
     with workers(jobs, lambda n: progress(n, total)) as pool, Files() as files, File(path) as written:
         results = list(pool.map(partial(_compare, files, written, pool), parts))
@@ -159,6 +163,9 @@ def _check(places: list[_Place], reader: Any) -> tuple[list[_Part], list[Differe
     """(what is compared, what cannot be): names, types and shapes; and tensor scales that nobody would apply."""
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}
     parts, differences, scales = list[_Part](), list[Difference](), dict[str, Any]()
+    many: dict[str, int] = {}
+    for place in places:
+        many[place.name] = max(many.get(place.name, 0), place.expert + 1)
     for place in places:
         if (tensor := tensors.get(place.name)) is None:
             differences.append(Difference(place.name, "missing", f"is missing, the place of {place.pair.module}"))
@@ -166,7 +173,7 @@ def _check(places: list[_Place], reader: Any) -> tuple[list[_Part], list[Differe
         kind, shape = tensor.tensor_type.name, [int(size) for size in tensor.shape]
         pair = place.pair
         expected = [pair.row_blocks * MX_BLOCK, pair.rows // place.step]
-        experts = pair.experts if pair.bank else max(shape[2] if len(shape) == 3 else 1, place.expert + 1)
+        experts = pair.experts if pair.bank else many[place.name]
         expected += [experts] if pair.bank or len(shape) == 3 else []
         if kind not in _BLOCK_SIZES or shape != expected:
             found = f"expected {expected} of MXFP4 or NVFP4, the place of {pair.module}; got {shape} of {kind}"
@@ -207,7 +214,11 @@ def _compare(files: Files, written: File, pool: Workers, part: _Part) -> tuple[i
     data = written.read(start, len(expected) * width)
     got, kept = gguf_values(data, part.tensor) * part.scale, unpack(codes.reshape(last - first, -1))
     shifted = (kept[place.first :: place.step].reshape(-1, 16) != gguf_codes(data, part.tensor)).any(axis=1).sum()
-    differing = np.flatnonzero(expected.reshape(-1) != got)
+    signs = (kept[place.first :: place.step].reshape(-1, 16) ^ gguf_codes(data, part.tensor)) & 8 != 0
+    wrong = (expected.reshape(-1) != got) | signs.reshape(-1)
+    if elements == _NVFP4_ELEMENTS:
+        wrong |= np.repeat(data.reshape(-1, nbytes)[:, :4] > E4M3_TOP, 16)
+    differing = np.flatnonzero(wrong)
     if not differing.size:
         return int(shifted), ""
     row, column = divmod(int(differing[0]), expected.shape[1])

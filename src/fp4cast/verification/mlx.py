@@ -18,9 +18,10 @@ from fp4cast.checkpoints.directory import CONFIG, RECEIPT, Checkpoint, open_chec
 from fp4cast.checkpoints.header import Tensor
 from fp4cast.checkpoints.index import INDEX
 from fp4cast.checkpoints.json_files import read_json
-from fp4cast.errors import CheckpointError
-from fp4cast.formats import MX_BLOCK_BYTES, mxfp4_values, nvfp4_values
-from fp4cast.layouts.mlx import MLX, SERVED, mode_of, mxfp4_modules
+from fp4cast.errors import CheckpointError, UnsupportedError
+from fp4cast.families.mlx import mxfp4_modules
+from fp4cast.formats import E4M3_TOP, MX_BLOCK_BYTES, mxfp4_values, nvfp4_values
+from fp4cast.layouts.mlx import MLX, SERVED, mode_of
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.ranges import spans
 from fp4cast.parallel.workers import Workers, workers
@@ -30,7 +31,6 @@ from fp4cast.verification.structure import RECEIPT_CHANGED, unlisted
 from fp4cast.verification.unscaled_report import unscaled_report
 
 _BLOCKS = 1 << 16  # compared together
-_TOP_SCALE = 0x7E  # 448; above it come NaN and negative scales
 
 
 @dataclass
@@ -77,6 +77,8 @@ def verify_mlx(
     """
     begin, source, written = time.monotonic(), open_checkpoint(src), open_checkpoint(dst, config)
     modules = [name for name in mxfp4_modules(source.tensors) if mode_of(source.config, name) == "mxfp4"]
+    if not modules:
+        raise UnsupportedError(f"{src}: holds no MLX mxfp4; expected the checkpoint that {dst} was made from")
     differences = [*_structure(source, written, set(modules)), *_documents(source, written, modules, config)]
     wrong, total = {each.name for each in differences}, source.total_size + written.total_size
     with workers(jobs, lambda n: progress(n, total)) as pool, Files() as files:
@@ -192,7 +194,7 @@ def _compare(
     written, block_scales = read(after[f"{name}.weight"], MX_BLOCK_BYTES), read(after[f"{name}.scales"], 2)
     expected = mxfp4_values(codes.reshape(-1, 16), scales[:, None]).reshape(-1)
     got = nvfp4_values(written.reshape(-1, 16), block_scales.reshape(-1, 2), 1.0).reshape(-1)
-    wrong = (expected != got) | (np.signbit(expected) != np.signbit(got)) | np.repeat(block_scales > _TOP_SCALE, 16)
+    wrong = (expected != got) | (np.signbit(expected) != np.signbit(got)) | np.repeat(block_scales > E4M3_TOP, 16)
     shifted = int((codes != written).reshape(-1, 8).any(axis=1).sum())
     found = _Found(f"{name}.weight", 2 * (last - first), shifted)
     if wrong.any():
