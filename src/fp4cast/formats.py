@@ -10,12 +10,15 @@ and NVIDIA's NVFP4 (E2M1 codes, E4M3 block scales for 16 elements, one FP32 tens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from fp4cast.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
 Float64s = npt.NDArray[np.float64]
@@ -27,6 +30,7 @@ MX_BLOCK_BYTES, NV_BLOCK_BYTES = MX_BLOCK // 2, NV_BLOCK // 2  # of packed codes
 Activations = Literal["w4a16", "w4a4"]  # 4-bit weights, and activations of 16 or of 4 bits
 KvCache = Literal["none", "fp8", "fp8_cast"]  # of engines: their own, or FP8 with scales that are calibrated, or 1
 Fp8 = Literal["none", "attention"]  # the other weights that become FP8
+Choice = TypeVar("Choice", bound=str)
 
 
 @dataclass(frozen=True)
@@ -148,3 +152,15 @@ def nvfp4_values(packed: Bytes, block_scales: Bytes, tensor_scale: float) -> Flo
 def usable_scale(value: float) -> bool:
     """Whether a stored scale is a positive normal FP32 number: a GPU flushes subnormal ones to zero."""
     return math.isfinite(value) and value >= float(np.finfo(np.float32).tiny)
+
+
+def one_of(option: str, name: str, choices: Sequence[Choice]) -> Choice:
+    """The choice of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = next((each for each in choices if each == name), None)
+    if found is None:
+        raise UsageError(f"{option} must be {' or '.join(choices)}, got {name!r}")
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
-from fp4cast.errors import UsageError
+from fp4cast.formats import one_of
 from fp4cast.verification.original import Original
 
 Direction = Literal["nvfp4", "mxfp4"]
@@ -15,15 +15,8 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 def find_direction(name: str) -> Direction:
-    """The direction of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found = next((each for each in DIRECTIONS if each == name), None)
-    if found is None:
-        raise UsageError(f"--to must be {' or '.join(DIRECTIONS)}, got {name!r}")
-    return found
+    """The direction of that name; a UsageError where there is none."""
+    return one_of("--to", name, DIRECTIONS)
 
 
 @dataclass(frozen=True)

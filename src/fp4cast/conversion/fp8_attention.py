@@ -15,6 +15,7 @@ from fp4cast.families.attention import Attention
 from fp4cast.families.family import Source
 from fp4cast.layouts.fp8 import BLOCK, LAYOUT, find_choice, fp8_tensors
 from fp4cast.layouts.layout import Selection, Target
+from fp4cast.verification.notes import named
 
 _NAMED = 3  # in a sentence
 
@@ -118,8 +119,7 @@ def _sentences(staying: Mapping[str, str]) -> Iterator[str]:
     for module, why in staying.items():
         table[why].append(module)
     for why, modules in table.items():
-        more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
-        yield f"{', '.join(modules[:_NAMED])}{more}: {why}"
+        yield f"{named(modules, _NAMED)}: {why}"
 
 
 def _stored(weights: Mapping[str, Tensor], staying: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,10 @@ from fp4cast.conversion.destination import real_path
 from fp4cast.conversion.gguf_blocks import CHUNK_BLOCKS, GgufBlocks, halves, super_blocks
 from fp4cast.conversion.gguf_plan import GgufPlan, Recast, make_plan, stamp_of
 from fp4cast.conversion.plan import ConvertOptions
+from fp4cast.conversion.refusals import only_scaled, refuse_options, unlike
 from fp4cast.conversion.staging import require_space
 from fp4cast.conversion.working_directory import enter, remove, state_of
-from fp4cast.errors import CheckpointError, DestinationError, UnsupportedError, UsageError, VerificationError
+from fp4cast.errors import CheckpointError, DestinationError, UnsupportedError, UsageError
 from fp4cast.formats import Bytes
 from fp4cast.layouts import gguf as layout
 from fp4cast.layouts.choose import DEFAULT_LAYOUT
@@ -32,6 +33,8 @@ from fp4cast.parallel.workers import Workers, workers
 from fp4cast.verification.gguf import verify_gguf
 from fp4cast.verification.gguf_reader import gguf_report
 from fp4cast.verification.report import HalfBlockCounts, Report
+
+_WHY = "GGUF files, which are cast in one go, exactly or not at all, as W4A16"
 
 
 def convert_gguf(
@@ -61,7 +64,7 @@ def convert_gguf(
         Fp4CastError: see `fp4cast.errors`; nothing is written then.
     """
     begin = time.monotonic()
-    _refuse(others)
+    refuse_options(others, _WHY)
     destination, plan = prepare_gguf(src, dst, options, jobs=jobs, progress=progress)
     plan.require_exact()
     size = plan.size
@@ -90,7 +93,8 @@ def prepare_gguf(
         DestinationError: something is at DST.
         UnsupportedError: SRC is no GGUF file.
     """
-    _check_options(options)
+    given = {"layout": options.layout != DEFAULT_LAYOUT, "source_id": options.source_id is not None}
+    refuse_options(given | only_scaled(options), _WHY)
     if not is_gguf(src):
         raise UnsupportedError(
             f"{src}: a GGUF file also holds hyperparameters and a vocabulary, which llama.cpp's converter writes. For "
@@ -103,28 +107,6 @@ def prepare_gguf(
         raise UsageError(f"{dst}: a GGUF file becomes a GGUF file; name one that ends in {SUFFIX}")
     _check_free(destination)
     return destination, make_plan(Path(src), jobs=jobs, progress=lambda n, total: progress("scan", n, total))
-
-
-def _check_options(options: ConvertOptions) -> None:
-    _refuse(
-        {
-            "layout": options.layout != DEFAULT_LAYOUT,
-            "activations": options.activations not in (None, "w4a16"),
-            "input_scales": options.input_scales is not None,
-            "inexact": options.inexact != "fail",
-            "kv_cache_qformat": options.kv_cache_qformat != "none",
-            "source_id": options.source_id is not None,
-            "to": options.to != "nvfp4",
-            "fp8": options.fp8 != "none",
-        }
-    )
-
-
-def _refuse(given: Mapping[str, bool]) -> None:
-    if wrong := [name for name, is_given in given.items() if is_given]:
-        raise UsageError(
-            f"{', '.join(wrong)}: no option for GGUF files, which are cast in one go, exactly or not at all, as W4A16"
-        )
 
 
 def _check_free(destination: Path) -> None:
@@ -228,11 +210,7 @@ def _report(plan: GgufPlan, dst: str | Path, shifted: int, size: int) -> Report:
 def _verified(report: Report, plan: GgufPlan, path: Path, jobs: int | None, progress: Progress) -> Report:
     found = verify_gguf(plan.header.path, path, jobs=jobs, progress=lambda n, total: progress("verify", n, total))
     if not found.ok:
-        shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
-        raise VerificationError(
-            f"{report.destination}: the result differs from {report.source} in {len(found.differences)} places; "
-            f"nothing was published:\n{shown}"
-        )
+        raise unlike(report.destination, report.source, found.differences)
     return replace(found, destination=report.destination, serve=report.serve, bytes=report.bytes, notes=report.notes)
 
 

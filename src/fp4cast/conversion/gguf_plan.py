@@ -17,13 +17,12 @@ from fp4cast.checkpoints.byte_ranges import File
 from fp4cast.checkpoints.gguf_file import GgufHeader, GgufTensor, read_header, type_name
 from fp4cast.conversion.domains import Domain
 from fp4cast.conversion.gguf_blocks import GgufBlocks, blocks_of
+from fp4cast.conversion.refusals import first_of
 from fp4cast.errors import InexactError, UnsupportedError
 from fp4cast.formats import Bytes
 from fp4cast.layouts import gguf as layout
 from fp4cast.parallel.progress import AdvanceOf, ignore
 from fp4cast.parallel.workers import workers
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +139,10 @@ class GgufPlan:
         lost = [recast for recast in self.recasts.values() if not recast.exact]
         if not lost:
             return
-        shown = "\n".join(f"  {_reason(recast)}" for recast in lost[:_SHOWN])
-        more = f"\n  and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise InexactError(
             f"{self.header.path}: {len(lost)} of {len(self.recasts)} MXFP4 tensors have no exact form as GGUF's NVFP4. "
             f"{self.why_unscaled()} Keep the MXFP4 file, or convert the safetensors checkpoint, whose layouts have a "
-            f"tensor scale:\n{shown}{more}"
+            f"tensor scale:\n{first_of([*map(_reason, lost)])}"
         )
 
     def why_unscaled(self) -> str:

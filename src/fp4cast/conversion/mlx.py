@@ -27,8 +27,9 @@ from fp4cast.conversion.domains import Domain, FileBlocks
 from fp4cast.conversion.execute import execute, tallies_of
 from fp4cast.conversion.plan import ConvertOptions
 from fp4cast.conversion.recipe import BlockScalesOf, CodesOf, CopyOf, Output, OutputShard, index, place
+from fp4cast.conversion.refusals import first_of, only_scaled, refuse_options, unlike
 from fp4cast.conversion.staging import ONCE, Staging, staging
-from fp4cast.errors import InexactError, UnsupportedError, UsageError, VerificationError
+from fp4cast.errors import InexactError, UnsupportedError
 from fp4cast.families.family import Pair
 from fp4cast.families.mlx import mxfp4_modules
 from fp4cast.hub.resolve import resolve
@@ -39,8 +40,6 @@ from fp4cast.parallel.workers import workers
 from fp4cast.verification.mlx import mlx_report, verify_mlx
 from fp4cast.verification.receipt import Receipt
 from fp4cast.verification.report import Report
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,7 @@ def prepare_mlx(
         UnsupportedError: SRC holds no MLX mxfp4.
         InexactError: it names the tensors and the blocks.
     """
-    given = {
-        "activations": options.activations not in (None, "w4a16"),
-        "input_scales": options.input_scales is not None,
-        "inexact": options.inexact != "fail",
-        "kv_cache_qformat": options.kv_cache_qformat != "none",
-        "to": options.to != "nvfp4",
-        "fp8": options.fp8 != "none",
-    }
-    if wrong := [name for name, is_given in (given | others).items() if is_given]:
-        raise UsageError(f"{', '.join(wrong)}: no option for MLX, which is cast in one go, exactly or not at all")
+    refuse_options(only_scaled(options) | others, "MLX, which is cast in one go, exactly or not at all")
     source, destination = resolve(src), real_path(dst)
     check_place(source, destination)
     return destination, make_mlx_plan(source, jobs=jobs, progress=progress)
@@ -190,11 +180,9 @@ def _pair(checkpoint: Checkpoint, module: str) -> Pair:
 def _require_exact(path: Path, domains: tuple[Domain, ...]) -> None:
     if not (lost := [domain for domain in domains if not domain.exact]):
         return
-    shown = "\n".join(f"  {_reason(domain)}" for domain in lost[:_SHOWN])
-    more = f"\n  and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     raise InexactError(
         f"{path}: {len(lost)} of {len(domains)} tensors have no exact form as MLX's nvfp4, which has no tensor scale: "
-        f"S is 1. Keep the mxfp4 checkpoint:\n{shown}{more}"
+        f"S is 1. Keep the mxfp4 checkpoint:\n{first_of([*map(_reason, lost)])}"
     )
 
 
@@ -242,9 +230,5 @@ def _verified(plan: MlxPlan, stage: Staging, report: Report, jobs: int | None, p
     look = partial(verify_mlx, plan.checkpoint.path, stage.out, config=stage.config, jobs=jobs, strict=True)
     found = look(progress=lambda n, total: progress("verify", n, total))
     if not found.ok:
-        shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
-        raise VerificationError(
-            f"{report.destination}: the result differs from {report.source} in {len(found.differences)} places; "
-            f"nothing was published:\n{shown}"
-        )
+        raise unlike(report.destination, report.source, found.differences)
     return replace(found, destination=report.destination, serve=report.serve, bytes=report.bytes)

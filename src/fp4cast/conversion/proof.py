@@ -6,7 +6,7 @@ exponent. The receipt of a conversion holds these exponents, and digests of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fp4cast.checkpoints.directory import CONFIG
@@ -16,18 +16,17 @@ from fp4cast.conversion.plan import Plan
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf
 from fp4cast.verification.files import ListedFile, check_file
+from fp4cast.verification.notes import named
 from fp4cast.verification.original import Original
 from fp4cast.verification.receipt import Receipt
 from fp4cast.verification.report import Report
-
-_NAMED = 5
 
 
 def announce(back: WayBack, report: Report) -> Report:
     """The report of the way back, with what was left out."""
     notes = list(report.notes)
     if back.dropped:
-        notes.append(f"{len(back.dropped)} tensors have no place in MXFP4 and were dropped: {_list(back.dropped)}")
+        notes.append(f"{len(back.dropped)} tensors have no place in MXFP4 and were dropped: {named(back.dropped)}")
     return replace(report.as_way_back(report.source, report.destination), notes=notes)
 
 
@@ -57,12 +56,12 @@ def prove(plan: Plan, back: WayBack, report: Report, engine: Engine, progress: A
 def _doubts(plan: Plan, back: WayBack) -> Iterator[str]:
     """Why some bytes may be others, by the plan alone."""
     if lost := sorted(back.lost & plan.source.pairs.keys()):
-        yield f"exponents of blocks outside of the window are not known, in {len(lost)} tensors: {_list(lost)}"
+        yield f"exponents of blocks outside of the window are not known, in {len(lost)} tensors: {named(lost)}"
     written = {shard.file: digest_of_header(shard.layout.header) for shard in plan.shards}
     if plan.documents[CONFIG] != back.original.config.encode(errors="replace"):
         yield f"{CONFIG} was edited since"
     if other := sorted(name for name in written if back.original.headers.get(name) != written[name]):
-        yield f"{len(other)} of {len(written)} shards have another header: {_list(other)}"
+        yield f"{len(other)} of {len(written)} shards have another header: {named(other)}"
 
 
 def _changes(plan: Plan, engine: Engine, progress: AdvanceOf) -> Iterator[str]:
@@ -75,8 +74,4 @@ def _changes(plan: Plan, engine: Engine, progress: AdvanceOf) -> Iterator[str]:
     changed = [each.name for each in checked if each is not None]
     changed += sorted(plan.source.checkpoint.shards.keys() - listed.keys())
     if changed:
-        yield f"{len(changed)} shards of the source are not as they were written: {_list(changed)}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        yield f"{len(changed)} shards of the source are not as they were written: {named(changed)}"

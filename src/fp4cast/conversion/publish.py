@@ -18,8 +18,9 @@ from fp4cast.checkpoints.json_files import read_json
 from fp4cast.checkpoints.left_out import left_out
 from fp4cast.conversion.execute import Finished, tallies_of
 from fp4cast.conversion.plan import Plan
+from fp4cast.conversion.refusals import unlike
 from fp4cast.conversion.staging import Staging
-from fp4cast.errors import CheckpointError, VerificationError
+from fp4cast.errors import CheckpointError
 from fp4cast.formats import NV_BLOCK
 from fp4cast.parallel.engines import Engine
 from fp4cast.parallel.progress import AdvanceOf, Progress
@@ -166,15 +167,10 @@ def _look(plan: Plan, stage: Staging, engine: Engine, progress: AdvanceOf) -> Re
 
 
 def _verified(plan: Plan, stage: Staging, report: Report, found: Report) -> Report:
-    source = plan.source.checkpoint.path
     if not found.ok:
         if found.wrong("weights") or any(difference.kind == "header" for difference in found.differences):
             stage.forget_shards()
-        shown = "\n".join(f"  {difference}" for difference in found.differences[:10])
-        raise VerificationError(
-            f"{report.destination}: the result differs from {source} in {len(found.differences)} places; "
-            f"nothing was published:\n{shown}"
-        )
+        raise unlike(report.destination, plan.source.checkpoint.path, found.differences)
     return replace(
         found,
         destination=report.destination,

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from fp4cast.checkpoints.header import Tensor
-from fp4cast.errors import UsageError
-from fp4cast.formats import Fp8
+from fp4cast.formats import Fp8, one_of
 
 BLOCK = 128
 ALGORITHM = "FP8_PB_WO"
@@ -22,15 +21,8 @@ FP8_CHOICES: tuple[Fp8, ...] = get_args(Fp8)
 
 
 def find_choice(name: str) -> Fp8:
-    """The choice of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found = next((each for each in FP8_CHOICES if each == name), None)
-    if found is None:
-        raise UsageError(f"--fp8 must be {' or '.join(FP8_CHOICES)}, got {name!r}")
-    return found
+    """The choice of that name; a UsageError where there is none."""
+    return one_of("--fp8", name, FP8_CHOICES)
 
 
 def weight_name(module: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from fp4cast.checkpoints.directory import RECEIPT
 from fp4cast.families.merging import shared_scale_group
@@ -28,7 +28,7 @@ def notes_of(
         hold, its = (
             ("tensors hold", "their tensor scales are") if len(names) > 1 else ("tensor holds", "its tensor scale is")
         )
-        yield f"{len(names)} {hold} only zeros, so {its} free: {_list(names)}"
+        yield f"{len(names)} {hold} only zeros, so {its} free: {named(names)}"
     yield from _not_cast(opened, measured, noise)
     if fp8:
         what = (
@@ -53,14 +53,15 @@ def _not_cast(opened: Opened, measured: Mapping[str, Comparison], noise: Mapping
     pairs, others = sorted(measured.keys() & opened.receipt.quantized), sorted(noise)
     if pairs:
         what = "quantized from values by `fp4cast ptq`: their errors were measured"
-        yield f"{len(pairs)} of {len(opened.selection.cast)} MXFP4 tensors are no casts but {what}: {_list(pairs)}"
+        yield f"{len(pairs)} of {len(opened.selection.cast)} MXFP4 tensors are no casts but {what}: {named(pairs)}"
     if others:
         what = f"quantized by `fp4cast ptq`, too, with an SNR of {min(noise.values()):.1f} dB and more"
-        yield f"{len(others)} weights that the source does not hold in MXFP4 are {what}: {_list(others)}"
+        yield f"{len(others)} weights that the source does not hold in MXFP4 are {what}: {named(others)}"
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+def named(names: Sequence[str], most: int = _NAMED) -> str:
+    """The first names, and how many there are beside."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _zeros(measured: Mapping[str, Comparison]) -> list[str]:
